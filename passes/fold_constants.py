@@ -1,0 +1,26 @@
+"""FoldConstants: a subexpression that reads parameters only becomes one parameter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from peftc.algebra import constant_form, constant_values
+from peftc.folding import Folding
+
+
+@dataclass(frozen=True)
+class FoldConstants:
+    """The prefix without its reparametrising MLP, a learned scale in its matrix: exact, once, in float64."""
+
+    name: str = "fold_constants"
+
+    def run(self, folding: Folding) -> int:
+        count = 0
+        for i, edit in enumerate(folding.edits):
+            smaller = constant_form(edit)
+            if smaller is edit:
+                continue
+            folding.tensors |= constant_values(edit, folding.tensors)
+            folding.edits[i] = smaller
+            count += 1
+        return count

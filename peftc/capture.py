@@ -1,0 +1,319 @@
+"""Capture: a Hugging Face model becomes a frozen Program, one entry at a time, by torch.export."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export.graph_signature import InputKind, OutputKind
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutput
+
+from peftc.errors import PeftcError
+from peftc.program import Program, Slot
+
+Tensors = Mapping[str, torch.Tensor]
+Outputs = tuple[type, dict[str, Any]]
+
+# Sizes of the example that is traced: all >= 2, because export specialises 0 and 1, and all
+# different, so that no two axes are taken for one.
+SIZES = {"batch": 3, "seq": 11, "target": 7, "past": 5, "query": 2, "total": 7}
+
+_KINDS = {
+    InputKind.PARAMETER: "parameter",
+    InputKind.BUFFER: "buffer",
+    InputKind.CONSTANT_TENSOR: "constant",
+    InputKind.USER_INPUT: "input",
+}
+
+
+class CaptureError(PeftcError):
+    """A model that cannot be traced to one graph."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A way into a model: `call(model, tensors, flags)` gives its output class and output tensors."""
+
+    name: str
+    call: Callable[[PreTrainedModel, Tensors, Mapping[str, Any]], Outputs]
+
+
+def _forward(model: PreTrainedModel, tensors: Tensors, flags: Mapping[str, Any]) -> Outputs:
+    tensors = dict(tensors)
+    hidden = tensors.pop("encoder_hidden_states", None)
+    encoded = {} if hidden is None else {"encoder_outputs": BaseModelOutput(last_hidden_state=hidden)}
+    return _plain(model(**tensors, **encoded, **flags, return_dict=True))
+
+
+def _encode(model: PreTrainedModel, tensors: Tensors, flags: Mapping[str, Any]) -> Outputs:
+    return _plain(model.get_encoder()(**tensors, **flags, return_dict=True))
+
+
+def _cached(model: PreTrainedModel, tensors: Tensors, flags: Mapping[str, Any]) -> Outputs:
+    """One step with a cache: flat past keys and values in, flat present ones out."""
+    inputs = {k: v for k, v in tensors.items() if not k.startswith("past.")}
+    cache = unflatten_cache(tensors, bool(model.config.is_encoder_decoder))
+    hidden = inputs.pop("encoder_hidden_states", None)
+    if model.config.is_encoder_decoder:
+        if hidden is None:  # cross keys are cached, so the encoder's output is not read
+            past = tensors["past.cross.0.key"]
+            hidden = past.new_zeros(past.shape[0], past.shape[2], 1)
+        inputs["encoder_outputs"] = BaseModelOutput(last_hidden_state=hidden)  # type: ignore[assignment]
+    out = model(**inputs, **flags, past_key_values=cache, use_cache=True, return_dict=True)
+    present = flatten_cache(out.past_key_values)
+    fixed = {k for k in present if ".cross." in k and k in tensors}
+    return type(out), {"logits": out.logits} | {k: v for k, v in present.items() if k not in fixed}
+
+
+def _cross(model: PreTrainedModel, tensors: Tensors, flags: Mapping[str, Any]) -> Outputs:
+    """The encoder, and the cross-attention keys and values that every decoder layer makes of it."""
+    output_type, encoded = _encode(model, tensors, flags)
+    hidden = encoded["last_hidden_state"]
+    mask = {"attention_mask": tensors["attention_mask"]} if "attention_mask" in tensors else {}
+    token = torch.ones(hidden.shape[0], 1, dtype=torch.long, device=hidden.device)
+    step = {"decoder_input_ids": token, "encoder_hidden_states": hidden, **mask}
+    _, present = _cached(model, step, {})
+    cross = {k: v for k, v in present.items() if ".cross." in k}
+    return output_type, {"last_hidden_state": hidden, **cross}
+
+
+ENTRIES = {
+    e.name: e
+    for e in (
+        Entry("forward", _forward),
+        Entry("encode", _encode),
+        Entry("prefill", _cached),
+        Entry("decode", _cached),
+        Entry("encode_cross", _cross),
+    )
+}
+
+
+def _plain(output: Any) -> Outputs:
+    fields = {k: v for k, v in output.items() if k != "past_key_values" and v is not None}
+    return type(output), fields
+
+
+def flatten_cache(cache: Any) -> dict[str, torch.Tensor]:
+    """`past.self.0.key`, `past.self.0.value`, ... and the same for `cross`; tensors [batch, heads, length, dim]."""
+    parts = (
+        {"self": cache.self_attention_cache, "cross": cache.cross_attention_cache}
+        if isinstance(cache, EncoderDecoderCache)
+        else {"self": cache}
+    )
+    return {
+        f"past.{part}.{i}.{side}": getattr(layer, f"{side}s")
+        for part, one in parts.items()
+        for i, layer in enumerate(one.layers)
+        for side in ("key", "value")
+    }
+
+
+def unflatten_cache(tensors: Tensors, encoder_decoder: bool) -> Any:
+    def one(part: str) -> DynamicCache:
+        count = sum(k.startswith(f"past.{part}.") for k in tensors) // 2
+        pairs = [
+            (tensors[f"past.{part}.{i}.key"], tensors[f"past.{part}.{i}.value"])
+            for i in range(count)
+        ]
+        return DynamicCache(pairs or None)
+
+    if not encoder_decoder:
+        return one("self")
+    return EncoderDecoderCache(one("self"), one("cross"))
+
+
+def axes(name: str, rank: int, entry: str, encoder_decoder: bool) -> tuple[str | None, ...]:
+    """The dynamic axes of an input by the argument names that Hugging Face models share."""
+    if name.startswith("past."):
+        return ("batch", None, "seq" if ".cross." in name else "past", None)
+    if rank == 0:
+        return ()
+    if name in ("pixel_values", "input_features", "input_values") or rank == 1:
+        return ("batch", *(None,) * (rank - 1))
+    step = "query" if entry == "decode" else "target"
+    if name == "decoder_attention_mask":
+        length = "total" if entry == "decode" else "target"
+    elif name.startswith("decoder_") or (name == "labels" and encoder_decoder):
+        length = step
+    elif entry == "decode" and not encoder_decoder:
+        length = "total" if name == "attention_mask" else "query"
+    else:
+        length = "seq"
+    return ("batch", length, *(None,) * (rank - 2))
+
+
+def example(name: str, real: torch.Tensor, entry: str, encoder_decoder: bool) -> torch.Tensor:
+    """`real` with its dynamic axes repeated or cut to the traced sizes, so that its values stay valid."""
+    for axis, label in enumerate(axes(name, real.ndim, entry, encoder_decoder)):
+        if label is None or real.is_meta:
+            continue
+        if real.shape[axis] == 0:
+            shape = [1 if i == axis else n for i, n in enumerate(real.shape)]
+            real = real.new_zeros(shape)
+        index = torch.arange(SIZES[label], device=real.device) % real.shape[axis]
+        real = real.index_select(axis, index)
+    if real.is_meta:
+        labels = axes(name, real.ndim, entry, encoder_decoder)
+        shape = [SIZES[a] if a else n for a, n in zip(labels, real.shape, strict=True)]
+        return torch.empty(shape, dtype=real.dtype, device="meta")
+    return real.detach()
+
+
+def dummy_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Inputs for a `forward` capture when there is no real batch at hand."""
+    name, device = model.main_input_name, model.device
+    if name != "input_ids":
+        size = getattr(model.config, "image_size", None)
+        if name != "pixel_values" or size is None:
+            raise CaptureError(
+                f"{type(model).__name__}: no example input is known for '{name}'; "
+                "pass example={...} with one batch of it"
+            )
+        height, width = (size, size) if isinstance(size, int) else size
+        channels = getattr(model.config, "num_channels", 3)
+        return {name: torch.zeros(2, channels, height, width, device=device, dtype=model.dtype)}
+    ids = torch.ones(SIZES["batch"], SIZES["seq"], dtype=torch.long, device=device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids[:, : SIZES["target"]].clone()
+    return inputs
+
+
+class _Traced(nn.Module):
+    def __init__(self, model: PreTrainedModel, entry: Entry, flags: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.model = model
+        self.entry = entry
+        self.flags = dict(flags)
+        self.output_type: type = dict
+
+    def forward(self, tensors: Tensors) -> Mapping[str, Any]:
+        self.output_type, fields = self.entry.call(self.model, tensors, self.flags)
+        return fields
+
+
+def capture(
+    model: PreTrainedModel,
+    entry: str,
+    inputs: Tensors,
+    flags: Mapping[str, Any] | None = None,
+) -> Program:
+    """Trace one entry of `model` in its current mode, with every batch and length axis dynamic.
+
+    `inputs` are real or meta tensors by argument name; only their rank, dtype and device matter.
+    Raises CaptureError when the model cannot be traced or an axis was specialised.
+    """
+    seq2seq = bool(model.config.is_encoder_decoder)
+    tensors = {k: example(k, v, entry, seq2seq) for k, v in inputs.items()}
+    auto = torch.export.Dim.AUTO
+    shapes = {
+        k: {i: auto for i, a in enumerate(axes(k, v.ndim, entry, seq2seq)) if a}
+        for k, v in tensors.items()
+    }
+    traced = _Traced(model, ENTRIES[entry], flags or {})
+    with _quiet():
+        try:
+            exported = torch.export.export(
+                traced,
+                (tensors,),
+                dynamic_shapes=(shapes,),
+                strict=False,
+            )
+        except Exception as error:
+            raise CaptureError(_explain(model, entry, error)) from error
+    program = _program(exported, entry, model, list(tensors))
+    program.output_type = traced.output_type
+    _check_dynamic(program, model, shapes)
+    return program
+
+
+def canonical_paths(model: PreTrainedModel) -> dict[str, str]:
+    """Every path of every parameter to its first path: tied parameters have several."""
+    first: dict[int, str] = {}
+    return {
+        path: first.setdefault(id(parameter), path)
+        for path, parameter in model.named_parameters(remove_duplicate=False)
+    }
+
+
+def _program(
+    exported: Any,
+    entry: str,
+    model: PreTrainedModel,
+    names: list[str],
+) -> Program:
+    paths = canonical_paths(model)
+    slots: dict[str, Slot] = {}
+    constants: dict[str, torch.Tensor] = {}
+    users = iter(names)
+    for spec in exported.graph_signature.input_specs:
+        kind = _KINDS.get(spec.kind)
+        if kind is None:
+            raise CaptureError(f"{type(model).__name__}.{entry}: {spec.kind} inputs are not supported")
+        name = next(users) if kind == "input" else spec.target
+        if kind == "constant":
+            constants[name] = exported.constants[name]
+        elif kind != "input":
+            name = name.removeprefix("model.")
+            name = paths.get(name, name)
+        slots[spec.arg.name] = Slot(kind, name)
+    for out in exported.graph_signature.output_specs:
+        if out.kind is not OutputKind.USER_OUTPUT:
+            raise CaptureError(f"{type(model).__name__}.{entry} changes its state: '{out.target}'")
+    return Program(
+        entry=entry,
+        module=exported.graph_module,
+        slots=slots,
+        constants=constants,
+        out_spec=exported.call_spec.out_spec,
+        training=model.training,
+    )
+
+
+def _check_dynamic(
+    program: Program, model: PreTrainedModel, shapes: Mapping[str, Mapping[int, Any]]
+) -> None:
+    for node in program.graph.nodes:
+        slot = program.slot(node)
+        if slot is None or slot.kind != "input" or not node.users:
+            continue
+        fixed = [i for i in shapes[slot.name] if isinstance(node.meta["val"].shape[i], int)]
+        if fixed:
+            size = node.meta["val"].shape[fixed[0]]
+            raise CaptureError(
+                f"{type(model).__name__}.{program.entry}: axis {fixed[0]} of '{slot.name}' was fixed to "
+                f"{size} while tracing; the model's code depends on that size"
+            )
+
+
+def _explain(model: PreTrainedModel, entry: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    return (
+        f"{type(model).__name__} cannot be traced ({entry}): {type(error).__name__}: {reason[0][:300]}\n"
+        "  the model's forward must be one graph: no branch on tensor values"
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch.export warns about its own internals; only errors concern the user."""
+    loggers = [logging.getLogger(name) for name in ("torch.export", "torch.fx", "torch._export")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

@@ -1,0 +1,237 @@
+"""Walks over a captured graph: projections behind a value, attention cores, residual adds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import fx
+
+from peftc.program import Program, Read, aten, is_call, scope_of
+
+LINEAR = (aten.linear.default, aten.addmm.default)
+SDPA = aten.scaled_dot_product_attention.default
+MATMUL = (aten.matmul.default, aten.bmm.default)
+SOFTMAX = (aten.softmax.int, aten._softmax.default)
+DROPOUT = (aten.dropout.default, aten.native_dropout.default)
+ADD = (aten.add.Tensor, aten.add_.Tensor)
+MUL = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
+# Ops that move or cast values but compute nothing.
+MOVE = (
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.contiguous.default,
+    aten.clone.default,
+    aten.to.dtype,
+    aten.to.dtype_layout,
+    aten.to.device,
+    aten.alias.default,
+    aten.detach.default,
+    aten.squeeze.dim,
+    aten.unsqueeze.default,
+    aten.flatten.using_ints,
+)
+ACTIVATION = tuple(
+    packet
+    for packet in (
+        aten.relu.default,
+        aten.relu_.default,
+        aten.gelu.default,
+        aten.silu.default,
+        aten.silu_.default,
+        aten.tanh.default,
+        aten.sigmoid.default,
+        aten.leaky_relu.default,
+        aten.elu.default,
+        aten.hardtanh.default,
+        aten.mish.default,
+        aten.erf.default,
+        aten.pow.Tensor_Scalar,
+    )
+)
+POINTWISE = ACTIVATION + ADD + MUL + (aten.sub.Tensor, aten.neg.default, aten.exp.default)
+
+
+def x_index(linear: fx.Node) -> int:
+    """Where a linear's input stands among its arguments (`addmm` is [bias, x, W])."""
+    return 1 if linear.target is aten.addmm.default else 0
+
+
+def weight_of(linear: fx.Node) -> fx.Node:
+    node = linear.args[2 if linear.target is aten.addmm.default else 1]
+    assert isinstance(node, fx.Node)
+    return node
+
+
+def bias_of(linear: fx.Node) -> fx.Node | None:
+    if linear.target is aten.addmm.default:
+        node = linear.args[0]
+    else:
+        node = linear.args[2] if len(linear.args) > 2 else None
+    return node if isinstance(node, fx.Node) else None
+
+
+@dataclass(frozen=True)
+class Core:
+    """One scaled dot-product attention: its operands as edges, its result, its module path."""
+
+    q: Read
+    k: Read
+    v: Read
+    mask: Read | None
+    h: fx.Node
+    scope: str
+
+
+def cores(program: Program) -> Iterator[Core]:
+    """Attention cores in graph order, fused (SDPA) or written out (matmul, softmax, matmul)."""
+    for node in program.graph.nodes:
+        if is_call(node, SDPA):
+            has_mask = len(node.args) > 3 and node.args[3] is not None
+            mask = Read(node, 3) if has_mask else None
+            yield Core(Read(node, 0), Read(node, 1), Read(node, 2), mask, node, scope_of(node))
+        elif is_call(node, *SOFTMAX):
+            core = _written_out(node)
+            if core:
+                yield core
+
+
+def _written_out(softmax: fx.Node) -> Core | None:
+    values = _value_matmul(softmax)
+    mask, node = None, softmax.args[0]
+    while isinstance(node, fx.Node) and not is_call(node, *MATMUL):
+        if is_call(node, *ADD) and isinstance(node.args[1], fx.Node):
+            mask = Read(node, 1)
+        elif not is_call(node, *MUL, *MOVE, *ADD):
+            return None
+        node = node.args[0]
+    if values is None or not isinstance(node, fx.Node):
+        return None
+    keys = node.args[1]
+    if not is_call(keys, aten.transpose.int, aten.permute.default):
+        return None
+    assert isinstance(keys, fx.Node)
+    return Core(Read(node, 0), Read(keys, 0), Read(values, 1), mask, values, scope_of(softmax))
+
+
+def _value_matmul(softmax: fx.Node) -> fx.Node | None:
+    node = softmax
+    while True:
+        users = list(node.users)
+        matmul = next((u for u in users if is_call(u, *MATMUL) and u.args[0] is node), None)
+        if matmul is not None:
+            return matmul
+        onward = [u for u in users if is_call(u, *DROPOUT, *MOVE)]
+        if not onward:
+            return None
+        node = onward[0]
+
+
+_STOP = (SDPA, *SOFTMAX, aten.embedding.default, aten.layer_norm.default)
+
+
+def projections(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The linears that `node` is computed from, walking back through views, norms, rotary and pointwise ops."""
+    found: dict[fx.Node, None] = {}
+    seen: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        one = stack.pop()
+        if one in seen or one.op != "call_function":
+            continue
+        seen.add(one)
+        if is_call(one, *LINEAR):
+            found[one] = None
+        elif not is_call(one, *_STOP) or one is node:
+            stack += reversed(one.all_input_nodes)
+    return tuple(found)
+
+
+def next_linear(node: fx.Node) -> fx.Node | None:
+    """The first linear that consumes `node`, walking forward through moves, casts, dropout and gates."""
+    frontier = [node]
+    while frontier:
+        onward: list[fx.Node] = []
+        for one in frontier:
+            for user in one.users:
+                if is_call(user, *LINEAR) and user.args[x_index(user)] is one:
+                    return user
+                if is_call(user, *MOVE, *MUL, *DROPOUT):
+                    onward.append(user)
+        frontier = onward
+    return None
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """`down(act(up(x)))` that ends in a residual add; `gate` is set when two projections multiply."""
+
+    up: fx.Node
+    gate: fx.Node | None
+    down: fx.Node
+    residual: Read
+
+
+def feed_forward(down: fx.Node, taken: set[fx.Node]) -> FeedForward | None:
+    """The feed-forward that ends in the linear `down`, or None. `taken` are attention's own linears."""
+    residual = residual_add(down)
+    inner = _inner(down.args[x_index(down)])
+    if residual is None or inner is None or not inner or len(inner) > 2 or set(inner) & taken:
+        return None
+    if len(inner) == 1:
+        return FeedForward(inner[0], None, down, residual)
+    gate = next((one for one in inner if _activated(one)), inner[0])
+    up = inner[0] if inner[1] is gate else inner[1]
+    return FeedForward(up, gate, down, residual)
+
+
+def _inner(start: object) -> tuple[fx.Node, ...] | None:
+    """The linears that `start` is a pointwise, nonlinear function of; None when anything else flows in."""
+    found: dict[fx.Node, None] = {}
+    seen: set[fx.Node] = set()
+    stack, nonlinear = [start], False
+    while stack:
+        one = stack.pop()
+        if not isinstance(one, fx.Node) or one in seen:
+            continue
+        seen.add(one)
+        if is_call(one, *LINEAR):
+            found[one] = None
+        elif is_call(one, *POINTWISE, *MOVE, *DROPOUT):
+            nonlinear = nonlinear or is_call(one, *ACTIVATION)
+            tensors = one.args if is_call(one, *POINTWISE) else one.args[:1]
+            stack += reversed(tensors)
+        else:
+            return None
+    return tuple(found) if nonlinear else None
+
+
+def _activated(linear: fx.Node) -> bool:
+    node = linear
+    while len(node.users) == 1:
+        node = next(iter(node.users))
+        if is_call(node, *ACTIVATION):
+            return True
+        if not is_call(node, *MOVE):
+            return False
+    return any(is_call(user, *ACTIVATION) for user in node.users)
+
+
+def residual_add(node: fx.Node) -> Read | None:
+    """The operand that the residual add behind `node` adds to it; None when there is no such add."""
+    one = node
+    while True:
+        onward = None
+        for user in one.users:
+            if is_call(user, *ADD):
+                other = user.args[1] if user.args[0] is one else user.args[0]
+                if isinstance(other, fx.Node) and other.op == "call_function":
+                    return Read(user, user.args.index(other))
+            if is_call(user, *MOVE, *DROPOUT, *MUL):
+                onward = user
+        if onward is None:
+            return None
+        one = onward

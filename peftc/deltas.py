@@ -1,0 +1,68 @@
+"""The delta tensors as a module tree, so that `.to()`, optimizers, DDP and FSDP treat them as any other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import nn
+
+from peftc.edit import Edit, Parameter
+
+
+class Deltas(nn.Module):
+    """A tree of modules that follows the paths of the delta tensors; it computes nothing itself."""
+
+    def place(self, path: str, value: torch.Tensor, trainable: bool) -> None:
+        owner, last = self, path
+        while "." in last:
+            head, _, last = last.partition(".")
+            if head not in owner._modules:
+                owner.add_module(head, Deltas())
+            owner = owner._modules[head]  # type: ignore[assignment]
+        if trainable:
+            owner.register_parameter(last, nn.Parameter(value))
+        else:
+            owner.register_buffer(last, value)
+
+    def values(self) -> dict[str, torch.Tensor]:
+        """Every delta tensor by its path, frozen ones too."""
+        return {**dict(self.named_parameters()), **dict(self.named_buffers())}
+
+
+def unique_parameters(edits: Iterable[Edit]) -> Iterator[Parameter]:
+    """The parameters of a plan in order, shared ones once."""
+    seen: set[str] = set()
+    for edit in edits:
+        for parameter in edit.parameters:
+            if parameter.path not in seen:
+                seen.add(parameter.path)
+                yield parameter
+
+
+def initial(parameter: Parameter, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """A new tensor by the spec's `init:`. Matrices are [in, out], so fan-in is the first axis."""
+    value = torch.empty(parameter.shape, device=device, dtype=dtype)
+    if device.type == "meta":
+        return value
+    args = parameter.init_args
+    with torch.no_grad():
+        match parameter.init:
+            case "zeros":
+                return value.zero_()
+            case "ones":
+                return value.fill_(1.0)
+            case "constant":
+                return value.fill_(args[0])
+            case "normal":
+                return value.normal_(0.0, args[0] if args else 0.02)
+            case "uniform":
+                return value.uniform_(-args[0], args[0])
+            case "linear":  # torch.nn.Linear's default
+                bound = 1 / math.sqrt(args[0])
+                return value.uniform_(-bound, bound)
+            case "kaiming_uniform":  # a = sqrt(5), as loralib
+                bound = 1 / math.sqrt(parameter.shape[0])
+                return value.uniform_(-bound, bound)
+    raise AssertionError(f"init '{parameter.init}' is in the language but not here")

@@ -1,0 +1,224 @@
+"""The driver: the public functions, and the only module that knows the library of passes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+import passes
+from peftc import delta, verify
+from peftc.algebra import constant_form
+from peftc.capture import capture, dummy_inputs
+from peftc.folding import Folding, Report
+from peftc.model import CompiledModel, attach
+from peftc.pipeline import PassResult, Pipeline
+from peftc.planning import Plan, make_plan
+from peftc.program import Program
+from peftc.sites import Stacks
+from peftc.spec import Spec, combine, load_spec
+
+SpecLike = Spec | str | Path | Sequence[Spec | str | Path]
+
+
+@dataclass
+class Trace:
+    """What a compilation tells while it runs: results of passes, and the text after those asked for."""
+
+    after: Callable[[str, object], None] | None = None
+    results: list[PassResult] = field(default_factory=list)
+
+    def run(self, schedule: Sequence[Any], subject: Any) -> None:
+        self.results += Pipeline(verify.check, self.after).run(schedule, subject)
+
+
+def as_spec(spec: SpecLike) -> Spec:
+    """A Spec from a shipped name, a path, a Spec, or a sequence of these that act as one."""
+    if isinstance(spec, Spec):
+        return spec
+    if isinstance(spec, str | Path):
+        return load_spec(spec)
+    return combine([as_spec(one) for one in spec])
+
+
+def plan(
+    model: PreTrainedModel, spec: SpecLike, *, example: Mapping[str, torch.Tensor] | None = None
+) -> Plan:
+    """Decide what `spec` does to `model`, without changing anything. Works on the meta device too.
+
+    `example` is one batch by argument name, needed only where the inputs cannot be guessed.
+    Raises PlanError with every problem found.
+    """
+    return _plan(model, as_spec(spec), example, Trace())
+
+
+def _plan(
+    model: PreTrainedModel, spec: Spec, example: Mapping[str, torch.Tensor] | None, trace: Trace
+) -> Plan:
+    mode, flags = model.training, {}
+    if hasattr(model.config, "use_cache"):
+        flags["use_cache"] = False
+    try:
+        model.eval()
+        program = capture(model, "forward", example or dummy_inputs(model), flags)
+    finally:
+        model.train(mode)
+    trace.run((passes.Normalize(),), program)
+    backbone = {path: tuple(weight.shape) for path, weight in model.named_parameters()}
+    return make_plan(spec, program, Stacks.read(model), backbone)
+
+
+def compile(  # the name that users of torch expect
+    model: PreTrainedModel,
+    spec: SpecLike,
+    *,
+    example: Mapping[str, torch.Tensor] | None = None,
+    trace: Trace | None = None,
+) -> CompiledModel:
+    """A model of the same class whose forward runs graphs with the deltas of `spec` inserted.
+
+    Weights are shared with `model`, not copied, and frozen; `peftc.detach` gives the model back. Graphs
+    are captured when an entry (forward, encode, prefill, decode) is first used.
+    """
+    if isinstance(model, CompiledModel):
+        raise delta.DeltaError("the model is compiled already; combine specs in a list: [spec, spec]")
+    trace = trace or Trace()
+    return _attach(model, _plan(model, as_spec(spec), example, trace), trace)
+
+
+def _attach(model: PreTrainedModel, plan: Plan, trace: Trace, form: str = "training") -> CompiledModel:
+    schedule = passes.train(plan.edits)
+
+    def transform(program: Program) -> None:
+        trace.run(schedule, program)
+
+    return attach(model, plan, transform, form)
+
+
+def load(path: str | Path, backbone: PreTrainedModel | None = None) -> CompiledModel:
+    """Deltas from disk on their backbone: the one given, or the one that their manifest names.
+
+    Raises DeltaError when the directory is damaged or the backbone is another one.
+    """
+    path = Path(path)
+    manifest = delta.read_manifest(path)
+    if backbone is None:
+        backbone = _named_backbone(manifest)
+    trace = Trace()
+    plan = _restored_plan(manifest, _plan(backbone, delta.spec_of(manifest, path), None, trace))
+    delta.check_backbone(manifest, backbone, plan)
+    model = _attach(backbone, plan, trace, manifest["form"])
+    slots = {f"deltas.{k}": v for k, v in model.deltas.values().items()}
+    weights = dict(backbone.named_parameters())
+    slots |= {one.path: weights[one.path] for one in plan.unfrozen}
+    tensors = delta.read_tensors(path, {k: tuple(v.shape) for k, v in slots.items()})
+    with torch.no_grad():
+        for name, slot in slots.items():
+            slot.copy_(tensors[name])
+    return model
+
+
+def _restored_plan(manifest: Mapping[str, Any], plan: Plan) -> Plan:
+    """The plan in the form that was saved: constants evaluated, folded edits gone."""
+    edits = plan.edits
+    if manifest["form"] == "stored":
+        edits = tuple(constant_form(edit) for edit in edits)
+    left = set(manifest["edits"])
+    return replace(plan, edits=tuple(edit for edit in edits if edit.name in left))
+
+
+def _named_backbone(manifest: Mapping[str, Any]) -> PreTrainedModel:
+    name, kind = manifest["backbone"]["name"], manifest["backbone"]["class"]
+    cls = getattr(transformers, kind, None)
+    if not name or cls is None:
+        raise delta.DeltaError(f"the deltas name no backbone ({kind}); pass backbone=model")
+    model: PreTrainedModel = cls.from_pretrained(name)
+    return model
+
+
+def merge(
+    model: CompiledModel, *, trace: Trace | None = None
+) -> tuple[PreTrainedModel, Report]:
+    """Fold what algebra can fold into a copy of the backbone, in float64, cast once.
+
+    Returns a plain Hugging Face model when everything folded; otherwise a compiled model with what is
+    left over the folded backbone. The report names every delta, and what kept it if it stayed. Unfolded
+    and folded are compared on a seeded batch.
+    """
+    trace = trace or Trace()
+    backbone = copy.deepcopy(model.__dict__["_backbone"])
+    weights = dict(backbone.named_parameters(remove_duplicate=False))
+    for path, required in model.__dict__["_required_grad"].items():
+        weights[path].requires_grad_(required)
+    folding = Folding(
+        list(model.plan.edits),
+        dict(model.deltas.values()),
+        backbone.get_parameter,
+        _tied(backbone),
+    )
+    trace.run(passes.FOLD, folding)
+    with torch.no_grad():
+        for path, weight in folding.weights.items():
+            weights[path].copy_(weight)
+    merged: PreTrainedModel = backbone.train(model.training)
+    if folding.edits:
+        left = replace(model.plan, edits=tuple(folding.edits))
+        merged = _attach(backbone, left, trace, "stored")
+        for path, value in merged.deltas.values().items():
+            value.data.copy_(folding.tensors[path])
+    return merged, _report(model, merged, folding)
+
+
+def _tied(model: PreTrainedModel) -> frozenset[str]:
+    paths: dict[int, list[str]] = {}
+    for path, weight in model.named_parameters(remove_duplicate=False):
+        paths.setdefault(id(weight), []).append(path)
+    return frozenset(path for group in paths.values() if len(group) > 1 for path in group)
+
+
+def _report(model: CompiledModel, merged: PreTrainedModel, folding: Folding) -> Report:
+    inputs = seeded_inputs(model)
+    before, after = outputs(model, inputs), outputs(merged, inputs)
+    bare = outputs(model.__dict__["_backbone"], inputs)
+    return Report(
+        tuple(folding.outcomes),
+        error=verify.difference(before, after),
+        scale=verify.magnitude(before),
+        changed=verify.difference(before, bare),
+    )
+
+
+def seeded_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """One batch for a certificate, the same each time; token ids avoid the special ones at the start."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = dummy_inputs(model)
+    for name, tensor in inputs.items():
+        if name.endswith("input_ids"):
+            low, high = min(10, model.config.vocab_size // 2), model.config.vocab_size
+            ids = torch.randint(low, high, tensor.shape, generator=generator)
+            inputs[name] = ids.to(tensor.device)
+        elif tensor.is_floating_point():
+            noise = torch.randn(tensor.shape, generator=generator)
+            inputs[name] = noise.to(tensor)
+    if "attention_mask" in inputs:
+        inputs["attention_mask"][0, -3:] = 0
+    return inputs
+
+
+def outputs(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Output tensors in evaluation mode, without a cache."""
+    mode = model.training
+    flags = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+    try:
+        model.eval()
+        with torch.no_grad():
+            fields = model(**inputs, **flags)
+    finally:
+        model.train(mode)
+    return {k: v for k, v in fields.items() if isinstance(v, torch.Tensor)}

@@ -1,0 +1,39 @@
+"""An Edit: one delta at one site, with its tensors named and sized. Pure data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from peftc.sites import Site
+from peftc.spec import Entry
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A delta tensor: `name` in the expression, `path` in the module tree, shape in numbers."""
+
+    name: str
+    path: str
+    shape: tuple[int, ...]
+    init: str
+    init_args: tuple[float, ...]
+    trainable: bool
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One delta at one site. `path` is where its own tensors live among the deltas."""
+
+    site: Site
+    entry: Entry
+    path: str
+    parameters: tuple[Parameter, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.site.name}:{self.entry.method}"

@@ -1,0 +1,176 @@
+"""Lowering: an expression of the spec language becomes fx nodes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from peftc.expr import Call, Expr, Name, Number, names
+from peftc.ops import OPS
+from peftc.program import Program, aten
+
+Operand = fx.Node | float | int
+
+
+@functools.cache
+def target(op: str) -> Any:
+    """The torch function that the op table names, such as `aten.relu.default`."""
+    found: Any = torch.ops
+    for part in OPS[op].target.split("."):
+        found = getattr(found, part)
+    return found
+
+
+@dataclass
+class Builder:
+    """Adds named, tagged nodes to one Program. With a `memo`, equal calls are one node."""
+
+    program: Program
+    label: str = ""
+    tag: str = ""
+    stack: Any = None
+    inserted: list[fx.Node] = field(default_factory=list)
+    memo: dict[str, fx.Node] | None = None
+
+    def call(self, fn: Any, *args: Any, name: str = "", **kwargs: Any) -> fx.Node:
+        key = f"{fn} {args} {kwargs}"
+        if self.memo is not None and key in self.memo:
+            return self.memo[key]
+        graph = self.program.graph
+        node = graph.create_node("call_function", fn, args, kwargs, name=f"{self.label}_{name}")
+        node.meta["delta"] = self.tag
+        if self.stack is not None:
+            node.meta["nn_module_stack"] = self.stack
+        self.inserted.append(node)
+        if self.memo is not None:
+            self.memo[key] = node
+        return node
+
+    def lower(self, expr: Expr, env: Mapping[str, Operand], name: str) -> Operand:
+        """Nodes for `expr`; the last one is called `name`. `env` binds ports, parameters and numbers."""
+        if isinstance(expr, Number):
+            return expr.value
+        if isinstance(expr, Name):
+            return env[expr.id]
+        special = _SPECIAL.get(expr.op)
+        if special is not None:
+            return special(self, expr, env, name)
+        args = [self.lower(arg, env, f"{name}_{expr.op}") for arg in expr.args]
+        if not any(isinstance(arg, fx.Node) for arg in args):
+            return _SCALAR[expr.op](*args)
+        return self.call(target(expr.op), *_tensor_first(self, expr.op, args), name=name)
+
+
+_SCALAR: Mapping[str, Callable[..., float]] = {
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b,
+    "div": lambda a, b: a / b,
+    "floordiv": lambda a, b: a // b,
+    "neg": lambda a: -a,
+}
+
+
+def _tensor_first(builder: Builder, op: str, args: list[Operand]) -> list[Operand]:
+    """aten's binary ops want the tensor on the left."""
+    if len(args) != 2 or isinstance(args[0], fx.Node):
+        return args
+    if op in ("add", "mul"):
+        return [args[1], args[0]]
+    flipped = {"sub": (aten.neg.default, "neg"), "div": (aten.reciprocal.default, "reciprocal")}
+    fn, name = flipped[op]
+    return [builder.call(fn, args[1], name=name), args[0]]
+
+
+def _add(builder: Builder, expr: Call, env: Mapping[str, Operand], name: str) -> Operand:
+    """`h + c * e` with a constant c is one kernel: add with alpha."""
+    left, right = expr.args
+    factor, rest = _constant_factor(right, env)
+    a, b = builder.lower(left, env, f"{name}_left"), builder.lower(rest, env, f"{name}_delta")
+    if isinstance(a, fx.Node) and isinstance(b, fx.Node) and factor != 1:
+        return builder.call(aten.add.Tensor, a, b, name=name, alpha=factor)
+    if not isinstance(b, fx.Node):
+        b = b * factor
+    elif factor != 1:
+        b = builder.call(aten.mul.Tensor, b, factor, name=f"{name}_scaled")
+    if not isinstance(a, fx.Node) and not isinstance(b, fx.Node):
+        return a + b
+    a, b = (a, b) if isinstance(a, fx.Node) else (b, a)
+    return builder.call(aten.add.Tensor, a, b, name=name)
+
+
+def _constant_factor(expr: Expr, env: Mapping[str, Operand]) -> tuple[float | int, Expr]:
+    if isinstance(expr, Call) and expr.op == "mul":
+        left, right = expr.args
+        if all(not isinstance(env[n], fx.Node) for n in names(left)) and _is_arithmetic(left):
+            return _arithmetic(left, env), right
+    return 1, expr
+
+
+def _is_arithmetic(expr: Expr) -> bool:
+    if isinstance(expr, Call):
+        return expr.op in _SCALAR and all(_is_arithmetic(arg) for arg in expr.args)
+    return True
+
+
+def _arithmetic(expr: Expr, env: Mapping[str, Operand]) -> float | int:
+    if isinstance(expr, Number):
+        return expr.value
+    if isinstance(expr, Name):
+        value = env[expr.id]
+        assert not isinstance(value, fx.Node)
+        return value
+    return _SCALAR[expr.op](*(_arithmetic(arg, env) for arg in expr.args))
+
+
+def _split_heads(builder: Builder, expr: Call, env: Mapping[str, Operand], name: str) -> Operand:
+    """[l, n * head_dim] -> [n, l, head_dim]"""
+    rows = builder.lower(expr.args[0], env, f"{name}_rows")
+    heads = builder.lower(expr.args[1], env, name)
+    split = builder.call(aten.unflatten.int, rows, -1, [heads, -1], name=f"{name}_split")
+    return builder.call(aten.transpose.int, split, 0, 1, name=name)
+
+
+def _prepend(builder: Builder, expr: Call, env: Mapping[str, Operand], name: str) -> Operand:
+    """P [n, l, head_dim] before k [batch, n, keys, head_dim] along the keys."""
+    prefix = builder.lower(expr.args[0], env, f"{name}_prefix")
+    keys = builder.lower(expr.args[1], env, name)
+    batch = builder.call(aten.sym_size.int, keys, 0, name=f"{name}_batch")
+    row = builder.call(aten.unsqueeze.default, prefix, 0, name=f"{name}_row")
+    rows = builder.call(aten.expand.default, row, [batch, -1, -1, -1], name=f"{name}_rows")
+    return builder.call(aten.cat.default, [rows, keys], -2, name=name)
+
+
+def _dropout(builder: Builder, expr: Call, env: Mapping[str, Operand], name: str) -> Operand:
+    x = builder.lower(expr.args[0], env, f"{name}_x")
+    p = builder.lower(expr.args[1], env, name)
+    if p == 0 or not builder.program.training:
+        return x
+    return builder.call(aten.dropout.default, x, p, True, name=name)
+
+
+def _last_axis(*more: Any, **kwargs: Any) -> Callable[..., Operand]:
+    def rule(builder: Builder, expr: Call, env: Mapping[str, Operand], name: str) -> Operand:
+        x = builder.lower(expr.args[0], env, f"{name}_x")
+        return builder.call(target(expr.op), x, *more, name=name, **kwargs)
+
+    return rule
+
+
+_SPECIAL: Mapping[str, Callable[[Builder, Call, Mapping[str, Operand], str], Operand]] = {
+    "add": _add,
+    "split_heads": _split_heads,
+    "prepend": _prepend,
+    "dropout": _dropout,
+    "softmax": _last_axis(-1),
+    "sum": _last_axis([-1]),
+    "transpose": _last_axis(-2, -1),
+    "gelu_tanh": _last_axis(approximate="tanh"),
+}
+
+

@@ -1,0 +1,286 @@
+"""The Plan: Spec x Program, decided and checked before the graph is touched. Pure data."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+
+from peftc import expr as ex
+from peftc.errors import PeftcError, suggest
+from peftc.algebra import constant_form, port_shapes, shapes
+from peftc.edit import Edit, Parameter
+from peftc.ports import SITES
+from peftc.program import Program
+from peftc.sites import Site, Stacks, find_sites
+from peftc.spec import Entry, Param, Spec
+
+
+class PlanError(PeftcError):
+    """A spec that does not fit this model: one line for each problem."""
+
+
+@dataclass(frozen=True)
+class Unfrozen:
+    """A backbone parameter that trains (BitFit, the task head)."""
+
+    path: str
+    numel: int
+    at: str
+
+
+@dataclass(frozen=True)
+class Miss:
+    """A site that an entry named and that is left alone, and why."""
+
+    entry: str
+    site: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Match:
+    """How many sites an entry of the spec found."""
+
+    entry: Entry
+    sites: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Elements. `weights` as the paper counts (no biases, no head, no reparametrising MLP), `stored` with
+    biases after constant folding, `training` all that trains."""
+
+    backbone: int
+    weights: int
+    stored: int
+    training: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a spec does to a model. `matches` has one row for each entry of the spec."""
+
+    spec: Spec
+    edits: tuple[Edit, ...]
+    unfrozen: tuple[Unfrozen, ...]
+    misses: tuple[Miss, ...]
+    matches: tuple[Match, ...]
+    parameters: Counts
+    sites: tuple[Site, ...] = field(repr=False)
+
+    @property
+    def site_counts(self) -> dict[str, int]:
+        """How many sites of each kind the edits touch; a part (`attention.q`) counts as its whole."""
+        counts: dict[str, set[str]] = {}
+        for edit in self.edits:
+            counts.setdefault(edit.site.at.partition(".")[0], set()).add(edit.site.scope)
+        return {kind: len(scopes) for kind, scopes in counts.items()}
+
+
+def make_plan(
+    spec: Spec, program: Program, stacks: Stacks, backbone: Mapping[str, tuple[int, ...]]
+) -> Plan:
+    """Match every entry of `spec` to the sites of `program`.
+
+    `backbone` is the shape of each parameter by its canonical path. Raises PlanError with every
+    problem: an entry without a site, a broken `expect`, shapes that do not fit.
+    """
+    sites = find_sites(program, stacks)
+    problems: list[str] = []
+    edits: list[Edit] = []
+    unfrozen: dict[str, Unfrozen] = {}
+    misses: list[Miss] = []
+    matches: list[Match] = []
+    taken: set[str] = set()
+    for index, entry in enumerate(spec.entries):
+        chosen = [site for site in sites if _selects(entry, site)]
+        if entry.train:
+            found = list(_unfrozen(entry, chosen, backbone))
+            unfrozen |= {one.path: one for one in found}
+            matches.append(Match(entry, len(found), sum(one.numel for one in found)))
+            problems += _unmatched(entry, len(found), sites)
+            continue
+        placed, missed, broken = _edits(entry, entry.method, chosen)
+        if taken & _paths(placed):  # the same method twice at one site
+            placed, missed, broken = _edits(entry, f"{entry.method}_{index}", chosen)
+        taken |= _paths(placed)
+        problems += broken or _unmatched(entry, len(placed), sites)
+        edits += placed
+        misses += missed
+        matches.append(Match(entry, len(placed), _numel(placed)))
+    if problems:
+        raise PlanError("\n".join(problems))
+    counts = _counts(edits, list(unfrozen.values()), backbone)
+    return Plan(
+        spec, tuple(edits), tuple(unfrozen.values()), tuple(misses), tuple(matches), counts, sites
+    )
+
+
+def _selects(entry: Entry, site: Site) -> bool:
+    where = entry.where
+    return (
+        site.at == entry.at
+        and (entry.scope is None or fnmatch.fnmatchcase(site.scope, entry.scope))
+        and (where.stack is None or where.stack == site.stack)
+        and (where.kind is None or where.kind == site.kind)
+        and (where.layers is None or site.layer in where.layers)
+    )
+
+
+def _unfrozen(
+    entry: Entry, sites: Sequence[Site], backbone: Mapping[str, tuple[int, ...]]
+) -> Iterator[Unfrozen]:
+    """Parameters by the last component of their name (never by substring), of the chosen sites if any."""
+    owners = {f"{site.scope}." for site in sites}
+    for path, shape in backbone.items():
+        owner, _, last = path.rpartition(".")
+        if last not in entry.train:
+            continue
+        if entry.at and f"{owner}." not in owners:
+            continue
+        if entry.scope and not entry.at and not fnmatch.fnmatchcase(owner, entry.scope):
+            continue
+        yield Unfrozen(path, prod(shape), entry.at)
+
+
+def _unmatched(entry: Entry, count: int, sites: Sequence[Site]) -> list[str]:
+    what = f"'{entry.at or ', '.join(entry.train)}' of {entry.method}"
+    if entry.expect is not None and count != entry.expect:
+        return [f"{entry.place}: {what} matches {count} sites, expect: {entry.expect}"]
+    if count:
+        return []
+    return [f"{entry.place}: {what} matches no site of this model; {_advice(entry, sites)}"]
+
+
+def _advice(entry: Entry, sites: Sequence[Site]) -> str:
+    kinds: dict[str, int] = {}
+    for site in sites:
+        kinds[site.at] = kinds.get(site.at, 0) + 1
+    same = [site for site in sites if site.at == entry.at]
+    if same:
+        stacks = sorted({f"stack: {s.stack}" + (f", kind: {s.kind}" if s.kind else "") for s in same})
+        layers = sorted({s.layer for s in same if s.layer is not None})
+        span = f"; layers {layers[0]}-{layers[-1]}" if layers else ""
+        scopes = "" if entry.scope is None else f"; scopes such as {same[0].scope}"
+        return f"without `where` it has {len(same)}: " + " | ".join(stacks) + span + scopes
+    if entry.train:
+        return "no parameter's name ends so"
+    found = ", ".join(f"{kind} ({n})" for kind, n in sorted(kinds.items()))
+    return (suggest(entry.at, kinds) + " " if suggest(entry.at, kinds) else "") + f"found: {found}"
+
+
+def _edits(
+    entry: Entry, label: str, sites: Sequence[Site]
+) -> tuple[list[Edit], list[Miss], list[str]]:
+    placed: list[Edit] = []
+    missed: list[Miss] = []
+    problems: dict[str, str] = {}
+    shared: dict[str, tuple[int, ...]] = {}
+    for site in sites:
+        reason = _unfit(entry, site)
+        if reason:
+            missed.append(Miss(entry.method, site.name, reason))
+            continue
+        try:
+            path = f"{site.scope}.{site.at.replace('.', '_')}.{label}"
+            edit = Edit(site, entry, path, tuple(_parameter(p, site, entry, label) for p in entry.params))
+            _check_shapes(edit)
+        except ex.ExprError as error:
+            problems.setdefault(error.fact, f"{entry.place}: at {site.name}: {error.fact}")
+            continue
+        for parameter in edit.parameters:
+            if shared.setdefault(parameter.path, parameter.shape) != parameter.shape:
+                problems[parameter.path] = (
+                    f"{entry.place}: parameter '{parameter.name}' is shared by sites of different shapes: "
+                    f"{list(shared[parameter.path])} and {list(parameter.shape)} (at {site.name})"
+                )
+        placed.append(edit)
+    return placed, missed, list(problems.values())
+
+
+def _unfit(entry: Entry, site: Site) -> str:
+    ports = {port for port, _ in entry.assign}
+    used = {name for _, expression in (*entry.let, *entry.assign) for name in ex.names(expression)}
+    if "b" in (ports | used) and "b" in SITES[entry.at].ports and "b" not in site.anchors:
+        return "this linear has no bias"
+    if site.columns is not None and ports & {"W", "b"}:
+        return "a slice of a fused projection has no weight of its own"
+    return ""
+
+
+def _paths(edits: Iterable[Edit]) -> set[str]:
+    return {p.path for edit in edits for p in edit.parameters}
+
+
+def _parameter(param: Param, site: Site, entry: Entry, label: str) -> Parameter:
+    sizes = {**entry.arguments, **site.dims}
+    shape = tuple(_size(dim, sizes, param) for dim in param.shape)
+    group = {
+        "site": f"{site.scope}.{site.at.replace('.', '_')}",
+        "kind": f"shared.{site.group}",
+        "shape": "shared." + "x".join(map(str, shape)),
+        "model": "shared.model",
+    }[param.per]
+    path = f"{group}.{label}.{param.name}"
+    args = tuple(float(ex.number(arg, sizes)) for arg in param.init.args)
+    return Parameter(param.name, path, shape, param.init.name, args, param.trainable)
+
+
+def _size(dim: ex.Expr, sizes: Mapping[str, float | int], param: Param) -> int:
+    size = ex.number(dim, sizes)
+    if size != int(size) or size < 0:
+        raise ex.ExprError(0, f"'{param.name}' has a size of {size} ({ex.show(dim)})", "")
+    return int(size)
+
+
+def _check_shapes(edit: Edit) -> None:
+    """The language's own shape rules, now with this site's numbers."""
+    site, entry = edit.site, edit.entry
+    ports = port_shapes(site)
+    known = shapes(edit)
+    for name, expression in entry.let:
+        known[name] = ex.infer(expression, known)
+    for port, expression in entry.assign:
+        got, want = ex.infer(expression, known), ports[port]
+        if port in ("k", "v"):  # the number of keys may grow
+            got, want = (got[:-2] + got[-1:], want[:-2] + want[-1:])
+        if got[-1:] != want[-1:] and got != ():
+            raise ex.ExprError(
+                0, f"'{port}' has the shape {_text(want)} but is assigned {_text(got)}", ""
+            )
+
+
+def _text(shape: ex.Shape) -> str:
+    return "[" + ", ".join(map(str, shape)) + "]"
+
+
+def _numel(edits: Iterable[Edit]) -> int:
+    unique = {p.path: p.numel for edit in edits for p in edit.parameters if p.trainable}
+    return sum(unique.values())
+
+
+def _counts(
+    edits: Sequence[Edit], unfrozen: Sequence[Unfrozen], backbone: Mapping[str, tuple[int, ...]]
+) -> Counts:
+    stored = [constant_form(edit) for edit in edits]
+    free = sum(one.numel for one in unfrozen)
+    headless = sum(one.numel for one in unfrozen if one.at != "head")
+    return Counts(
+        backbone=sum(prod(shape) for shape in backbone.values()),
+        weights=headless + _matrices(stored),
+        stored=free + _numel(stored),
+        training=free + _numel(edits),
+    )
+
+
+def _matrices(edits: Sequence[Edit]) -> int:
+    """Matrices alone, except for an entry that has none (IA3): there the vectors are the method."""
+    counted: dict[str, int] = {}
+    for edit in edits:
+        mine = [p for p in edit.parameters if p.trainable]
+        matrices = [p for p in mine if len(p.shape) > 1]
+        counted |= {p.path: p.numel for p in matrices or mine}
+    return sum(counted.values())

@@ -1,0 +1,143 @@
+"""The Program: one captured entry of a model, as a graph that is a pure function of its slots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Slot:
+    """What fills a placeholder: a `parameter`, `buffer` or `delta` by its path, a `constant`, an `input`."""
+
+    kind: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Read:
+    """A port that is an operand: assigning it changes what this one consumer reads."""
+
+    user: fx.Node
+    index: int
+
+    @property
+    def node(self) -> fx.Node:
+        value = self.user.args[self.index]
+        assert isinstance(value, fx.Node)
+        return value
+
+
+@dataclass(frozen=True)
+class Value:
+    """A port that is a result: assigning it changes what every consumer reads."""
+
+    node: fx.Node
+
+
+Port = Read | Value
+
+
+@dataclass
+class Program:
+    """A captured entry. `slots` maps each placeholder to what fills it; the graph holds no state."""
+
+    entry: str
+    module: fx.GraphModule
+    slots: dict[str, Slot]
+    constants: dict[str, torch.Tensor]
+    out_spec: pytree.TreeSpec
+    training: bool = False
+    output_type: type = dict
+    replaced: dict[fx.Node, fx.Node] = field(default_factory=dict)
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.module.graph
+
+    def slot(self, node: fx.Node) -> Slot | None:
+        return self.slots.get(node.name) if node.op == "placeholder" else None
+
+    def parameter(self, node: object) -> str | None:
+        """The path of the backbone parameter that `node` is, or None."""
+        slot = self.slot(node) if isinstance(node, fx.Node) else None
+        return slot.name if slot and slot.kind == "parameter" else None
+
+    def current(self, node: fx.Node) -> fx.Node:
+        """`node`, or what the latest edit put in its place."""
+        while node in self.replaced:
+            node = self.replaced[node]
+        return node
+
+    def placeholder(self, name: str, slot: Slot) -> fx.Node:
+        """The placeholder filled by `slot`; added behind the others when there is none yet."""
+        last = None
+        for node in self.graph.nodes:
+            if node.op != "placeholder":
+                break
+            if self.slots.get(node.name) == slot:
+                return node
+            last = node
+        with self.graph.inserting_after(last) if last else self.graph.inserting_before():
+            node = self.graph.placeholder(name)
+        self.slots[node.name] = slot
+        return node
+
+    def splice(self, port: Port, new: fx.Node, inserted: Sequence[fx.Node]) -> None:
+        """Put `new` where `port` was. The only function that changes edges of the graph."""
+        if isinstance(port, Read):
+            port.user.update_arg(port.index, new)
+            return
+        old = self.current(port.node)
+        keep = set(inserted)
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in keep)
+        self.replaced[old] = new
+
+    def finish(self) -> None:
+        """Check the graph and compile it to code; call after edits."""
+        self.graph.lint()
+        self.module.recompile()
+
+    def bind(
+        self, fetch: Mapping[str, Callable[[str], torch.Tensor]], inputs: Mapping[str, torch.Tensor]
+    ) -> list[Any]:
+        """The placeholder values in order. `fetch` has one function for each kind of stored slot."""
+        return [
+            inputs[slot.name]
+            if slot.kind == "input"
+            else self.constants[slot.name]
+            if slot.kind == "constant"
+            else fetch[slot.kind](slot.name)
+            for slot in self.order()
+        ]
+
+    def order(self) -> Iterator[Slot]:
+        for node in self.graph.nodes:
+            if node.op == "placeholder":
+                yield self.slots[node.name]
+
+    def run(
+        self, fetch: Mapping[str, Callable[[str], torch.Tensor]], inputs: Mapping[str, torch.Tensor]
+    ) -> Any:
+        """Evaluate the graph and give the outputs their structure back."""
+        return pytree.tree_unflatten(self.module(*self.bind(fetch, inputs)), self.out_spec)
+
+
+def scope_of(node: fx.Node) -> str:
+    """The path of the innermost module that `node` was traced in."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path: str = next(reversed(stack.values()))[0]
+    return path.partition(".")[2]
+
+
+def is_call(node: object, *targets: Any) -> bool:
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
