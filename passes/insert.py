@@ -8,9 +8,9 @@ import torch
 from torch import fx
 
 from peftc import dataflow as flow
-from peftc.algebra import constant_parts, inlined, put, shapes
+from peftc.algebra import constant_parts, inlined, put, shape_of
 from peftc.edit import Edit
-from peftc.expr import Call, Expr, Name, infer, names
+from peftc.expr import Call, Expr, Name, names
 from peftc.lower import Builder, Operand
 from peftc.pipeline import PassError
 from peftc.program import Port, Program, Read, Slot, Value, aten, is_call
@@ -26,7 +26,7 @@ class Insert:
 
     def run(self, program: Program) -> int:
         top = next(node for node in program.graph.nodes if node.op != "placeholder")
-        shared = Builder(program, memo={})
+        shared = Builder(program.graph, program.training, memo={})
         count = 0
         for edit in self.edits:
             places = locate(program, edit.site)
@@ -53,7 +53,7 @@ def _insert(program: Program, edit: Edit, ports: Ports, shared: Builder, top: fx
         with program.graph.inserting_before(top):
             hoisted = _hoist(expression, edit, env, shared)
         stack = _first(place).meta.get("nn_module_stack")
-        builder = Builder(program, edit.entry.method, edit.name, stack)
+        builder = Builder(program.graph, program.training, edit.entry.method, edit.name, stack)
         with program.graph.inserting_before(_anchor(program, place, ports, expression)):
             result = builder.lower(hoisted, env, port)
         if not isinstance(result, fx.Node):
@@ -108,8 +108,7 @@ def _added_keys(expression: Expr, edit: Edit) -> int:
     if not isinstance(expression, Call) or expression.op != "prepend":
         return 0
     rows, keys = expression.args
-    shape = infer(rows, shapes(edit))
-    return int(shape[-2]) + _added_keys(keys, edit)
+    return int(shape_of(rows, edit)[-2]) + _added_keys(keys, edit)
 
 
 def extend_mask(program: Program, ports: Ports, length: int) -> None:
@@ -145,7 +144,7 @@ def _padded(program: Program, place: Read, length: int) -> fx.Node:
 def _explicit_causal(program: Program, sdpa: fx.Node, length: int) -> None:
     """`is_causal` aligns at the top left, so with keys in front it must become a mask [queries, keys]."""
     query, keys = sdpa.args[0], sdpa.args[1]
-    builder = Builder(program, "prefix", "mask")
+    builder = Builder(program.graph, label="prefix", tag="mask")
     with program.graph.inserting_before(sdpa):
         rows = builder.call(aten.sym_size.int, query, -2, name="queries")
         columns = builder.call(aten.sym_size.int, keys, -2, name="keys")

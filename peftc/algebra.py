@@ -11,14 +11,12 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from peftc.edit import Edit, Parameter
-from peftc.expr import Call, Expr, Name, Shape, infer, names, substitute
+from peftc.expr import Call, Expr, Name, Number, Shape, infer, names, substitute
 from peftc.lower import Builder
 from peftc.ops import OPS
 from peftc.ports import SITES
-from peftc.program import Program
 from peftc.sites import Site
 
 Tensors = Mapping[str, torch.Tensor]
@@ -32,10 +30,16 @@ def port_shapes(site: Site) -> dict[str, Shape]:
     }
 
 
-def shapes(edit: Edit) -> dict[str, Shape]:
-    """The shape of every name that the edit's expressions may read, `let` names excepted."""
-    numbers: dict[str, Shape] = {name: () for name in (*edit.entry.arguments, *edit.site.dims)}
-    return {**port_shapes(edit.site), **numbers, **{p.name: p.shape for p in edit.parameters}}
+def numbers(edit: Edit) -> dict[str, float | int]:
+    """The names that stand for numbers here: arguments and dims."""
+    return {**edit.entry.arguments, **edit.site.dims}
+
+
+def shape_of(expression: Expr, edit: Edit, lets: Mapping[str, Shape] | None = None) -> Shape:
+    """The shape of an expression at this site. Raises ExprError where shapes do not fit."""
+    values = {name: Number(value) for name, value in numbers(edit).items()}
+    known = {**port_shapes(edit.site), **{p.name: p.shape for p in edit.parameters}, **(lets or {})}
+    return infer(substitute(expression, values), known)
 
 
 def inlined(edit: Edit) -> tuple[dict[str, Expr], dict[str, Expr]]:
@@ -57,7 +61,7 @@ def constant_form(edit: Edit) -> Edit:
     found: dict[Expr, Parameter] = {}
     for port, expression in assigned.items():
         for part in constant_parts(expression, edit):
-            shape = tuple(int(n) for n in infer(part, shapes(edit)))
+            shape = tuple(int(n) for n in shape_of(part, edit))
             if torch.Size(shape).numel() <= sum(sizes[n] for n in names(part) if n in sizes):
                 label = next((name for name, one in lets.items() if one == part), f"{port}_constant")
                 trainable = any(p.trainable for p in edit.parameters if p.name in names(part))
@@ -89,19 +93,15 @@ def constant_values(edit: Edit, tensors: Tensors) -> dict[str, torch.Tensor]:
             if parameter.name == f"{port}_constant"
             for one in constant_parts(expression, edit)
         )
-        value = evaluate(part, env, _numbers(edit))
+        value = evaluate(part, env, numbers(edit))
         values[parameter.path] = value.to(next(iter(env.values())).dtype)
     return values
-
-
-def _numbers(edit: Edit) -> dict[str, float | int]:
-    return {**edit.entry.arguments, **edit.site.dims}
 
 
 def constant_parts(expression: Expr, edit: Edit) -> list[Expr]:
     """The maximal calls that read parameters and numbers alone, from left to right."""
     parameters = {p.name for p in edit.parameters}
-    free = parameters | set(_numbers(edit))
+    free = parameters | set(numbers(edit))
     read = set(names(expression))
     if not isinstance(expression, Call):
         return []
@@ -124,9 +124,7 @@ def evaluate(expression: Expr, env: Tensors, numbers: Mapping[str, float | int])
     graph = fx.Graph()
     read = [name for name in names(expression) if name in env]
     nodes = {name: graph.placeholder(f"p_{name}") for name in read}
-    program = Program("fold", fx.GraphModule({}, graph), {}, {}, pytree.tree_structure(None))
-    program.module.graph = graph
-    result = Builder(program, "fold").lower(expression, {**numbers, **nodes}, "value")
+    result = Builder(graph).lower(expression, {**numbers, **nodes}, "value")
     if not isinstance(result, fx.Node):
         return torch.tensor(float(result), dtype=torch.float64)
     graph.output(result)

@@ -189,16 +189,13 @@ def dummy_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 class _Traced(nn.Module):
-    def __init__(self, model: PreTrainedModel, entry: Entry, flags: Mapping[str, Any]) -> None:
+    def __init__(self, model: PreTrainedModel, call: Callable[[Tensors], dict[str, Any]]) -> None:
         super().__init__()
         self.model = model
-        self.entry = entry
-        self.flags = dict(flags)
-        self.output_type: type = dict
+        self.call = call
 
-    def forward(self, tensors: Tensors) -> Mapping[str, Any]:
-        self.output_type, fields = self.entry.call(self.model, tensors, self.flags)
-        return fields
+    def forward(self, tensors: Tensors) -> dict[str, Any]:
+        return self.call(tensors)
 
 
 def capture(
@@ -219,11 +216,17 @@ def capture(
         k: {i: auto for i, a in enumerate(axes(k, v.ndim, entry, seq2seq)) if a}
         for k, v in tensors.items()
     }
-    traced = _Traced(model, ENTRIES[entry], flags or {})
+    output_types: list[type] = []
+
+    def call(arguments: Tensors) -> dict[str, Any]:
+        output_type, fields = ENTRIES[entry].call(model, arguments, flags or {})
+        output_types.append(output_type)
+        return fields
+
     with _quiet():
         try:
             exported = torch.export.export(
-                traced,
+                _Traced(model, call),
                 (tensors,),
                 dynamic_shapes=(shapes,),
                 strict=False,
@@ -231,7 +234,7 @@ def capture(
         except Exception as error:
             raise CaptureError(_explain(model, entry, error)) from error
     program = _program(exported, entry, model, list(tensors))
-    program.output_type = traced.output_type
+    program.output_type = output_types[-1]
     _check_dynamic(program, model, shapes)
     return program
 

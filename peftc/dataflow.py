@@ -16,6 +16,7 @@ SOFTMAX = (aten.softmax.int, aten._softmax.default)
 DROPOUT = (aten.dropout.default, aten.native_dropout.default)
 ADD = (aten.add.Tensor, aten.add_.Tensor)
 MUL = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
+_RESHAPE = (aten.view.default, aten.reshape.default)
 # Ops that move or cast values but compute nothing.
 MOVE = (
     aten.view.default,
@@ -58,6 +59,20 @@ POINTWISE = ACTIVATION + ADD + MUL + (aten.sub.Tensor, aten.neg.default, aten.ex
 def x_index(linear: fx.Node) -> int:
     """Where a linear's input stands among its arguments (`addmm` is [bias, x, W])."""
     return 1 if linear.target is aten.addmm.default else 0
+
+
+def input_of(linear: fx.Node) -> Read:
+    """The operand x as the model has it: `addmm` flattens it to two axes first."""
+    read = Read(linear, x_index(linear))
+    flat = linear.target is aten.addmm.default and is_call(read.node, *_RESHAPE)
+    return Read(read.node, 0) if flat else read
+
+
+def result_of(linear: fx.Node) -> fx.Node:
+    """The result with the axes of x, behind the view that undoes the flattening for `addmm`."""
+    users = list(linear.users)
+    flat = linear.target is aten.addmm.default and len(users) == 1 and is_call(users[0], *_RESHAPE)
+    return users[0] if flat else linear
 
 
 def weight_of(linear: fx.Node) -> fx.Node:

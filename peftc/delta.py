@@ -107,6 +107,7 @@ def save(model: Any, path: Path, stored: bool = False) -> None:
         "backbone": {
             "name": model.config.name_or_path,
             "class": type(model).__name__,
+            "labels": _labels(model),
             "fingerprint": fingerprint(model, frozenset(one.path for one in plan.unfrozen)),
         },
     }
@@ -117,6 +118,12 @@ def save(model: Any, path: Path, stored: bool = False) -> None:
         (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
     write_directory(path, fill)
+
+
+def _labels(model: Any) -> dict[str, Any]:
+    """What a classifier's head is built from: a checkpoint without a head does not say it."""
+    config: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))
+    return {k: config[k] for k in ("id2label", "label2id") if k in config}
 
 
 def stored_values(model: Any, stored: bool) -> dict[str, torch.Tensor]:

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import PreTrainedModel
 
 import passes
-from peftc import delta, verify
+from peftc import backbones, delta, verify
 from peftc.algebra import constant_form
 from peftc.capture import capture, dummy_inputs
 from peftc.folding import Folding, Report
@@ -134,12 +133,10 @@ def _restored_plan(manifest: Mapping[str, Any], plan: Plan) -> Plan:
 
 
 def _named_backbone(manifest: Mapping[str, Any]) -> PreTrainedModel:
-    name, kind = manifest["backbone"]["name"], manifest["backbone"]["class"]
-    cls = getattr(transformers, kind, None)
-    if not name or cls is None:
-        raise delta.DeltaError(f"the deltas name no backbone ({kind}); pass backbone=model")
-    model: PreTrainedModel = cls.from_pretrained(name)
-    return model
+    named = manifest["backbone"]
+    if not named["name"]:
+        raise delta.DeltaError(f"the deltas name no backbone ({named['class']}); pass backbone=model")
+    return backbones.resolve(named["name"], cls=named["class"], settings=named.get("labels"))
 
 
 def merge(

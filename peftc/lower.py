@@ -12,7 +12,7 @@ from torch import fx
 
 from peftc.expr import Call, Expr, Name, Number, names
 from peftc.ops import OPS
-from peftc.program import Program, aten
+from peftc.program import aten
 
 Operand = fx.Node | float | int
 
@@ -28,10 +28,11 @@ def target(op: str) -> Any:
 
 @dataclass
 class Builder:
-    """Adds named, tagged nodes to one Program. With a `memo`, equal calls are one node."""
+    """Adds named, tagged nodes to one graph. With a `memo`, equal calls are one node."""
 
-    program: Program
-    label: str = ""
+    graph: fx.Graph
+    training: bool = False
+    label: str = "fold"
     tag: str = ""
     stack: Any = None
     inserted: list[fx.Node] = field(default_factory=list)
@@ -41,8 +42,7 @@ class Builder:
         key = f"{fn} {args} {kwargs}"
         if self.memo is not None and key in self.memo:
             return self.memo[key]
-        graph = self.program.graph
-        node = graph.create_node("call_function", fn, args, kwargs, name=f"{self.label}_{name}")
+        node = self.graph.create_node("call_function", fn, args, kwargs, name=f"{self.label}_{name}")
         node.meta["delta"] = self.tag
         if self.stack is not None:
             node.meta["nn_module_stack"] = self.stack
@@ -149,7 +149,7 @@ def _prepend(builder: Builder, expr: Call, env: Mapping[str, Operand], name: str
 def _dropout(builder: Builder, expr: Call, env: Mapping[str, Operand], name: str) -> Operand:
     x = builder.lower(expr.args[0], env, f"{name}_x")
     p = builder.lower(expr.args[1], env, name)
-    if p == 0 or not builder.program.training:
+    if p == 0 or not builder.training:
         return x
     return builder.call(aten.dropout.default, x, p, True, name=name)
 

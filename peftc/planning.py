@@ -9,7 +9,7 @@ from math import prod
 
 from peftc import expr as ex
 from peftc.errors import PeftcError, suggest
-from peftc.algebra import constant_form, port_shapes, shapes
+from peftc.algebra import constant_form, port_shapes, shape_of
 from peftc.edit import Edit, Parameter
 from peftc.ports import SITES
 from peftc.program import Program
@@ -239,12 +239,11 @@ def _size(dim: ex.Expr, sizes: Mapping[str, float | int], param: Param) -> int:
 def _check_shapes(edit: Edit) -> None:
     """The language's own shape rules, now with this site's numbers."""
     site, entry = edit.site, edit.entry
-    ports = port_shapes(site)
-    known = shapes(edit)
+    ports, lets = port_shapes(site), {}
     for name, expression in entry.let:
-        known[name] = ex.infer(expression, known)
+        lets[name] = shape_of(expression, edit, lets)
     for port, expression in entry.assign:
-        got, want = ex.infer(expression, known), ports[port]
+        got, want = shape_of(expression, edit, lets), ports[port]
         if port in ("k", "v"):  # the number of keys may grow
             got, want = (got[:-2] + got[-1:], want[:-2] + want[-1:])
         if got[-1:] != want[-1:] and got != ():

@@ -288,7 +288,7 @@ def locate(program: Program, site: Site) -> tuple[Ports, ...]:
         return _between(program, site.anchors["up"], site.anchors["down"])
     if site.at == "ffn.hidden":
         return tuple(
-            {"h": Read(n, flow.x_index(n))} for n in consumers(program, site.anchors["down"])
+            {"h": flow.input_of(n)} for n in consumers(program, site.anchors["down"])
         )
     if site.at in ("norm", "embedding"):
         return tuple({"h": Value(n)} for n in _owners(program, site))
@@ -329,7 +329,7 @@ def _between(program: Program, first: str, last: str) -> tuple[Ports, ...]:
         )
     found = []
     for start, end in zip(starts, ends, strict=True):
-        ports: dict[str, Port] = {"x": Read(start, flow.x_index(start)), "h": Value(end)}
+        ports: dict[str, Port] = {"x": flow.input_of(start), "h": Value(flow.result_of(end))}
         residual = flow.residual_add(end)
         if residual is not None:
             ports["residual"] = residual
@@ -338,8 +338,8 @@ def _between(program: Program, first: str, last: str) -> tuple[Ports, ...]:
 
 
 def _linear_ports(linear: fx.Node, site: Site) -> Ports:
-    result = linear if site.columns is None else _part(linear, site.columns)
-    ports: dict[str, Port] = {"x": Read(linear, flow.x_index(linear)), "h": Value(result)}
+    result = flow.result_of(linear) if site.columns is None else _part(linear, site.columns)
+    ports: dict[str, Port] = {"x": flow.input_of(linear), "h": Value(result)}
     if site.columns is None:
         transposed = linear.target is aten.addmm.default
         ports["W"] = Read(linear, 2 if transposed else 1)

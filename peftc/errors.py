@@ -1,0 +1,49 @@
+"""Errors that are the user's to mend: place, fact, fix."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+class PeftcError(Exception):
+    """The input is wrong. The message says where, what and how to mend it; no traceback is shown."""
+
+
+@dataclass(frozen=True, order=True)
+class Place:
+    """A position in a file; lines and columns count from 1."""
+
+    file: str
+    line: int
+    column: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}:{self.column}"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with a spec."""
+
+    place: Place
+    fact: str
+    fix: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.fact}" + (f" ({self.fix})" if self.fix else "")
+
+
+class SpecError(PeftcError):
+    """Everything that is wrong with a spec, in file order."""
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = tuple(sorted(problems, key=lambda one: (one.place, one.fact)))
+        super().__init__("\n".join(str(one) for one in self.problems))
+
+
+def suggest(word: str, candidates: Iterable[str]) -> str:
+    """`did you mean 'shape'?` for the nearest candidate, or nothing."""
+    found = difflib.get_close_matches(word, list(candidates), 1)
+    return f"did you mean '{found[0]}'?" if found else ""

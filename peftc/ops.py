@@ -1,0 +1,136 @@
+"""The op table: name, aten target, shape rule, affine rule. New maths is one row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from peftc.expr import Dim, Expr, Name, Number, Shape
+
+# Sizes of a site that may be equal on a real model, whatever they are called; the plan compares numbers.
+SITE_DIMS = ("in", "out", "d", "heads", "kv_heads", "head_dim", "kv", "keys", "queries")
+ShapeRule = Callable[[tuple[Shape, ...], tuple[Expr, ...]], Shape]
+
+
+class ShapeError(Exception):
+    """Shapes that an op cannot take."""
+
+
+@dataclass(frozen=True)
+class Op:
+    """`affine` says how the op acts on affine maps of x: sum, product, matmul, identity or opaque."""
+
+    name: str
+    target: str
+    arity: int
+    shape: ShapeRule
+    affine: str
+    doc: str
+
+
+def text(shape: Shape) -> str:
+    return "[" + ", ".join(map(str, shape)) + "]"
+
+
+def agree(a: Dim, b: Dim) -> bool:
+    """Whether two dims may be the same size; sizes of a site, and sums of them, are compared by the plan."""
+    if a == b:
+        return True
+    if isinstance(a, int) and isinstance(b, int):
+        return False
+    return _open(a) and _open(b)
+
+
+def _open(dim: Dim) -> bool:
+    return isinstance(dim, int) or dim in SITE_DIMS or not dim.isidentifier()
+
+
+def broadcast(args: tuple[Shape, ...], _: tuple[Expr, ...]) -> Shape:
+    a, b = sorted(args, key=len)
+    if a == () or b == ():
+        return b
+    for left, right in zip(reversed(a), reversed(b), strict=False):
+        if "..." in (left, right) or 1 in (left, right):
+            continue
+        if not agree(left, right):
+            raise ShapeError(f"{text(args[0])} and {text(args[1])} differ: '{left}' is not '{right}'")
+    return b
+
+
+def _same(args: tuple[Shape, ...], _: tuple[Expr, ...]) -> Shape:
+    return args[0]
+
+
+def _matmul(args: tuple[Shape, ...], _: tuple[Expr, ...]) -> Shape:
+    a, b = args
+    if not a or len(b) < 2:
+        raise ShapeError(f"{text(a)} @ {text(b)} needs a matrix on the right")
+    if not agree(a[-1], b[-2]):
+        raise ShapeError(f"{text(a)} @ {text(b)}: '{a[-1]}' is not '{b[-2]}'")
+    return (*a[:-1], b[-1])
+
+
+def _needs(rank: int, shape: Shape, what: str) -> None:
+    if len(shape) < rank:
+        raise ShapeError(f"{text(shape)} is not {what}")
+
+
+def _last_two(args: tuple[Shape, ...], _: tuple[Expr, ...]) -> Shape:
+    _needs(2, args[0], "a matrix")
+    return (*args[0][:-2], args[0][-1], args[0][-2])
+
+
+def _drop_last(args: tuple[Shape, ...], _: tuple[Expr, ...]) -> Shape:
+    _needs(1, args[0], "a vector")
+    return args[0][:-1]
+
+
+def _split_heads(args: tuple[Shape, ...], exprs: tuple[Expr, ...]) -> Shape:
+    rows, count = args[0], exprs[1]
+    _needs(2, rows, "rows [l, heads * head_dim]")
+    length, width = rows[-2:]
+    if isinstance(count, Number) and isinstance(width, int):
+        if count.value <= 0 or width % count.value:
+            raise ShapeError(f"{width} features do not split into {count.value} heads")
+        return (int(count.value), length, width // int(count.value))
+    if not isinstance(count, Name | Number):
+        raise ShapeError("the number of heads must be a name or a number")
+    heads = count.id if isinstance(count, Name) else int(count.value)
+    return (heads, length, "head_dim")
+
+
+def _prepend(args: tuple[Shape, ...], _: tuple[Expr, ...]) -> Shape:
+    rows, keys = args
+    if len(rows) != 3 or len(keys) < 3:
+        raise ShapeError(f"{text(rows)} before {text(keys)}: a prefix is [heads, l, head_dim]")
+    for mine, theirs in ((rows[0], keys[-3]), (rows[2], keys[-1])):
+        if not agree(mine, theirs):
+            raise ShapeError(f"{text(rows)} before {text(keys)}: '{mine}' is not '{theirs}'")
+    return (*keys[:-2], f"{rows[1]} + {keys[-2]}", keys[-1])
+
+
+_ROWS = (
+    Op("add", "aten.add.Tensor", 2, broadcast, "sum", "a + b"),
+    Op("sub", "aten.sub.Tensor", 2, broadcast, "sum", "a - b"),
+    Op("neg", "aten.neg.default", 1, _same, "sum", "-a"),
+    Op("mul", "aten.mul.Tensor", 2, broadcast, "product", "a * b, elementwise"),
+    Op("div", "aten.div.Tensor", 2, broadcast, "product", "a / b, elementwise"),
+    Op("matmul", "aten.matmul.default", 2, _matmul, "matmul", "a @ b"),
+    Op("relu", "aten.relu.default", 1, _same, "opaque", "max(x, 0)"),
+    Op("gelu", "aten.gelu.default", 1, _same, "opaque", "Gaussian error linear unit"),
+    Op("gelu_tanh", "aten.gelu.default", 1, _same, "opaque", "its tanh approximation"),
+    Op("silu", "aten.silu.default", 1, _same, "opaque", "x * sigmoid(x)"),
+    Op("tanh", "aten.tanh.default", 1, _same, "opaque", "hyperbolic tangent"),
+    Op("sigmoid", "aten.sigmoid.default", 1, _same, "opaque", "1 / (1 + exp(-x))"),
+    Op("exp", "aten.exp.default", 1, _same, "opaque", "exponential"),
+    Op("log", "aten.log.default", 1, _same, "opaque", "natural logarithm"),
+    Op("sqrt", "aten.sqrt.default", 1, _same, "opaque", "square root"),
+    Op("softmax", "aten.softmax.int", 1, _same, "opaque", "over the last axis"),
+    Op("sum", "aten.sum.dim_IntList", 1, _drop_last, "opaque", "over the last axis"),
+    Op("transpose", "aten.transpose.int", 1, _last_two, "opaque", "of the last two axes"),
+    Op("clamp", "aten.clamp.default", 3, _same, "opaque", "clamp(x, low, high)"),
+    Op("dropout", "aten.dropout.default", 2, _same, "identity", "dropout(x, p), in training"),
+    Op("split_heads", "aten.unflatten.int", 2, _split_heads, "opaque", "[l, n*dh] to [n, l, dh]"),
+    Op("prepend", "aten.cat.default", 2, _prepend, "opaque", "P [n, l, dh] before keys or values"),
+)
+OPS: Mapping[str, Op] = {row.name: row for row in _ROWS}

@@ -1,0 +1,72 @@
+"""The site table: which places a spec can name, the ports and dims they offer. New places are one row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from peftc.expr import Shape
+
+_ATTENTION_DIMS = ("in", "out", "d", "heads", "kv_heads", "head_dim", "kv")
+_LINEAR_DIMS = ("in", "out", "d")
+_LINEAR: Mapping[str, Shape] = {
+    "x": ("...", "in"),
+    "h": ("...", "out"),
+    "W": ("out", "in"),
+    "b": ("out",),
+}
+
+
+@dataclass(frozen=True)
+class SiteType:
+    """`ports` are values that an expression may read; `assigns` those that it may replace."""
+
+    name: str
+    ports: Mapping[str, Shape]
+    assigns: tuple[str, ...]
+    dims: tuple[str, ...]
+    doc: str
+
+
+def _linear(name: str, doc: str, dims: tuple[str, ...] = _LINEAR_DIMS) -> SiteType:
+    return SiteType(name, _LINEAR, ("x", "h"), dims, doc)
+
+
+_KEYS: Shape = ("...", "kv_heads", "keys", "head_dim")
+_QUERIES: Shape = ("...", "heads", "queries", "head_dim")
+_ROWS = (
+    SiteType(
+        "attention",
+        {"x": ("...", "in"), "h": ("...", "out")},
+        ("h",),
+        _ATTENTION_DIMS,
+        "a sub-layer: x its input, h the output projection's result, before dropout and residual",
+    ),
+    *(
+        _linear(f"attention.{side}", f"the {what} projection", _ATTENTION_DIMS)
+        for side, what in (("q", "query"), ("k", "key"), ("v", "value"), ("o", "output"))
+    ),
+    SiteType(
+        "attention.heads",
+        {"q": _QUERIES, "k": _KEYS, "v": _KEYS, "h": _QUERIES},
+        ("q", "k", "v", "h"),
+        _ATTENTION_DIMS,
+        "scaled dot-product attention: per head queries, keys, values and result",
+    ),
+    SiteType(
+        "ffn",
+        {"x": ("...", "in"), "h": ("...", "out"), "residual": ("...", "out")},
+        ("h",),
+        _LINEAR_DIMS,
+        "a feed-forward: x the first projection's input, h the last one's result; residual is added to h",
+    ),
+    _linear("ffn.up", "the first projection of a feed-forward"),
+    _linear("ffn.gate", "the gating projection of a gated feed-forward"),
+    _linear("ffn.down", "the last projection of a feed-forward"),
+    SiteType("ffn.hidden", {"h": ("...", "out")}, ("h",), _LINEAR_DIMS, "after the activation"),
+    SiteType("embedding", {"h": ("...", "out")}, ("h",), _LINEAR_DIMS, "token embeddings"),
+    SiteType("norm", {"h": ("...", "out")}, ("h",), _LINEAR_DIMS, "a layer norm's result"),
+    _linear("head", "a linear of the task head: outside the pretrained body"),
+    _linear("linear", "any linear, by {op: linear, scope: glob over module paths}"),
+)
+SITES: Mapping[str, SiteType] = {row.name: row for row in _ROWS}

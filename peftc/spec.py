@@ -1,0 +1,219 @@
+"""The Spec: a method as data, resolved from YAML. No torch here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peftc import expr as ex
+from peftc.errors import PeftcError, Place, suggest
+
+Arguments = Mapping[str, float | int]
+
+
+@dataclass(frozen=True)
+class Init:
+    """How a parameter starts; arguments are expressions over the site's dims."""
+
+    name: str
+    args: tuple[ex.Expr, ...] = ()
+
+
+@dataclass(frozen=True)
+class Param:
+    """A delta tensor of each site; `per` says what it is shared over: site, kind, shape or model."""
+
+    name: str
+    shape: tuple[ex.Expr, ...]
+    init: Init
+    per: str = "site"
+    trainable: bool = True
+
+
+@dataclass(frozen=True)
+class Where:
+    """Narrows `at`; None does not."""
+
+    stack: str | None = None
+    kind: str | None = None
+    layers: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One delta, resolved: `assign` has the expression of each port that it replaces.
+
+    `delta` and `compose` are kept as written, for the design table. `train` names existing parameters to
+    unfreeze, by the last component of their name; then there is nothing to assign.
+    """
+
+    method: str
+    at: str
+    scope: str | None
+    where: Where
+    params: tuple[Param, ...]
+    let: tuple[tuple[str, ex.Expr], ...]
+    assign: tuple[tuple[str, ex.Expr], ...]
+    delta: ex.Expr | None
+    compose: ex.Expr | None
+    train: tuple[str, ...]
+    expect: int | None
+    arguments: Arguments = field(hash=False)
+    place: Place = field(compare=False)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A method: entries in the order in which they act."""
+
+    name: str
+    title: str
+    arguments: Arguments = field(hash=False)
+    entries: tuple[Entry, ...]
+    text: str = field(default="", repr=False, compare=False)
+    path: str = field(default="", compare=False)
+
+    def digest(self) -> str:
+        """SHA-256 of what the spec says, whatever its comments and layout."""
+        canonical = json.dumps(to_data(self), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def load_spec(source: str | Path, **overrides: float | int) -> Spec:
+    """A spec by shipped name or by path; `overrides` replace values of its `with:`.
+
+    Raises SpecError with every problem of the file, PeftcError when there is no such spec.
+    """
+    path = find(source)
+    return parse_spec(path.read_text(), str(path), **overrides)
+
+
+def parse_spec(text: str, path: str = "<spec>", **overrides: float | int) -> Spec:
+    """A spec from its text; `path` is what errors name and what relative `use:` starts from."""
+    from peftc.spec_reader import read
+
+    return read(text, path, overrides)
+
+
+def combine(specs: Sequence[Spec]) -> Spec:
+    """Several specs that act as one, in order."""
+    if len(specs) == 1:
+        return specs[0]
+    if not specs:
+        raise PeftcError("no spec given")
+    return Spec(
+        name="+".join(spec.name for spec in specs),
+        title=", ".join(spec.title for spec in specs),
+        arguments={},
+        entries=tuple(entry for spec in specs for entry in spec.entries),
+        text="\n".join(spec.text for spec in specs),
+    )
+
+
+def directory() -> Path:
+    """Where the shipped specs are: inside the wheel, or at the top of a checkout."""
+    here = Path(__file__).parent
+    return here / "specs" if (here / "specs").is_dir() else here.parent / "specs"
+
+
+def shipped() -> tuple[str, ...]:
+    """The names of the shipped specs."""
+    return tuple(sorted(path.stem for path in directory().glob("*.yaml")))
+
+
+def find(source: str | Path, beside: Path | None = None) -> Path:
+    """The file of a spec: a path, a path beside the using file, or a shipped name."""
+    choices = [Path(source)]
+    if beside is not None:
+        choices.insert(0, beside / Path(source))
+    if isinstance(source, str) and source in shipped():
+        return directory() / f"{source}.yaml"
+    for path in choices:
+        if path.is_file():
+            return path
+    fix = suggest(Path(source).stem, shipped()) or f"shipped: {', '.join(shipped())}"
+    raise PeftcError(f"no spec '{source}': neither a file nor a shipped name ({fix})")
+
+
+def to_data(spec: Spec) -> dict[str, Any]:
+    """The resolved spec as JSON data; `from_data` reads it back exactly."""
+    return {
+        "name": spec.name,
+        "title": spec.title,
+        "arguments": dict(spec.arguments),
+        "entries": [_entry_data(entry) for entry in spec.entries],
+    }
+
+
+def _entry_data(entry: Entry) -> dict[str, Any]:
+    where = entry.where
+    return {
+        "method": entry.method,
+        "at": entry.at,
+        "scope": entry.scope,
+        "where": {
+            "stack": where.stack,
+            "kind": where.kind,
+            "layers": None if where.layers is None else list(where.layers),
+        },
+        "params": [
+            {
+                "name": param.name,
+                "shape": [ex.show(dim) for dim in param.shape],
+                "init": [param.init.name, *(ex.show(arg) for arg in param.init.args)],
+                "per": param.per,
+                "trainable": param.trainable,
+            }
+            for param in entry.params
+        ],
+        "let": [[name, ex.show(one)] for name, one in entry.let],
+        "assign": [[port, ex.show(one)] for port, one in entry.assign],
+        "delta": None if entry.delta is None else ex.show(entry.delta),
+        "compose": None if entry.compose is None else ex.show(entry.compose),
+        "train": list(entry.train),
+        "expect": entry.expect,
+        "arguments": dict(entry.arguments),
+    }
+
+
+def from_data(data: Mapping[str, Any]) -> Spec:
+    """A Spec from `to_data`'s output. Raises KeyError, TypeError or ValueError on damaged data."""
+    try:
+        entries = tuple(_entry(one) for one in data["entries"])
+    except ex.ExprError as error:
+        raise ValueError(error.fact) from error
+    return Spec(str(data["name"]), str(data["title"]), dict(data["arguments"]), entries)
+
+
+def _entry(data: Mapping[str, Any]) -> Entry:
+    def optional(text: str | None) -> ex.Expr | None:
+        return None if text is None else ex.parse(text)
+
+    where = data["where"]
+    layers = where["layers"]
+    return Entry(
+        method=data["method"],
+        at=data["at"],
+        scope=data["scope"],
+        where=Where(where["stack"], where["kind"], None if layers is None else tuple(layers)),
+        params=tuple(_param(one) for one in data["params"]),
+        let=tuple((name, ex.parse(text)) for name, text in data["let"]),
+        assign=tuple((port, ex.parse(text)) for port, text in data["assign"]),
+        delta=optional(data["delta"]),
+        compose=optional(data["compose"]),
+        train=tuple(data["train"]),
+        expect=data["expect"],
+        arguments=dict(data["arguments"]),
+        place=Place("<deltas>", 1, 1),
+    )
+
+
+def _param(data: Mapping[str, Any]) -> Param:
+    name, *args = data["init"]
+    init = Init(name, tuple(ex.parse(arg) for arg in args))
+    shape = tuple(ex.parse(dim) for dim in data["shape"])
+    return Param(data["name"], shape, init, data["per"], data["trainable"])

@@ -1,0 +1,416 @@
+"""Reads the YAML of a spec into a Spec, gathering every problem with its line and column."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import yaml
+
+from peftc import expr as ex
+from peftc.errors import PeftcError, SpecError, suggest
+from peftc.ops import OPS, agree, text
+from peftc.ports import SITES
+from peftc.spec import Arguments, Entry, Init, Param, Spec, Where, find
+from peftc.yaml_source import Item, Source, compose
+
+TOP = ("name", "with", "deltas")
+ENTRY = ("at", "where", "params", "let", "delta", "compose", "rewrite", "train", "use", "with", "expect")
+WHERE = ("stack", "kind", "layers")
+PARAM = ("shape", "init", "per", "trainable")
+PER = ("site", "kind", "shape", "model")
+# Initialisers and how many arguments they take, at least and at most.
+INITS = {
+    "zeros": (0, 0),
+    "ones": (0, 0),
+    "constant": (1, 1),
+    "normal": (0, 1),
+    "uniform": (1, 1),
+    "linear": (1, 1),
+    "kaiming_uniform": (0, 0),
+}
+MAX_USES, MAX_LAYER = 8, 10_000
+
+
+def read(source_text: str, path: str, overrides: Arguments, using: tuple[str, ...] = ()) -> Spec:
+    """The Spec of a file's text. Raises SpecError with all problems."""
+    root = compose(source_text, path)
+    source = Source(path)
+    reader = Reader(source, using)
+    top = source.mapping(root, "a spec", TOP)
+    name = source.text(top["name"][1], "'name'") if "name" in top else Path(path).stem
+    arguments = reader.arguments(top, overrides)
+    entries: list[Entry] = []
+    if "deltas" not in top:
+        source.fail(root, "'deltas' is missing", "a spec lists its deltas")
+    else:
+        found = list(source.items(top["deltas"][1], "'deltas'"))
+        if not found and not source.problems:
+            source.fail(top["deltas"][1], "'deltas' is empty")
+        for node in found:
+            entries += reader.entry(node, name or "", arguments)
+    reader.check_unused(top, arguments)
+    if source.problems:
+        raise SpecError(source.problems)
+    title = next((line[1:].strip() for line in source_text.splitlines() if line.startswith("#")), "")
+    return Spec(name or "", title, arguments, tuple(entries), source_text, path)
+
+
+@dataclass
+class Scope:
+    """What the names in an entry stand for: symbolic shapes, and which of them have been read."""
+
+    shapes: dict[str, ex.Shape]
+    read: set[str]
+
+
+class Reader:
+    """Turns nodes into entries; `used` are the arguments that something reads."""
+
+    def __init__(self, source: Source, using: tuple[str, ...]) -> None:
+        self.source = source
+        self.using = using
+        self.used: set[str] = set()
+
+    def arguments(self, top: Mapping[str, Item], overrides: Arguments) -> dict[str, float | int]:
+        values: dict[str, float | int] = {}
+        if "with" in top:
+            for name, (_, node) in self.source.mapping(top["with"][1], "'with'").items():
+                value = self.number(node, values)
+                values[name] = 0 if value is None else value
+        unknown = [name for name in overrides if name not in values]
+        if unknown:
+            fix = suggest(unknown[0], values) or f"arguments: {', '.join(values) or 'none'}"
+            raise PeftcError(f"{self.source.file}: no argument '{unknown[0]}' ({fix})")
+        odd = [n for n, v in overrides.items() if isinstance(v, bool) or not isinstance(v, int | float)]
+        if odd:
+            raise PeftcError(f"{self.source.file}: argument '{odd[0]}' must be a number")
+        return {**values, **overrides}
+
+    def check_unused(self, top: Mapping[str, Item], arguments: Arguments) -> None:
+        if self.source.problems or "with" not in top:
+            return
+        for name, (key, _) in self.source.mapping(top["with"][1], "'with'").items():
+            if name not in self.used:
+                self.source.fail(key, f"argument '{name}' is never used")
+
+    def number(self, node: yaml.Node, values: Arguments) -> float | int | None:
+        expression = self.expression(node, "a value")
+        if expression is None:
+            return None
+        self.used |= set(ex.names(expression))
+        try:
+            return ex.number(expression, values)
+        except ex.ExprError as error:
+            self.source.fail(node, error.fact, error.fix, error.column)
+            return None
+
+    def expression(self, node: yaml.Node, what: str) -> ex.Expr | None:
+        written = self.source.text(node, what)
+        if written is None:
+            return None
+        try:
+            return ex.parse(written)
+        except ex.ExprError as error:
+            self.source.fail(node, error.fact, error.fix, error.column)
+            return None
+
+    def entry(self, node: yaml.Node, method: str, arguments: Arguments) -> list[Entry]:
+        items = self.source.mapping(node, "a delta", ENTRY)
+        if not items:
+            return []
+        if "use" in items:
+            return self.use(items, arguments)
+        if "train" in items:
+            return self.train(node, items, method, arguments)
+        return self.delta(node, items, method, arguments)
+
+    def use(self, items: Mapping[str, Item], arguments: Arguments) -> list[Entry]:
+        """The entries of another spec, with arguments of its own and, if given, a narrower `where`."""
+        self._only(items, ("use", "with", "where"), "'use'")
+        key, node = items["use"]
+        name = self.source.text(node, "'use'")
+        if name is None:
+            return []
+        if len(self.using) >= MAX_USES or name in self.using:
+            self.source.fail(node, f"'{name}' uses itself" if name in self.using else "too many uses")
+            return []
+        given: dict[str, float | int] = {}
+        if "with" in items:
+            for argument, (_, value) in self.source.mapping(items["with"][1], "'with'").items():
+                number = self.number(value, arguments)
+                given[argument] = 0 if number is None else number
+        try:
+            path = find(name, Path(self.source.file).parent)
+            spec = read(path.read_text(), str(path), given, (*self.using, name))
+        except SpecError as error:
+            self.source.problems += error.problems
+            return []
+        except (PeftcError, OSError, UnicodeDecodeError) as error:
+            self.source.fail(node, str(error))
+            return []
+        narrower = self.where(items)
+        return [replace(entry, where=_narrow(entry.where, narrower)) for entry in spec.entries]
+
+    def train(
+        self, node: yaml.Node, items: Mapping[str, Item], method: str, arguments: Arguments
+    ) -> list[Entry]:
+        """Existing parameters to unfreeze, by the last component of their name."""
+        self._only(items, ("train", "at", "where", "expect"), "'train'")
+        found = list(self.source.items(items["train"][1], "'train'"))
+        names = tuple(n for one in found if (n := self.source.text(one, "a parameter's name")))
+        for one, name in zip(found, names, strict=False):
+            if not name.isidentifier():
+                self.source.fail(one, f"'{name}' is not the last component of a parameter's name")
+        if not found:
+            self.source.fail(items["train"][1], "'train' names no parameter")
+        at, scope = self.at(items) if "at" in items else ("", None)
+        where, expect = self.where(items), self.expect(items)
+        place = self.source.place(node)
+        return [
+            Entry(method, at, scope, where, (), (), (), None, None, names, expect, arguments, place)
+        ]
+
+    def delta(
+        self, node: yaml.Node, items: Mapping[str, Item], method: str, arguments: Arguments
+    ) -> list[Entry]:
+        if "at" not in items:
+            self.source.fail(node, "'at' is missing", "say which site the delta modifies, such as ffn")
+            return []
+        if ("delta" in items) == ("rewrite" in items):
+            self.source.fail(node, "give either 'delta' or 'rewrite'")
+            return []
+        at, scope = self.at(items)
+        if not at:
+            return []
+        names = Scope(_visible(at, arguments), set())
+        params = self.params(items, names, at, arguments)
+        let = self.let(items, names)
+        delta = compose_ = None
+        if "delta" in items:
+            delta, compose_, assign = self.composed(items, names, at)
+        else:
+            self._only(items, tuple(k for k in ENTRY if k != "compose"), "'rewrite'")
+            assign = self.rewrite(items, names, at)
+        for key, (place, _) in self._named(items, "params") + self._named(items, "let"):
+            if key not in names.read and not self.source.problems:
+                self.source.fail(place, f"'{key}' is never used")
+        self.used |= names.read & set(arguments)
+        where, expect, place_ = self.where(items), self.expect(items), self.source.place(node)
+        return [
+            Entry(
+                method, at, scope, where, params, let, assign, delta, compose_, (), expect, arguments, place_
+            )
+        ]
+
+    def _named(self, items: Mapping[str, Item], key: str) -> list[tuple[str, Item]]:
+        node = items[key][1] if key in items else None
+        if not isinstance(node, yaml.MappingNode):
+            return []
+        return [(k.value, (k, v)) for k, v in node.value if isinstance(k, yaml.ScalarNode)]
+
+    def _only(self, items: Mapping[str, Item], allowed: Iterable[str], what: str) -> None:
+        for name, (key, _) in items.items():
+            if name not in allowed:
+                self.source.fail(key, f"'{name}' does not go with {what}")
+
+    def at(self, items: Mapping[str, Item]) -> tuple[str, str | None]:
+        _, node = items["at"]
+        if isinstance(node, yaml.MappingNode):
+            inner = self.source.mapping(node, "'at'", ("op", "scope"))
+            op = self.source.choice(inner["op"][1], "'op'", ("linear",)) if "op" in inner else None
+            scope = self.source.text(inner["scope"][1], "'scope'") if "scope" in inner else None
+            if op is None or scope is None:
+                self.source.fail(node, "give both: {op: linear, scope: a glob over module paths}")
+                return "", None
+            return op, scope
+        sites = tuple(name for name in SITES if name != "linear")
+        return self.source.choice(node, "'at'", sites) or "", None
+
+    def where(self, items: Mapping[str, Item]) -> Where:
+        if "where" not in items:
+            return Where()
+        inner = self.source.mapping(items["where"][1], "'where'", WHERE)
+        stack = kind = layers = None
+        if "stack" in inner:
+            stack = self.source.choice(inner["stack"][1], "'stack'", ("encoder", "decoder"))
+        if "kind" in inner:
+            kind = self.source.choice(inner["kind"][1], "'kind'", ("self", "cross"))
+        if "layers" in inner:
+            layers = self.layers(inner["layers"][1])
+        return Where(stack, kind, layers)
+
+    def layers(self, node: yaml.Node) -> tuple[int, ...] | None:
+        written = self.source.text(node, "'layers'") or ""
+        found: list[int] = []
+        for part in written.split(","):
+            match = re.fullmatch(r"\s*(\d{1,4})(?:-(\d{1,4}))?\s*", part)
+            if match is None:
+                self.source.fail(node, f"'layers' cannot be '{written}'", 'write it as "0-5,11"')
+                return None
+            found += range(int(match[1]), int(match[2] or match[1]) + 1)
+        if not found:
+            self.source.fail(node, f"'layers' selects nothing: '{written}'")
+        return tuple(found)
+
+    def expect(self, items: Mapping[str, Item]) -> int | None:
+        return self.source.integer(items["expect"][1], "'expect'") if "expect" in items else None
+
+    def params(
+        self, items: Mapping[str, Item], names: Scope, at: str, arguments: Arguments
+    ) -> tuple[Param, ...]:
+        if "params" not in items:
+            return ()
+        found = []
+        for name, (key, node) in self.source.mapping(items["params"][1], "'params'").items():
+            if not self.fresh(key, name, names):
+                continue
+            param = self.param(name, node, names, {*arguments, *SITES[at].dims})
+            names.shapes[name] = tuple(_symbol(dim) for dim in param.shape)
+            found.append(param)
+        return tuple(found)
+
+    def fresh(self, key: yaml.Node, name: str, names: Scope) -> bool:
+        if not name.isidentifier():
+            self.source.fail(key, f"'{name}' is not a name")
+        elif name in names.shapes or name in OPS:
+            self.source.fail(key, f"'{name}' already has a meaning here", "choose another name")
+        else:
+            return True
+        return False
+
+    def param(self, name: str, node: yaml.Node, names: Scope, sizes: set[str]) -> Param:
+        items = self.source.mapping(node, f"'{name}'", PARAM)
+        shape = [
+            one
+            for dim in (self.source.items(items["shape"][1], "'shape'") if "shape" in items else ())
+            if (one := self.size(dim, names, sizes)) is not None
+        ]
+        for key in ("shape", "init"):
+            if items and key not in items:
+                self.source.fail(node, f"parameter '{name}' has no '{key}'")
+        init = self.init(items["init"][1], names, sizes) if "init" in items else Init("zeros")
+        per = self.source.choice(items["per"][1], "'per'", PER) if "per" in items else "site"
+        word = "true"
+        if "trainable" in items:
+            word = self.source.choice(items["trainable"][1], "'trainable'", ("true", "false")) or word
+        return Param(name, tuple(shape), init, per or "site", word == "true")
+
+    def size(self, node: yaml.Node, names: Scope, sizes: set[str]) -> ex.Expr | None:
+        expression = self.expression(node, "a size")
+        if expression is None:
+            return None
+        for leaf in ex.leaves(expression):
+            if leaf.id not in sizes:
+                self.source.fail(node, f"unknown size '{leaf.id}'", suggest(leaf.id, sizes), leaf.column)
+        names.read |= set(ex.names(expression))
+        if isinstance(expression, ex.Number) and (expression.value < 0 or expression.value % 1):
+            self.source.fail(node, f"'{expression.value}' is not a size")
+        return expression
+
+    def init(self, node: yaml.Node, names: Scope, sizes: set[str]) -> Init:
+        expression = self.expression(node, "'init'")
+        if expression is None:
+            return Init("zeros")
+        name, args = (
+            (expression.op, expression.args)
+            if isinstance(expression, ex.Call)
+            else (ex.show(expression), ())
+        )
+        if name not in INITS:
+            fix = suggest(name, INITS) or f"one of: {', '.join(INITS)}"
+            self.source.fail(node, f"unknown init '{name}'", fix)
+        elif not INITS[name][0] <= len(args) <= INITS[name][1]:
+            self.source.fail(node, f"init '{name}' takes {INITS[name][1]} arguments, not {len(args)}")
+        for leaf in (leaf for arg in args for leaf in ex.leaves(arg)):
+            if leaf.id not in sizes:
+                self.source.fail(node, f"unknown size '{leaf.id}'", suggest(leaf.id, sizes), leaf.column)
+        names.read |= {n for arg in args for n in ex.names(arg)}
+        return Init(name, args)
+
+    def let(self, items: Mapping[str, Item], names: Scope) -> tuple[tuple[str, ex.Expr], ...]:
+        if "let" not in items:
+            return ()
+        found = []
+        for name, (key, node) in self.source.mapping(items["let"][1], "'let'").items():
+            if self.fresh(key, name, names):
+                expression, shape = self.checked(node, names)
+                if expression is not None:
+                    found.append((name, expression))
+                names.shapes[name] = shape
+        return tuple(found)
+
+    def checked(self, node: yaml.Node, names: Scope) -> tuple[ex.Expr | None, ex.Shape]:
+        """An expression whose names, ops and shapes have been checked, and its shape."""
+        expression = self.expression(node, "a formula")
+        if expression is None:
+            return None, ("...",)
+        unknown = [leaf for leaf in ex.leaves(expression) if leaf.id not in names.shapes]
+        for leaf in unknown:
+            fix = suggest(leaf.id, names.shapes)
+            self.source.fail(node, f"unknown name '{leaf.id}'", fix, leaf.column)
+        names.read |= set(ex.names(expression))
+        if unknown:
+            return None, ("...",)
+        try:
+            return expression, ex.infer(expression, names.shapes)
+        except ex.ExprError as error:
+            self.source.fail(node, error.fact, error.fix, error.column)
+            return None, ("...",)
+
+    def composed(
+        self, items: Mapping[str, Item], names: Scope, at: str
+    ) -> tuple[ex.Expr | None, ex.Expr | None, tuple[tuple[str, ex.Expr], ...]]:
+        """`delta:` with its `compose:` (default `h + delta`) as one assignment of `h`."""
+        node = items["delta"][1]
+        delta, shape = self.checked(node, names)
+        names.shapes["delta"] = shape
+        composition: ex.Expr | None = ex.parse("h + delta")
+        if "compose" in items:
+            node = items["compose"][1]
+            composition, shape = self.checked(node, names)
+            if composition is not None and "delta" not in ex.names(composition):
+                self.source.fail(node, "'compose' does not read 'delta'")
+        if delta is None or composition is None:
+            return delta, composition, ()
+        self.fits(node, "h", shape, at)
+        return delta, composition, (("h", ex.substitute(composition, {"delta": delta})),)
+
+    def rewrite(
+        self, items: Mapping[str, Item], names: Scope, at: str
+    ) -> tuple[tuple[str, ex.Expr], ...]:
+        found = []
+        for port, (key, node) in self.source.mapping(items["rewrite"][1], "'rewrite'").items():
+            allowed = SITES[at].assigns
+            if port not in allowed:
+                fix = suggest(port, allowed) or f"one of: {', '.join(allowed)}"
+                self.source.fail(key, f"'{at}' has no port '{port}' to assign", fix)
+            expression, shape = self.checked(node, names)
+            if expression is not None and port in allowed:
+                self.fits(node, port, shape, at)
+                found.append((port, expression))
+        return tuple(found)
+
+    def fits(self, node: yaml.Node, port: str, got: ex.Shape, at: str) -> None:
+        """An assigned value has the features of its port, and no more axes."""
+        want = SITES[at].ports[port]
+        if got and "..." not in got[-1:] and not agree(got[-1], want[-1]):
+            self.source.fail(node, f"'{port}' is {text(want)} but is assigned {text(got)}")
+
+
+def _visible(at: str, arguments: Arguments) -> dict[str, ex.Shape]:
+    site = SITES[at]
+    numbers: dict[str, ex.Shape] = {name: () for name in (*arguments, *site.dims)}
+    return {**numbers, **site.ports}
+
+
+def _symbol(dim: ex.Expr) -> ex.Dim:
+    if isinstance(dim, ex.Number):
+        return int(dim.value)
+    return ex.show(dim)
+
+
+def _narrow(own: Where, more: Where) -> Where:
+    return Where(more.stack or own.stack, more.kind or own.kind, more.layers or own.layers)

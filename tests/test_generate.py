@@ -1,0 +1,103 @@
+"""Generation through the rewritten graphs: against Hugging Face without deltas, and an eager rewrite with."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import batch, stir, tiny
+from torch import nn
+from transformers import PreTrainedModel
+
+import peftc
+
+MODES = {
+    "greedy": dict(do_sample=False),
+    "beam": dict(num_beams=4, do_sample=False, length_penalty=2.0),
+    "sample": dict(do_sample=True, top_k=20),
+}
+
+
+def generate(model: PreTrainedModel, mode: str) -> torch.Tensor:
+    inputs = batch(model, "left")
+    inputs.pop("decoder_input_ids", None)
+    torch.manual_seed(7)
+    out: torch.Tensor = model.generate(
+        **inputs, max_new_tokens=12, min_new_tokens=8, pad_token_id=1, **MODES[mode]
+    )
+    return out
+
+
+@pytest.mark.parametrize("mode", sorted(MODES))
+@pytest.mark.parametrize("family", ["bart", "gpt2"])
+@pytest.mark.parametrize("method", ["lora", "scaled_parallel_adapter"])
+def test_zero_deltas_generate_as_the_backbone(family: str, mode: str, method: str) -> None:
+    backbone = tiny(family)
+    want = generate(backbone, mode)
+    model = peftc.compile(backbone, peftc.load_spec(method, r=4))
+    assert torch.equal(generate(model, mode), want)
+
+
+class Lora(nn.Module):
+    """Hu et al. 2021, equation 3, as a module: for the oracle only."""
+
+    def __init__(self, linear: nn.Module, down: torch.Tensor, up: torch.Tensor, scale: float) -> None:
+        super().__init__()
+        self.linear, self.down, self.up, self.scale = linear, down, up, scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) + self.scale * (x @ self.down @ self.up)
+
+
+class Adapted(nn.Module):
+    """The last projection of a feed-forward plus a parallel adapter over the first one's input."""
+
+    def __init__(self, first: nn.Module, last: nn.Module, p: dict[str, torch.Tensor], s: float) -> None:
+        super().__init__()
+        self.last, self.p, self.s = last, p, s
+        first.register_forward_pre_hook(self.remember)
+
+    def remember(self, _: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        self.x = args[0]
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        p = self.p
+        delta = torch.relu(self.x @ p["down"] + p["down_bias"]) @ p["up"] + p["up_bias"]
+        return self.last(hidden) + self.s * delta
+
+
+def eager(backbone: PreTrainedModel, model: PreTrainedModel) -> PreTrainedModel:
+    """An independent rewrite of LoRA and scaled parallel adapters, by module replacement."""
+    other = copy.deepcopy(backbone)
+    values = model.deltas.values()
+    for edit in model.plan.edits:
+        p = {one.name: values[one.path] for one in edit.parameters}
+        if edit.entry.method == "lora":
+            owner, _, name = edit.site.anchors["W"].removesuffix(".weight").rpartition(".")
+            parent = other.get_submodule(owner)
+            setattr(parent, name, Lora(getattr(parent, name), p["down"], p["up"], 2.0))
+        else:
+            first = other.get_submodule(edit.site.anchors["up"].removesuffix(".weight"))
+            owner, _, name = edit.site.anchors["down"].removesuffix(".weight").rpartition(".")
+            parent = other.get_submodule(owner)
+            setattr(parent, name, Adapted(first, getattr(parent, name), p, 4.0))
+    return other
+
+
+@pytest.mark.parametrize("mode", sorted(MODES))
+@pytest.mark.parametrize("method", ["lora", "scaled_parallel_adapter"])
+def test_bart_generates_as_an_independent_rewrite(method: str, mode: str) -> None:
+    backbone = tiny("bart")
+    arguments = {"r": 4, "alpha": 8} if method == "lora" else {"r": 4}
+    model = stir(peftc.compile(backbone, peftc.load_spec(method, **arguments)))
+    other = eager(backbone, model)
+    got = generate(model, mode)
+    assert torch.equal(got, generate(other, mode))
+    assert not torch.equal(got, generate(backbone, mode))
+
+
+def test_generation_switches_off_what_it_cannot_do() -> None:
+    model = peftc.compile(tiny("gpt2"), "lora")
+    with pytest.raises(peftc.PeftcError, match="DynamicCache"):
+        model.generate(**batch(model), max_new_tokens=3, cache_implementation="static", pad_token_id=1)

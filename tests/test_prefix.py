@@ -1,0 +1,141 @@
+"""Prefix tuning against the paper's gated form in plain torch (He et al. 2022, equations 7 to 10), fp64."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+from conftest import batch, logits, stir, tiny
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import peftc
+
+
+def gated_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, pk: torch.Tensor, pv: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """(1 - lam) h + lam dh, where lam is the prefix's share of the softmax mass.
+
+    q, k, v [batch, heads, length, dim]; mask additive [batch, 1, queries, keys]; pk, pv [heads, l, dim].
+    """
+    context = q @ k.transpose(-1, -2) * scale + mask
+    prefix = q @ pk.transpose(-1, -2) * scale
+    h = torch.softmax(context, -1) @ v
+    dh = torch.softmax(prefix, -1) @ pv
+    lam = torch.sigmoid(torch.logsumexp(prefix, -1) - torch.logsumexp(context, -1))[..., None]
+    return (1 - lam) * h + lam * dh
+
+
+def prefixes(model: PreTrainedModel) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """[heads, l, dim] keys and values by attention module, from the MLP, written out as the paper has it."""
+    values = model.deltas.values()
+    found = {}
+    for edit in model.plan.edits:
+        p = {one.name: values[one.path] for one in edit.parameters}
+        hidden = torch.tanh(p["tokens"] @ p["down"] + p["down_bias"])
+        heads = edit.site.dims["kv_heads"]
+        found[edit.site.scope] = tuple(
+            (hidden @ p[f"up_{s}"] + p[f"up_{s}_bias"]).unflatten(-1, (heads, -1)).transpose(0, 1)
+            for s in ("k", "v")
+        )
+    return found
+
+
+@contextlib.contextmanager
+def oracle(model: PreTrainedModel, found: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
+    """The eager model with its attention function replaced by the formula."""
+    scopes = {id(module): name for name, module in model.named_modules()}
+
+    def attention(module, q, k, v, attention_mask, scaling=None, dropout=0.0, **kwargs):  # type: ignore[no-untyped-def]
+        mask = attention_mask
+        if mask is None:
+            mask = q.new_zeros(1, 1, q.shape[-2], k.shape[-2])
+            if getattr(module, "is_causal", False) and q.shape[-2] > 1:
+                future = torch.ones_like(mask[0, 0]).triu(1).bool()
+                mask = mask.masked_fill(future, float("-inf"))
+        elif mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
+        scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+        pk, pv = found[scopes[id(module)]]
+        return gated_attention(q, k, v, mask, pk, pv, scale).transpose(1, 2), None
+
+    original = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    before = model.config._attn_implementation
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = attention
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config._attn_implementation = "sdpa"
+    try:
+        yield
+    finally:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = original
+        model.config._attn_implementation = before
+
+
+def compiled(family: str, attention: str) -> tuple[PreTrainedModel, PreTrainedModel]:
+    backbone = tiny(family, attention).double()
+    return backbone, stir(peftc.compile(backbone, peftc.load_spec("prefix_tuning", l=5, m=6)), 0.6)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.parametrize("family", ["bart", "roberta", "gpt2", "mbart"])
+def test_prefix_is_the_gated_form(family: str, attention: str, padding: str) -> None:
+    backbone, model = compiled(family, attention)
+    inputs = batch(model, padding)
+    got = logits(model, inputs)
+    with oracle(backbone, prefixes(model)):
+        want = logits(backbone, inputs)
+    real = slice(None) if model.config.is_encoder_decoder or got.ndim == 2 else inputs["attention_mask"].bool()
+    assert (got - want)[real].abs().max() < 1e-12  # float64, two layers
+    assert (got - logits(backbone, inputs)).abs().max() > 1e-2  # and the prefix does something
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", ["bart", "gpt2"])
+def test_without_a_mask(family: str, attention: str) -> None:
+    """No mask at all: a causal model then relies on `is_causal`, which the prefix must replace."""
+    backbone, model = compiled(family, attention)
+    inputs = batch(model)
+    del inputs["attention_mask"]
+    with oracle(backbone, prefixes(model)):
+        want = logits(backbone, inputs)
+    assert (logits(model, inputs) - want).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", ["bart", "gpt2"])
+def test_token_by_token_through_the_cache(family: str, attention: str) -> None:
+    """The cache never holds the prefix: its length, and so the positions, do not move."""
+    _, model = compiled(family, attention)
+    seq2seq = model.config.is_encoder_decoder
+    inputs = batch(model)
+    name = "decoder_input_ids" if seq2seq else "input_ids"
+    whole, cache, steps = logits(model, inputs), None, []
+    tokens = inputs[name]
+    for i in range(tokens.shape[1]):
+        step = {name: tokens[:, i : i + 1], "past_key_values": cache, "use_cache": True}
+        if seq2seq:
+            step |= {k: inputs[k] for k in ("input_ids", "attention_mask")}
+        with torch.no_grad():
+            out = model(**step)
+        cache = out.past_key_values
+        assert cache.get_seq_length() == i + 1
+        steps.append(out.logits)
+    assert (torch.cat(steps, 1) - whole).abs().max() < 1e-12
+
+
+def test_hand_example() -> None:
+    """FACTS C: q = 1, context key 0 value 2, prefix key ln 3 value 10: lam = 0.75, h = 8."""
+    one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    zero, key = torch.zeros_like(one), torch.log(3 * one)
+    gated = gated_attention(one, zero, 2 * one, zero, key[0], 10 * one[0], 1.0)
+    concat = scaled_dot_product_attention(
+        one, torch.cat([key, zero], -2), torch.cat([10 * one, 2 * one], -2), scale=1.0
+    )
+    assert gated.item() == pytest.approx(8.0, abs=1e-15)
+    assert concat.item() == pytest.approx(8.0, abs=1e-15)
