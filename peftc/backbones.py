@@ -58,18 +58,27 @@ def resolve(
     config = _settled(_config(name, random_weights), num_labels, settings or {})
     kind = _class(config, task, cls, name)
     if not (meta or random_weights):
-        return _pretrained(kind, name, config, dtype or torch.float32).eval()
+        model = _pretrained(kind, name, config, dtype or torch.float32)
+        return _evaluating(model)
     build = kind.from_config if hasattr(kind, "from_config") else kind._from_config
     with _seeded(), torch.device("meta" if meta else "cpu"):
-        model: PreTrainedModel = build(config, dtype=dtype or torch.float32)
+        model = build(config, dtype=dtype or torch.float32)
     place = str(Path(name).resolve()) if Path(name).is_dir() else name
     model.config.name_or_path = RANDOM + place if random_weights else place
-    return model.eval()
+    return _evaluating(model)
+
+
+def _evaluating(model: Any) -> PreTrainedModel:
+    model.eval()
+    evaluating: PreTrainedModel = model
+    return evaluating
 
 
 def tokenizer(name: str) -> Any | None:
     """The tokenizer that lies with a model, or None where there is none."""
     name = name.removeprefix(RANDOM)
+    if not name:
+        return None
     try:
         return transformers.AutoTokenizer.from_pretrained(name, local_files_only=True)
     except _UNREADABLE:
@@ -104,9 +113,10 @@ def _local_config(folder: Path) -> PretrainedConfig:
     if not (folder / "config.json").is_file():
         raise BackboneError(f"{folder} holds no config.json: not the folder of a model")
     try:
-        return AutoConfig.from_pretrained(folder)
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder)
     except _UNREADABLE as error:
         raise BackboneError(f"{folder / 'config.json'} cannot be read: {_line(error)}") from error
+    return config
 
 
 def _from_hub(name: str, load: Callable[[bool], T], random_weights: bool = False) -> T:
@@ -164,18 +174,26 @@ def _settled(
 
 def _class(config: PretrainedConfig, task: str | None, cls: str | None, name: str) -> Any:
     wanted = cls or (TASKS[task] if task else None) or (config.architectures or ["AutoModel"])[0]
-    kind = getattr(transformers, wanted, None)
-    known = isinstance(kind, type) and (issubclass(kind, PreTrainedModel) or wanted.startswith("AutoModel"))
+    kind: Any = getattr(transformers, wanted, None)
+    known = isinstance(kind, type) and (
+        issubclass(kind, PreTrainedModel) or wanted.startswith("AutoModel")
+    )
     if not known:
         raise BackboneError(f"'{name}' is a {wanted}, which transformers does not have")
     mapping = getattr(kind, "_model_mapping", None)
-    suits = type(config) in mapping if mapping is not None else isinstance(config, kind.config_class)
+    suits = (
+        type(config) in mapping if mapping is not None else isinstance(config, kind.config_class)
+    )
     if not suits:
-        raise BackboneError(f"'{name}' is a {config.model_type} model; there is no {wanted} of that kind")
+        raise BackboneError(
+            f"'{name}' is a {config.model_type} model; there is no {wanted} of that kind"
+        )
     return kind
 
 
-def _pretrained(kind: Any, name: str, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def _pretrained(
+    kind: Any, name: str, config: PretrainedConfig, dtype: torch.dtype
+) -> PreTrainedModel:
     arguments = {"config": config, "dtype": dtype, "output_loading_info": True}
     with _seeded():
         if Path(name).is_dir():
@@ -183,7 +201,9 @@ def _pretrained(kind: Any, name: str, config: PretrainedConfig, dtype: torch.dty
             try:
                 model, info = kind.from_pretrained(place, **arguments)
             except _UNREADABLE as error:
-                raise BackboneError(f"the model in {name} cannot be read: {_line(error)}") from error
+                raise BackboneError(
+                    f"the model in {name} cannot be read: {_line(error)}"
+                ) from error
             model.config.name_or_path = place
         else:
             model, info = _from_hub(

@@ -78,10 +78,10 @@ def form(entry: Entry) -> str:
     """The functional form as the spec writes it, with the names it defines."""
     if entry.train:
         return f"train {', '.join(entry.train)}"
-    assigned = [f"{port} = {ex.show(one)}" for port, one in entry.assign]
-    main = ex.show(entry.delta) if entry.delta is not None else ", ".join(assigned)
     lets = [f"{name} = {ex.show(one)}" for name, one in entry.let]
-    return main + (f"  where {', '.join(lets)}" if lets else "")
+    if entry.delta is not None:
+        return "; ".join([ex.show(entry.delta), *lets])
+    return "; ".join([*(f"{port} = {ex.show(one)}" for port, one in entry.assign), *lets])
 
 
 def place(entry: Entry) -> str:
@@ -140,8 +140,10 @@ def composition(entry: Entry) -> str:
     ports = [port for port, _ in entry.assign]
     if _prepends(entry):
         return GATED if {"k", "v"} <= set(ports) else "prepended to " + ", ".join(ports)
-    if entry.compose:
-        return ex.show(entry.compose) if not isinstance(entry.compose, str) else entry.compose
+    if entry.compose is not None:
+        return ex.show(entry.compose)
+    if entry.delta is not None:
+        return "h + delta"
     return "replaces " + ", ".join(ports)
 
 
@@ -158,7 +160,12 @@ def data(plan: Plan) -> dict[str, Any]:
         "parameters": asdict(plan.parameters),
         "methods": [asdict(row) for row in rows(plan)],
         "matches": [
-            {"method": m.entry.method, "at": m.entry.at, "sites": m.sites, "parameters": m.parameters}
+            {
+                "method": m.entry.method,
+                "at": m.entry.at,
+                "sites": m.sites,
+                "parameters": m.parameters,
+            }
             for m in plan.matches
         ],
         "edits": [_edit_data(edit) for edit in plan.edits],
@@ -185,9 +192,10 @@ def _edit_data(edit: Edit) -> dict[str, Any]:
 
 def render(plan: Plan, width: int) -> RenderableType:
     """The design table, the totals and the misses; methods become blocks where columns would not fit."""
-    title = plan.spec.name + (f": {plan.spec.title}" if plan.spec.title else "")
+    name, title = plan.spec.name, plan.spec.title
+    title = f"{name}: {title}" if title and "+" not in name else name
     found = rows(plan)
-    design = [_wide(found)] if width >= WIDE else [_block(row) for row in found]
+    design = [_wide(found), ""] if width >= WIDE else [_block(row) for row in found]
     return Group(Text(title, style="bold"), "", *design, _totals(plan), *_misses(plan))
 
 
@@ -198,7 +206,9 @@ def _wide(found: Sequence[Row]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 1, 0), header_style="bold")
     for name in _cells(found[0]):
         number = name in ("sites", "parameters", "stored")
-        table.add_column(name, justify="right" if number else "left", no_wrap=number or name == "method")
+        table.add_column(
+            name, justify="right" if number else "left", no_wrap=number or name == "method"
+        )
     for row in found:
         table.add_row(*_cells(row).values())
     return table
@@ -214,7 +224,7 @@ def _block(row: Row) -> RenderableType:
 
 def _cells(row: Row) -> dict[str, str]:
     return {
-        key.replace("_", " "): f"{value:,}" if isinstance(value, int) else value
+        key.replace("_", " "): f"{value:,}" if isinstance(value, int) else value.replace("; ", "\n")
         for key, value in asdict(row).items()
     }
 

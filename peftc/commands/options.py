@@ -1,0 +1,120 @@
+"""Options that several commands share, and what they stand for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from peftc.errors import PeftcError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from peftc.spec import Spec
+
+Specs = Annotated[
+    list[str],
+    typer.Argument(metavar="SPEC...", help="Shipped names or YAML files; several act as one."),
+]
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model", "-m", help="A folder, a name on the Hugging Face hub.", metavar="MODEL"
+    ),
+]
+Backbone = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="MODEL",
+        help="The backbone, if it moved since the deltas were saved.",
+    ),
+]
+RandomWeights = Annotated[
+    bool,
+    typer.Option("--random-weights", help="Build the configuration with random weights (seed 0)."),
+]
+Task = Annotated[
+    Literal["classification", "summarization", "language-modeling"] | None,
+    typer.Option("--task", help="Load the model with the head for this task."),
+]
+NumLabels = Annotated[
+    int | None, typer.Option("--num-labels", min=2, help="Classes of a classifier.")
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="NAME=VALUE", help="Override an argument of the spec; repeatable."
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print data instead of text.")]
+
+
+class OptionError(PeftcError):
+    """A value on the command line that cannot be used."""
+
+
+def spec(names: list[str], sets: list[str] | None) -> Spec:
+    """The spec that the command line names, with its --set values; several specs become one."""
+    from peftc.spec import combine, load_spec
+
+    values = dict(_pair(one) for one in sets or ())
+    loaded = [load_spec(name) for name in names]
+    if values:
+        known = [{k: v for k, v in values.items() if k in one.arguments} for one in loaded]
+        unknown = values.keys() - {k for one in known for k in one}
+        if unknown:  # let the first spec say it, with its own suggestion
+            known[0] |= {k: values[k] for k in unknown}
+        loaded = [load_spec(name, **mine) for name, mine in zip(names, known, strict=True)]
+    return loaded[0] if len(loaded) == 1 else combine(loaded)
+
+
+def _pair(text: str) -> tuple[str, float | int]:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise OptionError(f"--set takes NAME=VALUE, not '{text}'")
+    for kind in (int, float):
+        try:
+            return name.strip(), kind(value)
+        except ValueError:
+            continue
+    raise OptionError(f"--set {name}: '{value}' is no number")
+
+
+def backbone(
+    name: str,
+    random_weights: bool = False,
+    *,
+    meta: bool = False,
+    task: str | None = None,
+    num_labels: int | None = None,
+) -> PreTrainedModel:
+    """The model of --model, with progress; quiet from here on."""
+    from peftc.commands.console import quiet, step
+
+    with step(f"building {name}" + (" on the meta device" if meta else "")):
+        from peftc import backbones
+
+        quiet()
+        return backbones.resolve(
+            name, random_weights=random_weights, meta=meta, task=task, num_labels=num_labels
+        )
+
+
+def new_directory(path: Path) -> Path:
+    """`path`, unless something is there already."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise OptionError(f"{path} exists and is not empty; choose another directory")
+    return path
+
+
+def tokenizer(directory: Path, model: PreTrainedModel) -> Any | None:
+    """The tokenizer beside deltas, or that of their backbone."""
+    from peftc import backbones
+
+    return backbones.tokenizer(str(directory)) or backbones.tokenizer(
+        model.config.name_or_path or ""
+    )

@@ -1,0 +1,5 @@
+"""`peftc train`."""
+
+
+def train() -> None:
+    """Train."""

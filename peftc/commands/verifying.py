@@ -1,0 +1,109 @@
+"""`peftc verify`: run the certificate of a directory again: one line and one number for each check."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from peftc.commands import merging, options
+from peftc.commands.console import say, step
+from peftc.errors import PeftcError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Relative to the largest output: folding is exact in float64 and casts once.
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Check:
+    """A number that must not exceed `tolerance`; without a tolerance it only informs."""
+
+    name: str
+    number: float
+    tolerance: float | None = None
+
+    @property
+    def holds(self) -> bool:
+        return self.tolerance is None or self.number <= self.tolerance  # False for nan
+
+    def __str__(self) -> str:
+        verdict = "info" if self.tolerance is None else "ok" if self.holds else "FAILED"
+        limit = "" if self.tolerance is None else f"  (at most {self.tolerance:.1e})"
+        return f"{verdict:<7} {self.name:<44} {self.number:.3g}{limit}"
+
+
+def verify(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR|BUNDLE", help="Deltas, or an ONNX bundle.")
+    ],
+    model: options.Backbone = None,
+) -> None:
+    """Check deltas or a bundle again, by numbers. Exit code 1 when a check fails.
+
+    \b
+    peftc verify lora-my-bert
+    peftc verify bundle
+    """
+    checks = _bundle_checks if any(directory.glob("*.onnx")) else _delta_checks
+    failed = []
+    for check in checks(directory, model):
+        say(str(check))
+        if not check.holds:
+            failed.append(check.name)
+    if failed:
+        raise PeftcError(f"{directory}: {len(failed)} checks failed: {', '.join(failed)}")
+
+
+def _delta_checks(directory: Path, model: str | None) -> Iterator[Check]:
+    import torch
+
+    compiled = merging.load(directory, model)  # raises when the fingerprint or a shape is wrong
+    from peftc import driver
+    from peftc.verify import difference
+
+    yield Check("fingerprint of the backbone, names and shapes", 0, 0)
+    values = compiled.deltas.values().values()
+    yield Check(
+        "numbers in the deltas that are not finite",
+        sum(int((~torch.isfinite(v)).sum()) for v in values),
+        0,
+    )
+    inputs = driver.seeded_inputs(compiled)
+    with step("running the compiled model"):
+        once, again = (driver.outputs(compiled, inputs) for _ in range(2))
+    yield Check("two runs of the compiled model", difference(once, again), 0)
+    with step("folding"), torch.no_grad():
+        merged, report = driver.merge(compiled)
+        bare = driver.outputs(compiled.__dict__["_backbone"], inputs)
+    yield Check("compiled against the backbone", difference(once, bare))
+    limit = TOLERANCE * max(report.scale, 1.0)
+    yield Check(
+        f"folded ({len(report.folded)} of {len(report.outcomes)}) against unfolded",
+        report.error,
+        limit,
+    )
+    yield Check("folded twice against folded once", _fold_again(merged), 0)
+
+
+def _fold_again(merged: PreTrainedModel) -> float:
+    """How far a second merge moves the folded weights."""
+    from peftc import driver
+    from peftc.model import CompiledModel
+
+    if not isinstance(merged, CompiledModel):
+        return 0.0  # a plain checkpoint: there is nothing left that could fold
+    with step("folding again"):
+        twice, report = driver.merge(merged)
+    before, after = dict(merged.named_parameters()), dict(twice.named_parameters())
+    moved = [float((after[k] - v).detach().abs().max()) for k, v in before.items() if k in after]
+    return max(moved) + len(report.folded)
+
+
+def _bundle_checks(directory: Path, model: str | None) -> Iterator[Check]:
+    raise PeftcError("not yet")

@@ -1,0 +1,328 @@
+"""The command line: every command on tiny models, exact numbers, and what each wrong input says."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import tiny
+from transformers import AutoModelForSequenceClassification, BertTokenizer, PreTrainedModel
+
+from peftc import cli
+
+BART = ("--model", "facebook/bart-large", "--random-weights")
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command in this process: (exit code, stdout, stderr)."""
+
+    def one(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = cli.main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return one
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BERT classifier with its tokenizer, as `save_pretrained` leaves it."""
+    path = tmp_path_factory.mktemp("models") / "tiny-bert"
+    tiny("bert").save_pretrained(path)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters)]
+    BertTokenizer(vocab={word: i for i, word in enumerate(words)}).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def lora(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LoRA with some values, as `peftc.compile(...).save_pretrained` leaves it."""
+    return _saved("lora", folder, tmp_path_factory.mktemp("deltas") / "lora")
+
+
+def _saved(spec: str, folder: Path, path: Path) -> Path:
+    from conftest import stir
+
+    import peftc
+
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    stir(peftc.compile(model, spec)).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("specs", "sites", "weights", "stored", "training"),
+    [
+        (["mam"], {"attention": 36, "ffn": 24}, 27_377_664, 27_414_528, 86_810_976),
+        (["prefix_tuning", "--set", "l=200"], {"attention": 36}, 14_745_600, 14_745_600, None),
+        (["lora"], {"attention": 36}, 1_179_648, 1_179_648, 1_179_648),
+        (["scaled_parallel_adapter"], {"ffn": 24}, 25_165_824, 25_202_688, 25_202_688),
+        (["bitfit"], {}, 333_824, 333_824, 333_824),
+    ],
+)
+def test_plan_counts_as_the_paper(
+    run: Run,
+    specs: list[str],
+    sites: dict[str, int],
+    weights: int,
+    stored: int,
+    training: int | None,
+) -> None:
+    code, out, _ = run("plan", *specs, *BART, "--json")
+    data = json.loads(out)
+    assert code == 0
+    assert data["sites"] == sites
+    counts = data["parameters"]
+    assert (counts["backbone"], counts["weights"], counts["stored"]) == (
+        406_291_456,
+        weights,
+        stored,
+    )
+    assert training is None or counts["training"] == training
+    assert len(data["edits"]) == sum(one["sites"] for one in data["matches"] if data["edits"])
+    assert data["misses"] == []
+
+
+def test_plan_prints_the_design_table(run: Run) -> None:
+    code, out, err = run("plan", "mam", *BART)
+    assert code == 0
+    for said in (
+        "relu(x @ down + down_bias) @ up + up_bias",
+        "prepended",
+        "parallel",
+        "(1 - λ) h + λ Δh",
+        "h + s * delta",
+        "27,377,664    6.74 %  6.7 % as the paper prints it",
+        "27,414,528",
+        "86,810,976",
+        "406,291,456",
+    ):
+        assert said in out
+    assert err.count("...") == 2  # progress, and nothing from torch or transformers
+
+
+@pytest.mark.parametrize(
+    ("spec", "insertion", "composition"),
+    [
+        ("lora", "parallel", "h + alpha / r * delta"),
+        ("houlsby_adapter", "sequential", "h + delta"),
+        ("prefix_tuning", "prepended", "(1 - λ) h + λ Δh"),
+        ("bitfit", "in place", "in place"),
+    ],
+)
+def test_dimensions_are_derived(
+    run: Run, folder: Path, spec: str, insertion: str, composition: str
+) -> None:
+    _, out, _ = run("plan", spec, "--model", folder, "--json")
+    (row,) = json.loads(out)["methods"]
+    assert (row["insertion"], row["composition"]) == (insertion, composition)
+
+
+def test_plan_lists_sites_and_set_reaches_the_spec_that_knows_it(run: Run, folder: Path) -> None:
+    code, out, _ = run("plan", "lora", "bitfit", "--set", "r=3", "--model", folder, "--sites")
+    assert code == 0
+    assert "lora+bitfit" in out
+    assert "down [32, 3]" in out
+    assert "bert.encoder.layer.0.attention.self.query.bias 32" in out
+
+
+def test_compile_certifies_and_saves(run: Run, folder: Path, tmp_path: Path) -> None:
+    target = tmp_path / "deltas"
+    code, out, _ = run(
+        "compile", "lora", "-m", folder, "-o", target, "--time-passes", "--verify-each"
+    )
+    assert code == 0
+    assert "max |compiled - base|" in out
+    assert "after insert: invariants hold" in out
+    assert "rewrites" in out
+    assert {"peftc.json", "model.safetensors", "tokenizer.json"} <= {
+        p.name for p in target.iterdir()
+    }
+    assert run("verify", target)[0] == 0
+
+
+def test_compile_prints_graphs(run: Run, folder: Path) -> None:
+    code, out, _ = run("compile", "lora", "-m", folder, "--no-save", "--print-after", "insert")
+    assert code == 0
+    assert out.count("# after") == 1
+    assert "# bert.encoder.layer.0.attention.self:attention.q:lora" in out
+    code, _, err = run("compile", "lora", "-m", folder, "--no-save", "--print-after", "inline")
+    assert (code, err.splitlines()[-1]) == (
+        1,
+        "error: compile runs no pass 'inline'; it runs normalize, insert",
+    )
+
+
+def test_compile_names_its_output(
+    run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("compile", "bitfit", "-m", folder)[0] == 0
+    assert (tmp_path / "bitfit-tiny-bert" / "peftc.json").is_file()
+
+
+def test_a_new_head_comes_back(run: Run, folder: Path, tmp_path: Path) -> None:
+    """A checkpoint without a head: its number of classes and its seed are in the deltas."""
+    body = tmp_path / "body"
+    model: PreTrainedModel = tiny("bert")
+    model.base_model.save_pretrained(body)
+    choice = ("--task", "classification", "--num-labels", "7")
+    assert run("compile", "lora", "-m", body, *choice, "-o", tmp_path / "d")[0] == 0
+    assert run("verify", tmp_path / "d")[0] == 0
+
+
+def test_random_weights_come_back(run: Run, folder: Path, tmp_path: Path) -> None:
+    assert run("compile", "lora", "-m", folder, "--random-weights", "-o", tmp_path / "d")[0] == 0
+    assert run("verify", tmp_path / "d")[0] == 0
+
+
+def test_merge_writes_a_plain_checkpoint(run: Run, lora: Path, tmp_path: Path) -> None:
+    code, out, _ = run("merge", lora, "-o", tmp_path / "out")
+    assert code == 0
+    assert "folded 4 of 4 deltas" in out
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert type(model).__name__ == "BertForSequenceClassification"
+
+
+def test_merge_keeps_what_does_not_fold(run: Run, folder: Path, tmp_path: Path) -> None:
+    deltas = _saved("mam", folder, tmp_path / "mam")
+    code, out, _ = run("merge", deltas, "-o", tmp_path / "out")
+    assert code == 0
+    assert "kept 2 prefix_tuning" in out
+    assert "kept 2 scaled_parallel_adapter" in out
+    assert run("verify", tmp_path / "out" / "deltas")[0] == 0
+
+
+def test_verify_says_each_number(run: Run, lora: Path) -> None:
+    code, out, _ = run("verify", lora)
+    assert code == 0
+    assert all(line.split()[0] in ("ok", "info") for line in out.splitlines())
+    assert len(out.splitlines()) == 6
+
+
+def test_specs_and_schema(run: Run) -> None:
+    assert "mam" in run("specs")[1]
+    assert run("specs", "lora")[1].startswith("# LoRA")
+    assert json.loads(run("schema")[1])["type"] == "object"
+
+
+@pytest.mark.parametrize("command", [command.__name__ for command in cli.COMMANDS])
+def test_help_teaches_by_example(run: Run, command: str) -> None:
+    code, out, _ = run(command, "--help")
+    assert code == 0
+    assert f"peftc {command}" in out.replace("Usage: peftc", "")
+    assert max(map(len, out.splitlines())) <= 80
+
+
+HUB = "is no local folder, not in the Hugging Face cache, and"
+WRONG = {
+    "no arguments": (["plan"], "Missing argument 'SPEC...'"),
+    "no such option": (["plan", "mam", "--modle", "x"], "No such option: --modle"),
+    "no such command": (["pln"], "No such command 'pln'"),
+    "no such spec": (["plan", "lorra", "-m", "{model}"], "no spec 'lorra'"),
+    "unknown argument": (["plan", "lora", "-m", "{model}", "--set", "rank=4"], "rank"),
+    "not a pair": (
+        ["plan", "lora", "-m", "{model}", "--set", "r"],
+        "--set takes NAME=VALUE, not 'r'",
+    ),
+    "no such folder": (["plan", "lora", "-m", "./nowhere"], "there is no folder './nowhere'"),
+    "not a model": (["plan", "lora", "-m", "{empty}"], "holds no config.json"),
+    "offline": (["plan", "mam", "-m", "facebook/bart-large"], HUB),
+    "offline, named": (["plan", "mam", "-m", "facebook/bart-large"], "--random-weights builds its"),
+    "deltas as a model": (["plan", "lora", "-m", "{lora}"], "holds deltas, not a model"),
+    "no site": (["plan", "{nowhere}", "-m", "{model}"], "matches no site"),
+    "wrong task": (
+        ["compile", "lora", "-m", "{model}", "--task", "summarization"],
+        "there is no Auto",
+    ),
+    "foreign output": (
+        ["compile", "lora", "-m", "{model}", "-o", "{model}"],
+        "was not written by peftc",
+    ),
+    "output in the way": (["merge", "{lora}", "-o", "{model}"], "is not empty"),
+    "not deltas": (["merge", "{model}", "-o", "{new}"], "holds no peftc.json"),
+    "truncated": (["merge", "{truncated}", "-o", "{new}"], "model.safetensors cannot be read"),
+    "other backbone": (["verify", "{lora}", "-m", "{other}"], "belong to another backbone"),
+    "damaged manifest": (["verify", "{damaged}"], "is damaged"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_one_clear_message(
+    run: Run, case: str, folder: Path, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peftc.backbones._hub_refusal", lambda name: "the hub cannot be reached")
+    arguments, message = WRONG[case]
+    places = _places(folder, lora, tmp_path)
+    code, _, err = run(*(one.format(**places) for one in arguments))
+    said = err.partition("error: ")[2]
+    assert code == 1
+    assert message in said
+    assert "Traceback" not in err
+    assert not (tmp_path / "new").exists()
+
+
+def _places(folder: Path, lora: Path, tmp_path: Path) -> dict[str, Path]:
+    places = {name: tmp_path / name for name in ("empty", "new", "truncated", "damaged", "other")}
+    places["empty"].mkdir()
+    for name in ("truncated", "damaged"):
+        places[name].mkdir()
+        for file in lora.iterdir():
+            (places[name] / file.name).write_bytes(file.read_bytes())
+    whole = places["truncated"] / "model.safetensors"
+    whole.write_bytes(whole.read_bytes()[:-100])
+    (places["damaged"] / "peftc.json").write_text("{")
+    tiny("bert", seed=9).save_pretrained(places["other"])
+    places["nowhere"] = tmp_path / "nowhere.yaml"
+    places["nowhere"].write_text("name: nowhere\ndeltas:\n  - train: [gain]\n")
+    return {**places, "model": folder, "lora": lora}
+
+
+def test_our_fault_is_exit_2_with_a_traceback(
+    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peftc import driver
+
+    def broken(*_: object, **__: object) -> None:
+        raise AssertionError("a bug")
+
+    monkeypatch.setattr(driver, "plan", broken)
+    code, _, err = run("plan", "lora", "-m", folder)
+    assert code == 2
+    assert "Traceback" in err and "please report" in err
+
+
+def test_a_pipe_gets_plain_text(folder: Path) -> None:
+    """In its own process: no colour, nothing wider than 80, no noise from the libraries."""
+    environment = {**os.environ, "TERM": "xterm-256color", "HF_HUB_OFFLINE": "1"}
+    script = "import sys; from peftc.cli import main; sys.exit(main())"
+    done = subprocess.run(
+        [sys.executable, "-c", script, "plan", "mam", "--model", str(folder)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=True,
+    )
+    assert "\x1b" not in done.stdout + done.stderr
+    assert done.stdout.isascii() or set(done.stdout) - set(map(chr, range(128))) <= set("λΔ")
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert done.stderr.splitlines()[1:] == ["tracing and planning ..."]
+
+
+def test_the_language_needs_no_torch() -> None:
+    script = (
+        "import sys; from peftc.cli import main; main(['specs']); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
