@@ -87,17 +87,15 @@ def tokenizer(name: str) -> Any | None:
 
 def shipped() -> dict[str, Path]:
     """The published configurations by the name of their model on the hub."""
-    files = sorted(CONFIGS.glob("*.json"))
-    return {str(json.loads(one.read_text()).get("_name_or_path", one.stem)): one for one in files}
+    return {file.stem.replace("--", "/"): file for file in sorted(CONFIGS.glob("*.json"))}
 
 
 def _config(name: str, random_weights: bool) -> PretrainedConfig:
     folder = Path(name)
     if folder.is_dir():
         return _local_config(folder)
-    published = {full: file for full, file in shipped().items() if name in (full, file.stem)}
-    if random_weights and published:
-        data = json.loads(next(iter(published.values())).read_text())
+    if random_weights and name in shipped():
+        data = json.loads(shipped()[name].read_text())
         return AutoConfig.for_model(data.pop("model_type"), **data)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise BackboneError(f"there is no folder '{name}'")
@@ -135,7 +133,7 @@ def _from_hub(name: str, load: Callable[[bool], T], random_weights: bool = False
         close = suggest(name, shipped())
         raise BackboneError(
             f"no configuration of '{name}': it is no local folder, not in the cache, and {reason}; "
-            f"shipped are {names}" + (f" {close}" if close else "")
+            f"shipped are {names}" + (f"; {close}" if close else "")
         )
     raise BackboneError(
         f"model '{name}' is no local folder, not in the Hugging Face cache, and {reason}; "

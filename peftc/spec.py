@@ -79,7 +79,8 @@ class Spec:
 
     def digest(self) -> str:
         """SHA-256 of what the spec says, whatever its comments and layout."""
-        canonical = json.dumps(to_data(self), sort_keys=True, separators=(",", ":"))
+        said = {key: value for key, value in to_data(self).items() if key != "title"}
+        canonical = json.dumps(said, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 

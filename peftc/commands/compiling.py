@@ -49,7 +49,7 @@ def compile(  # the name of the command
     """
     spec = options.spec(specs, sets)
     target = None if no_save else output or Path(f"{spec.name}-{_basename(model)}")
-    from peftc import delta, driver, table
+    from peftc import backbones, delta, driver, table
 
     if target is not None:
         delta.require_ours(target)
@@ -77,15 +77,12 @@ def compile(  # the name of the command
     if time_passes:
         say(_timings(trace.results))
     if target is not None:
-        save(compiled[0], target, model)
+        save(compiled[0], target, backbones.tokenizer(model))
 
 
-def save(compiled: CompiledModel, target: Path, model: str, *, stored: bool = False) -> None:
+def save(compiled: CompiledModel, target: Path, tokenizer: Any, *, stored: bool = False) -> None:
     """Deltas, and the tokenizer of the backbone beside them."""
-    from peftc import backbones
-
     compiled.save_pretrained(target, stored=stored)
-    tokenizer = backbones.tokenizer(model)
     if tokenizer is not None:
         tokenizer.save_pretrained(target)
     size = sum(one.stat().st_size for one in target.glob("*.safetensors"))

@@ -39,6 +39,6 @@ def schema() -> None:
     \b
     peftc schema > peftc.schema.json
     """
-    from peftc import spec
+    from peftc import spec_schema
 
-    raw(json.dumps(spec.json_schema(), indent=2))
+    raw(json.dumps(spec_schema.json_schema(), indent=2))

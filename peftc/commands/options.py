@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -91,6 +92,7 @@ def backbone(
     meta: bool = False,
     task: str | None = None,
     num_labels: int | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """The model of --model, with progress; quiet from here on."""
     from peftc.commands.console import quiet, step
@@ -100,7 +102,12 @@ def backbone(
 
         quiet()
         return backbones.resolve(
-            name, random_weights=random_weights, meta=meta, task=task, num_labels=num_labels
+            name,
+            random_weights=random_weights,
+            meta=meta,
+            task=task,
+            num_labels=num_labels,
+            settings=settings,
         )
 
 
@@ -115,6 +122,5 @@ def tokenizer(directory: Path, model: PreTrainedModel) -> Any | None:
     """The tokenizer beside deltas, or that of their backbone."""
     from peftc import backbones
 
-    return backbones.tokenizer(str(directory)) or backbones.tokenizer(
-        model.config.name_or_path or ""
-    )
+    beside = backbones.tokenizer(str(directory)) if directory.is_dir() else None
+    return beside or backbones.tokenizer(model.config.name_or_path or "")

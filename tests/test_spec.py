@@ -1,0 +1,184 @@
+"""The spec language: what it reads, and the exact message for what it does not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peftc.errors import PeftcError
+from peftc.expr import ExprError, Name, names, number, parse, show, substitute
+from peftc.spec import Spec, directory, from_data, load_spec, parse_spec, shipped, to_data
+from peftc.spec_schema import json_schema
+
+HEAD = "with: {r: 4}\ndeltas:\n  - at: ffn\n    params:\n"
+DOWN = "      down: {shape: [in, r], init: zeros}\n"
+UP = "      up: {shape: [r, out], init: zeros}\n"
+GOOD = HEAD + DOWN + UP + "    delta: relu(x @ down) @ up\n"
+
+BAD = {
+    "": "s.yaml:1:1: the file is empty",
+    "deltas: [": "s.yaml:1:10: not YAML: expected the node content, but found '<stream end>'",
+    "- a": "s.yaml:1:1: a spec must be a mapping, not a list",
+    "just words": "s.yaml:1:1: a spec must be a mapping, not 'just words'",
+    "name: x": "s.yaml:1:1: 'deltas' is missing (a spec lists its deltas)",
+    "deltas: []": "s.yaml:1:9: 'deltas' is empty",
+    "deltas: 3": "s.yaml:1:9: 'deltas' must be a list, not '3'",
+    "delta: []\ndeltas: [{train: [bias]}]": "s.yaml:1:1: unknown key 'delta' (did you mean 'deltas'?)",
+    "deltas: [{train: [bias]}]\ndeltas: []": "s.yaml:2:1: 'deltas' stands here twice",
+    "deltas: [&a {train: [bias]}, *a]": "s.yaml:1:10: anchors and aliases are not allowed (write it out, or `use:` a spec)",
+    "deltas: " + "[" * 30 + "]" * 30: "s.yaml:1:28: nested deeper than 20",
+    "deltas: [{train: []}]": "s.yaml:1:18: 'train' names no parameter",
+    "deltas: [{train: [a.b]}]": "s.yaml:1:19: 'a.b' is not the last component of a parameter's name",
+    "deltas: [{train: [bias], delta: x}]": "s.yaml:1:26: 'delta' does not go with 'train'",
+    "deltas: [{use: lorra}]": "s.yaml:1:16: no spec 'lorra': neither a file nor a shipped name (did you mean 'lora'?)",
+    "deltas: [{use: lora, at: ffn}]": "s.yaml:1:22: 'at' does not go with 'use'",
+    "deltas: [{delta: x}]": "s.yaml:1:10: 'at' is missing (say which site the delta modifies, such as ffn)",
+    "deltas: [{at: fnn, delta: x}]": "s.yaml:1:15: 'at' cannot be 'fnn' (did you mean 'ffn'?)",
+    "deltas: [{at: {op: linear}, delta: x}]": "s.yaml:1:15: give both: {op: linear, scope: a glob over module paths}",
+    "deltas: [{at: ffn}]": "s.yaml:1:10: give either 'delta' or 'rewrite'",
+    "deltas: [{at: ffn, delta: x, rewrite: {h: x}}]": "s.yaml:1:10: give either 'delta' or 'rewrite'",
+    "deltas: [{at: ffn, rewrite: {h: x}, compose: h}]": "s.yaml:1:37: 'compose' does not go with 'rewrite'",
+    "deltas: [{at: ffn, rewrite: {q: x}}]": "s.yaml:1:30: 'ffn' has no port 'q' to assign (one of: h)",
+    "deltas: [{at: ffn, delta: x, where: {layer: 1}}]": "s.yaml:1:38: unknown key 'layer' (did you mean 'layers'?)",
+    "deltas: [{at: ffn, delta: x, where: {layers: 1-x}}]": "s.yaml:1:46: 'layers' cannot be '1-x' (write it as \"0-5,11\")",
+    "deltas: [{at: ffn, delta: x, where: {layers: 3-1}}]": "s.yaml:1:46: 'layers' selects nothing: '3-1'",
+    "deltas: [{at: ffn, delta: x, where: {stack: top}}]": "s.yaml:1:45: 'stack' cannot be 'top' (one of: encoder, decoder)",
+    "deltas: [{at: ffn, delta: x, expect: some}]": "s.yaml:1:38: 'expect' must be a whole number",
+    "deltas: [{at: ffn, delta: y}]": "s.yaml:1:27: unknown name 'y'",
+    "deltas: [{at: ffn, delta: rellu(x)}]": "s.yaml:1:27: unknown op 'rellu' (did you mean 'relu'?)",
+    "deltas: [{at: ffn, delta: 'relu(x, x)'}]": "s.yaml:1:27: 'relu' takes 1 arguments, not 2",
+    "deltas: [{at: ffn, delta: x.shape}]": "s.yaml:1:27: 'x.shape' is not part of the language (allowed: names, numbers, + - * / // @ and ops such as relu(x))",
+    "deltas: [{at: ffn, delta: x ** 2}]": "s.yaml:1:27: 'x ** 2' is not part of the language (allowed: names, numbers, + - * / // @ and ops such as relu(x))",
+    "deltas: [{at: ffn, delta: x +}]": "s.yaml:1:27: 'x +' is not an expression",
+    "deltas: [{at: ffn, delta: x, compose: h}]": "s.yaml:1:39: 'compose' does not read 'delta'",
+    "with: {r: 4}\ndeltas: [{at: ffn, delta: x}]": "s.yaml:1:8: argument 'r' is never used",
+    "with: {r: q}\ndeltas: [{at: ffn, delta: r * x}]": "s.yaml:1:11: unknown name 'q'",
+    "with: {r: 1 / 0}\ndeltas: [{at: ffn, delta: r * x}]": "s.yaml:1:11: '1 / 0' has no usable value",
+    HEAD + DOWN + UP + "    delta: relu(x @ dwn) @ up\n": "s.yaml:7:21: unknown name 'dwn' (did you mean 'down'?)",
+    HEAD + DOWN + UP + "    delta: x @ up @ down\n": "s.yaml:7:12: 'x @ up': [..., in] @ [r, out]: 'in' is not 'r'",
+    HEAD + DOWN + "    delta: x @ down\n": "s.yaml:6:12: 'h' is [..., out] but is assigned [..., r]",
+    HEAD + DOWN + UP + "      more: {shape: [r], init: zeros}\n    delta: x @ down @ up\n": "s.yaml:7:7: 'more' is never used",
+    HEAD + "      x: {shape: [r], init: zeros}\n    delta: x\n": "s.yaml:5:7: 'x' already has a meaning here (choose another name)",
+    HEAD + "      a: {shap: [out], init: zeros}\n    delta: r * a\n": "s.yaml:5:11: unknown key 'shap' (did you mean 'shape'?)",
+    HEAD + "      a: {shape: [ot], init: zeros}\n    delta: r * h\n": "s.yaml:5:19: unknown size 'ot' (did you mean 'out'?)",
+    HEAD + "      a: {shape: [out]}\n    delta: r * a\n": "s.yaml:5:10: parameter 'a' has no 'init'",
+    HEAD + "      a: {shape: [out], init: zero}\n    delta: r * a\n": "s.yaml:5:31: unknown init 'zero' (did you mean 'zeros'?)",
+    HEAD + "      a: {shape: [out], init: constant}\n    delta: r * a\n": "s.yaml:5:31: init 'constant' takes 1 arguments, not 0",
+    HEAD + "      a: {shape: [out], init: zeros, per: layer}\n    delta: r * a\n": "s.yaml:5:43: 'per' cannot be 'layer' (one of: site, kind, shape, model)",
+}
+
+
+@pytest.mark.parametrize("text", BAD, ids=range(len(BAD)))
+def test_bad_specs_say_what_is_wrong(text: str) -> None:
+    with pytest.raises(PeftcError) as error:
+        parse_spec(text, "s.yaml")
+    assert BAD[text] in str(error.value).splitlines()
+
+
+def test_all_problems_are_shown_in_file_order() -> None:
+    text = "nam: x\ndeltas:\n  - {at: ffn, delta: y}\n  - {at: fnn, delta: x}\n"
+    with pytest.raises(PeftcError) as error:
+        parse_spec(text, "s.yaml")
+    assert [line.split(" ")[0] for line in str(error.value).splitlines()] == [
+        "s.yaml:1:1:",
+        "s.yaml:3:22:",
+        "s.yaml:4:10:",
+    ]
+
+
+def test_shipped_specs() -> None:
+    assert len(shipped()) == 8
+    for name in shipped():
+        path = directory() / f"{name}.yaml"
+        assert len(path.read_text().splitlines()) <= 30
+        spec = load_spec(name)
+        assert spec.name == name and spec.title
+        assert from_data(json.loads(json.dumps(to_data(spec)))) == spec
+
+
+def test_arguments_reach_the_entries() -> None:
+    spec = load_spec("mam", l=3, r=7)
+    assert spec.entries[0].arguments == {"l": 3, "m": 800}
+    assert spec.entries[1].arguments == {"r": 7, "s": 4.0}
+    with pytest.raises(PeftcError, match=r"no argument 'rank' \(arguments: l, m, r, s\)"):
+        load_spec("mam", rank=3)
+    with pytest.raises(PeftcError, match="argument 'r' must be a number"):
+        load_spec("mam", r="many")
+
+
+def test_use_of_a_file_beside_and_of_itself(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(GOOD)
+    (tmp_path / "both.yaml").write_text(
+        "deltas:\n  - {use: mine.yaml, where: {stack: decoder}}\n  - use: bitfit\n"
+    )
+    spec = load_spec(tmp_path / "both.yaml")
+    assert [entry.method for entry in spec.entries] == ["mine", "bitfit"]
+    assert spec.entries[0].where.stack == "decoder"
+    (tmp_path / "loop.yaml").write_text("deltas:\n  - use: loop.yaml\n")
+    with pytest.raises(PeftcError, match="'loop.yaml' uses itself"):
+        load_spec(tmp_path / "loop.yaml")
+
+
+def test_digest_ignores_comments() -> None:
+    assert parse_spec(GOOD, "s").digest() == parse_spec("# a\n" + GOOD, "s").digest()
+    assert parse_spec(GOOD, "s").digest() != parse_spec(GOOD, "s", r=5).digest()
+
+
+def test_expressions() -> None:
+    for text in ("h + alpha / r * delta", "(a + b) * c", "-x @ (a - b)", "relu(x @ in) - (a - b)", "a - (b - c)"):
+        assert show(parse(text)) == text
+    assert names(parse("a + in * a")) == ("a", "in")
+    assert show(substitute(parse("a * b"), {"a": Name("c")})) == "c * b"
+    assert number(parse("2 * d // 3"), {"d": 10}) == 6
+    for text in ("a" * 3000, "-" * 200 + "a", "__import__('os')", "a if b else c", "1e400", "[a]"):
+        with pytest.raises(ExprError):
+            parse(text)
+
+
+def test_schema_admits_the_shipped_specs() -> None:
+    schema = json_schema()
+    entry = schema["properties"]["deltas"]["items"]["properties"]
+    assert "attention.heads" in entry["at"]["oneOf"][0]["enum"]
+    assert set(schema["properties"]) == {"name", "with", "deltas"}
+
+
+words = st.sampled_from(
+    ["at", "ffn", "delta", "x @ a", "params", "shape", "with", "use", "lora", "train", "bias", "h", "1", "in", "let"]
+)
+trees = st.recursive(
+    words | st.integers() | st.none() | st.booleans() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(words, inner, max_size=4),
+    max_leaves=20,
+)
+
+
+def read(text: str) -> None:
+    try:
+        assert isinstance(parse_spec(text, "fuzz.yaml"), Spec)
+    except PeftcError as error:
+        assert str(error)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=200))
+def test_any_text_is_a_spec_or_an_error(text: str) -> None:
+    read(text)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.dictionaries(words, trees, max_size=5), max_size=3))
+def test_any_structure_is_a_spec_or_an_error(deltas: list[dict[str, object]]) -> None:
+    read(json.dumps({"deltas": deltas}))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(alphabet="abx h()+-*/@.,1e9'\"[]", max_size=40))
+def test_any_expression_is_one_or_an_error(text: str) -> None:
+    try:
+        assert parse(show(parse(text))) == parse(text)
+    except ExprError as error:
+        assert error.fact
