@@ -105,10 +105,7 @@ def encode_classes(
 ) -> Rows:
     encoded = tokenizer(list(texts), truncation=True, max_length=max_length)
     return Rows(
-        [
-            {**{k: encoded[k][i] for k in encoded}, "labels": label}
-            for i, label in enumerate(labels)
-        ]
+        [{**{k: encoded[k][i] for k in encoded}, "labels": label} for i, label in enumerate(labels)]
     )
 
 
@@ -154,12 +151,18 @@ def train_classifier(
         seconds = time.perf_counter() - start
         if test is None:
             return TrainResult(None, done.training_loss, seconds, done.global_step, ())
+        _in_order(trainer)
         logits = trainer.predict(encode_classes(tokenizer, *test, recipe.max_length)).predictions
     predicted = np.asarray(logits).argmax(-1)
     accuracy = float((predicted == np.asarray(test[1])).mean())
     return TrainResult(
         accuracy, done.training_loss, seconds, done.global_step, tuple(predicted.tolist())
     )
+
+
+def _in_order(trainer: Trainer) -> None:
+    """Trainer groups by length in `predict` too, and returns the rows in that order."""
+    trainer.args.train_sampling_strategy = "random"
 
 
 def train_seq2seq(
@@ -189,6 +192,7 @@ def train_seq2seq(
         seconds = time.perf_counter() - start
         if test is None:
             return TrainResult(None, done.training_loss, seconds, done.global_step, ())
+        _in_order(trainer)
         tokens = trainer.predict(encode_pairs(tokenizer, *test, recipe)).predictions
     tokens = np.where(tokens < 0, tokenizer.pad_token_id, tokens)
     texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
@@ -222,4 +226,3 @@ def rouge_l(text: str, wanted: str) -> float:
         raise PeftcError('scoring summaries needs: pip install "peftc[metrics]"') from error
     score: float = RougeScorer(["rougeL"], use_stemmer=True).score(wanted, text)["rougeL"].fmeasure
     return score
-
