@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 from peftc.errors import PeftcError
 
@@ -25,6 +26,7 @@ SECTIONS = (
     "utils",
     "x11",
 )
+Source = Literal["auto", "index", "sample"]
 SAMPLE = Path(__file__).parent / "data" / "debian_packages.jsonl.gz"
 TRAIN_SIZE, TEST_SIZE, MAX_TEXT = 4000, 1000, 200
 
@@ -50,23 +52,41 @@ class Corpus:
 
 
 def load_packages(
-    source: str = "auto", train_size: int = TRAIN_SIZE, test_size: int = TEST_SIZE
+    source: Source = "auto", train_size: int = TRAIN_SIZE, test_size: int = TEST_SIZE
 ) -> Corpus:
     """Packages in ten sections, equally many of each, in an order that hashing alone decides.
 
     `source` is "index" (this machine's package index), "sample" (shipped with peftc) or "auto" (the
-    index where there is one).
+    index where it is large enough). Raises PeftcError where the one asked for is not.
     """
-    packages = tuple(_index()) if source in ("auto", "index") else ()
-    if source == "index" and not packages:
+    if source not in get_args(Source):
+        raise PeftcError(f"no corpus '{source}' (one of: {', '.join(get_args(Source))})")
+    found = tuple(_index()) if source != "sample" else ()
+    corpus = _split(found, "this machine's Debian package index", train_size, test_size)
+    if source == "sample" or (source == "auto" and not _complete(corpus, train_size, test_size)):
+        shipped = tuple(read_sample())
+        corpus = _split(
+            shipped, "the sample of Debian 12 shipped with peftc", train_size, test_size
+        )
+    if not found and source == "index":
         raise PeftcError("this machine has no Debian package index; use the shipped sample")
-    origin = "this machine's Debian package index"
-    if len(packages) < train_size + test_size:
-        packages, origin = tuple(read_sample()), "the sample of Debian 12 shipped with peftc"
+    if not _complete(corpus, train_size, test_size):
+        raise PeftcError(
+            f"{corpus.origin} gives {len(corpus.train)} rows to train on and {len(corpus.test)} to "
+            f"test on, not {train_size} and {test_size}"
+        )
+    return corpus
+
+
+def _split(packages: tuple[Package, ...], origin: str, train_size: int, test_size: int) -> Corpus:
     chosen = _balanced(packages)
     test = _take(chosen, test_size, test=True)
     train = _take(chosen, train_size, test=False)
     return Corpus(train, test, SECTIONS, f"{origin} ({len(packages)} packages)")
+
+
+def _complete(corpus: Corpus, train_size: int, test_size: int) -> bool:
+    return len(corpus.train) == train_size and len(corpus.test) == test_size
 
 
 def read_sample() -> Iterator[Package]:
@@ -78,7 +98,9 @@ def read_sample() -> Iterator[Package]:
 def _index() -> Iterator[Package]:
     if shutil.which("apt-cache") is None:
         return
-    done = subprocess.run(["apt-cache", "dumpavail"], capture_output=True, text=True, errors="replace")
+    done = subprocess.run(
+        ["apt-cache", "dumpavail"], capture_output=True, text=True, errors="replace"
+    )
     yield from parse_index(done.stdout.split("\n\n"))
 
 
