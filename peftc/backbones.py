@@ -107,7 +107,9 @@ def _config(name: str, random_weights: bool) -> PretrainedConfig:
 
 def _local_config(folder: Path) -> PretrainedConfig:
     if (folder / "peftc.json").is_file():
-        raise BackboneError(f"{folder} holds deltas, not a model; --model takes their backbone")
+        raise BackboneError(
+            f"{folder} holds what peftc wrote, not a model; name the backbone of it"
+        )
     if not (folder / "config.json").is_file():
         raise BackboneError(f"{folder} holds no config.json: not the folder of a model")
     try:

@@ -138,20 +138,27 @@ def stored_values(model: Any, stored: bool) -> dict[str, torch.Tensor]:
     return found
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """`peftc.json` of a directory of deltas. Raises DeltaError when it is missing, too large or foreign."""
+def read_manifest(
+    path: Path, keys: tuple[str, ...] = ("form", "spec", "edits", "backbone")
+) -> dict[str, Any]:
+    """`peftc.json` of a directory. Raises DeltaError when it is missing, too large, damaged, or not of the
+    kind that has `keys`."""
     file = path / MANIFEST
     if not file.is_file():
-        raise DeltaError(f"{path} holds no {MANIFEST}: not a directory of deltas")
+        raise DeltaError(f"{path} holds no {MANIFEST}: peftc did not write it")
     if file.stat().st_size > MAX_MANIFEST_BYTES:
         raise DeltaError(f"{file} is larger than {MAX_MANIFEST_BYTES} bytes")
     try:
         manifest = json.loads(file.read_text())
-        fits = manifest["format"] == FORMAT and {"form", "spec", "edits", "backbone"} <= manifest.keys()
+        fits = manifest["format"] == FORMAT
+        lacks = [key for key in keys if key not in manifest]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DeltaError(f"{file} is damaged: {error}") from error
     if not fits:
         raise DeltaError(f"{file} has format {manifest['format']}; this peftc reads format {FORMAT}")
+    if lacks:
+        kind = "an ONNX bundle" if "graphs" in manifest else "a directory of deltas"
+        raise DeltaError(f"{path} is {kind}, not what is wanted here")
     return dict(manifest)
 
 

@@ -69,24 +69,11 @@ class CompiledModel(PreTrainedModel):
             self._programs[key] = program
         return self._programs[key]
 
-    def execute(self, program: Program, inputs: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-        """Run a graph on the tensors that the module tree holds now."""
-        fetch = {
-            "parameter": self._fetch,
-            "buffer": self._fetch,
-            "delta": lambda path: _get(self.deltas, path),
-        }
-        outputs: dict[str, Any] = program.run(fetch, inputs)
-        return outputs
-
-    def _fetch(self, path: str) -> torch.Tensor:
-        return _get(self, path)
-
     def _run(
         self, entry: str, inputs: Mapping[str, Any], flags: Mapping[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
         program = self.program(entry, inputs, flags)
-        return program.output_type, self.execute(program, inputs)
+        return program.output_type, run_program(self, program, inputs)
 
     def _plain(self, wanted: Mapping[str, Any]) -> Any:
         tensors, flags = _split(wanted)
@@ -129,6 +116,20 @@ class CompiledModel(PreTrainedModel):
         output = encoder(**{k: tensors[k] for k in names if k in tensors})
         first: torch.Tensor = output.last_hidden_state
         return first
+
+
+def run_program(
+    model: PreTrainedModel, program: Program, inputs: Mapping[str, torch.Tensor]
+) -> dict[str, Any]:
+    """Run a graph on the tensors that the module tree of `model` (compiled or plain) holds now."""
+    deltas = getattr(model, "deltas", model)
+    fetch = {
+        "parameter": functools.partial(_get, model),
+        "buffer": functools.partial(_get, model),
+        "delta": functools.partial(_get, deltas),
+    }
+    outputs: dict[str, Any] = program.run(fetch, inputs)
+    return outputs
 
 
 def _split(wanted: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -185,6 +185,64 @@ def test_random_weights_come_back(run: Run, folder: Path, tmp_path: Path) -> Non
     assert run("verify", tmp_path / "d")[0] == 0
 
 
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Texts of different lengths whose first letter decides the class."""
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    lines = [
+        {"text": ("ab"[i % 2] + " ") * (2 + i % 7), "label": ("even", "odd")[i % 2], "summary": "b"}
+        for i in range(64)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_train_learns_and_its_score_is_of_the_saved_model(
+    run: Run, folder: Path, rows: Path, tmp_path: Path
+) -> None:
+    body = tmp_path / "body"
+    tiny("bert").base_model.save_pretrained(body)
+    BertTokenizer.from_pretrained(folder).save_pretrained(body)
+    common = ("--data", rows, "--eval", rows, "--batch", 8)
+    first, second = tmp_path / "first", tmp_path / "second"
+    well = ("--lr", 0.02, "--epochs", 8)
+    code, out, _ = run("train", "lora", "-m", body, *common, "-o", first, *well)
+    assert code == 0
+    assert "lora+head" in out
+    assert _accuracy(out) > 0.9
+    code, again, _ = run("train", first, *common, "-o", second, "--lr", 0, "--epochs", 0.1)
+    assert code == 0
+    assert _accuracy(again) == _accuracy(out)
+    assert run("verify", second)[0] == 0
+
+
+def _accuracy(out: str) -> float:
+    return float(out.partition("accuracy ")[2].split()[0])
+
+
+@pytest.mark.parametrize(("options", "form"), [([], "stored"), (["--keep-mlp"], "training")])
+def test_train_writes_text(
+    run: Run, folder: Path, rows: Path, tmp_path: Path, options: list[str], form: str
+) -> None:
+    model = tmp_path / "bart"
+    tiny("bart").save_pretrained(model)
+    BertTokenizer.from_pretrained(folder).save_pretrained(model)
+    task = ("--task", "summarization", "--epochs", 0.2, *options)
+    code, out, _ = run("train", "mam", "-m", model, *task, "--data", rows, "-o", tmp_path / "d")
+    assert code == 0
+    assert "mean loss" in out
+    assert json.loads((tmp_path / "d" / "peftc.json").read_text())["form"] == form
+
+
+def test_train_refuses_classes_that_the_deltas_do_not_know(
+    run: Run, folder: Path, lora: Path, rows: Path, tmp_path: Path
+) -> None:
+    code, _, err = run("train", lora, "-m", folder, "--data", rows, "-o", tmp_path / "d")
+    assert code == 1
+    assert "no tokenizer" in err or "class 'even' is not one that the model knows" in err
+    assert not (tmp_path / "d").exists()
+
+
 def test_merge_writes_a_plain_checkpoint(run: Run, lora: Path, tmp_path: Path) -> None:
     code, out, _ = run("merge", lora, "-o", tmp_path / "out")
     assert code == 0
@@ -241,7 +299,7 @@ WRONG = {
     "not a model": (["plan", "lora", "-m", "{empty}"], "holds no config.json"),
     "offline": (["plan", "mam", "-m", "facebook/bart-large"], HUB),
     "offline, named": (["plan", "mam", "-m", "facebook/bart-large"], "--random-weights builds its"),
-    "deltas as a model": (["plan", "lora", "-m", "{lora}"], "holds deltas, not a model"),
+    "deltas as a model": (["plan", "lora", "-m", "{lora}"], "holds what peftc wrote, not a model"),
     "no site": (["plan", "{nowhere}", "-m", "{model}"], "matches no site"),
     "wrong task": (
         ["compile", "lora", "-m", "{model}", "--task", "summarization"],
@@ -252,20 +310,49 @@ WRONG = {
         "was not written by peftc",
     ),
     "output in the way": (["merge", "{lora}", "-o", "{model}"], "is not empty"),
-    "not deltas": (["merge", "{model}", "-o", "{new}"], "holds no peftc.json"),
+    "not deltas": (["merge", "{model}", "-o", "{new}"], "peftc did not write it"),
     "truncated": (["merge", "{truncated}", "-o", "{new}"], "model.safetensors cannot be read"),
     "other backbone": (["verify", "{lora}", "-m", "{other}"], "belong to another backbone"),
+    "no data": (
+        ["train", "lora", "-m", "{model}", "--data", "{new}", "-o", "{new}"],
+        "no data file",
+    ),
+    "a train of nothing": (
+        ["train", "lora", "--data", "{rows}", "-o", "{new}"],
+        "--model is needed",
+    ),
+    "no column": (
+        [
+            "train",
+            "lora",
+            "-m",
+            "{model}",
+            "--data",
+            "{rows}",
+            "-o",
+            "{new}",
+            "--text-column",
+            "body",
+        ],
+        "no column 'body'",
+    ),
     "damaged manifest": (["verify", "{damaged}"], "is damaged"),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_input_is_one_clear_message(
-    run: Run, case: str, folder: Path, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run,
+    case: str,
+    folder: Path,
+    lora: Path,
+    rows: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("peftc.backbones._hub_refusal", lambda name: "the hub cannot be reached")
     arguments, message = WRONG[case]
-    places = _places(folder, lora, tmp_path)
+    places = {**_places(folder, lora, tmp_path), "rows": rows}
     code, _, err = run(*(one.format(**places) for one in arguments))
     said = err.partition("error: ")[2]
     assert code == 1

@@ -120,10 +120,11 @@ def _compare(
     import torch
 
     from peftc import verify
+    from peftc.model import run_program
 
     subject.finish()
     with torch.no_grad():
-        change = verify.difference(compiled.execute(subject, inputs), bare)
+        change = verify.difference(run_program(compiled, subject, inputs), bare)
     say(f"after {name}: invariants hold, max |graph - base| = {change:.3g}")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,15 +36,19 @@ def raw(text: str) -> None:
 
 
 @contextmanager
-def step(what: str) -> Iterator[None]:
-    """A long step: a spinner on a terminal, one line in a pipe; both on stderr."""
+def step(what: str) -> Iterator[Callable[[str], None]]:
+    """A long step: a spinner on a terminal, lines in a pipe; both on stderr. Yields what names a part of it."""
     out = console(stderr=True)
     if out.is_terminal:
-        with out.status(what):
-            yield
+        with out.status(what) as status:
+            yield status.update
         return
-    out.print(f"{what} ...", soft_wrap=True)
-    yield
+
+    def line(text: str) -> None:
+        out.print(f"{text} ...", soft_wrap=True)
+
+    line(what)
+    yield line
 
 
 def quiet() -> None:

@@ -34,17 +34,25 @@ def export(
     peftc export merged -o bundle --opset 20
     """
     options.new_directory(output)
-    compiled = _model(directory, model)
+    compiled = model_of(directory, model)
     tokenizer = options.tokenizer(directory, compiled)
     from peftc import bundle
 
-    with step("exporting"):
-        bundle.export(compiled, output, opset=opset, tokenizer=tokenizer)
+    with step("exporting") as progress:
+        parity = bundle.export(
+            compiled, output, opset=opset, tokenizer=tokenizer, progress=progress
+        )
+    for one in parity:
+        say(
+            f"{one.graph}: max |ONNX - torch| = {one.error:.3g} "
+            f"in {one.cases} cases (at most {one.tolerance:.1e})"
+        )
     size = sum(one.stat().st_size for one in output.rglob("*") if one.is_file())
     say(f"wrote {output} ({size:,} bytes)")
 
 
-def _model(directory: Path, model: str | None) -> PreTrainedModel:
+def model_of(directory: Path, model: str | None = None) -> PreTrainedModel:
+    """The model that a directory holds: deltas on their backbone, or an ordinary checkpoint."""
     if (directory / "peftc.json").is_file():
         return merging.load(directory, model)
     return options.backbone(str(directory))
@@ -57,7 +65,8 @@ def run(
         typer.Argument(metavar="[TEXT]...", help="Texts; none: --input, or stdin by lines."),
     ] = None,
     source: Annotated[
-        Path | None, typer.Option("--input", metavar="FILE", help="JSON lines to read texts from.")
+        Path | None,
+        typer.Option("--input", metavar="FILE", help="JSON lines or CSV to read texts from."),
     ] = None,
     text_column: Annotated[
         str, typer.Option("--text-column", help="Where a row holds its text.")
@@ -83,12 +92,19 @@ def run(
         quiet()
         runner = runtime.load(bundle)
     with step(f"running {len(chosen)} texts"):
-        if hasattr(runner, "classify"):
-            answers = runner.classify(chosen)
+        if isinstance(runner, runtime.Classifier):
+            answers = [{"label": a, "probability": p} for a, p in runner.classify(chosen)]
         else:
-            answers = runner.write(chosen, num_beams=num_beams, max_new_tokens=max_new_tokens)
+            settings = {"num_beams": num_beams, "max_new_tokens": max_new_tokens}
+            answers = [{"output": one} for one in runner.write(chosen, **settings)]
     for text, answer in zip(chosen, answers, strict=True):
-        raw(json.dumps({"text": text, "answer": answer}, default=str) if as_json else str(answer))
+        raw(json.dumps({"text": text, **answer}) if as_json else _line(answer))
+
+
+def _line(answer: dict[str, Any]) -> str:
+    if "output" in answer:
+        return str(answer["output"])
+    return f"{answer['label']}\t{answer['probability']:.4f}"
 
 
 def _texts(texts: Sequence[str] | None, source: Path | None, column: str) -> list[str]:
@@ -99,28 +115,6 @@ def _texts(texts: Sequence[str] | None, source: Path | None, column: str) -> lis
     if source is None:
         lines = [line.rstrip("\n") for line in sys.stdin]
         return [line for line in lines if line.strip()]
-    return [str(row[column]) for row in _rows(source, column)]
+    from peftc.train import read_rows
 
-
-def _rows(source: Path, column: str) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in enumerate(_lines(source), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise options.OptionError(f"{source}:{number}: not JSON: {error}") from error
-        if not isinstance(row, dict) or column not in row:
-            raise options.OptionError(
-                f"{source}:{number}: no column '{column}' (see --text-column)"
-            )
-        rows.append(row)
-    return rows
-
-
-def _lines(source: Path) -> list[str]:
-    try:
-        return source.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise options.OptionError(f"{source} cannot be read: {error}") from error
+    return [str(row[column]) for row in read_rows(source, (column,))]

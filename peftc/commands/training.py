@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -99,7 +101,8 @@ def train(
         raise options.OptionError(f"there is no tokenizer with {compiled.config.name_or_path}")
     say(table.render(compiled.plan, console().width))
     console(stderr=True).print(f"training on {len(rows)} rows ...")
-    result = _trained(compiled, tokenizer, task, columns, rows, test, recipe)
+    with redirect_stdout(sys.stderr):  # Trainer prints its logs
+        result = _trained(compiled, tokenizer, task, columns, rows, test, recipe)
     say(_result(result, task, len(test)))
     save(compiled, output, tokenizer, stored=not keep_mlp)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from peftc.commands import merging, options
-from peftc.commands.console import say, step
+from peftc.commands import exporting, merging
+from peftc.commands.console import quiet, say, step
 from peftc.errors import PeftcError
 
 if TYPE_CHECKING:
@@ -42,13 +42,21 @@ def verify(
     directory: Annotated[
         Path, typer.Argument(metavar="DIR|BUNDLE", help="Deltas, or an ONNX bundle.")
     ],
-    model: options.Backbone = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="MODEL",
+            help="Of deltas: their backbone. Of a bundle: deltas or a checkpoint to compare with.",
+        ),
+    ] = None,
 ) -> None:
     """Check deltas or a bundle again, by numbers. Exit code 1 when a check fails.
 
     \b
     peftc verify lora-my-bert
-    peftc verify bundle
+    peftc verify bundle --model lora-my-bert
     """
     checks = _bundle_checks if any(directory.glob("*.onnx")) else _delta_checks
     failed = []
@@ -106,4 +114,45 @@ def _fold_again(merged: PreTrainedModel) -> float:
 
 
 def _bundle_checks(directory: Path, model: str | None) -> Iterator[Check]:
-    raise PeftcError("not yet")
+    """What the manifest certifies; with a model (deltas or a checkpoint) the bundle against it, now."""
+    from peftc import delta
+
+    manifest = delta.read_manifest(directory, ("kind", "graphs", "parity", "data_bytes"))
+    size = sum(one.stat().st_size for one in directory.glob("*.data"))
+    yield Check("bytes of weights that are missing", abs(size - manifest["data_bytes"]), 0)
+    with step(f"loading {directory}"):
+        from peftc import runtime
+
+        quiet()
+        runner = runtime.load(directory)
+    for one in manifest["parity"]:
+        yield Check(f"{one['graph']} against torch, at export", one["error"], one["tolerance"])
+    if model is None:
+        return
+    torch_model = exporting.model_of(Path(model))
+    with step("running both"):
+        if isinstance(runner, runtime.Classifier):
+            yield _logits(runner, torch_model, manifest["parity"][0]["tolerance"])
+        else:
+            yield _tokens(runner, torch_model)
+
+
+def _logits(runner: Any, model: PreTrainedModel, tolerance: float) -> Check:
+    from peftc import driver
+
+    inputs = driver.seeded_inputs(model)
+    error = (runner.logits(**inputs) - driver.outputs(model, inputs)["logits"]).abs().max()
+    return Check("ONNX logits against torch, now", float(error), tolerance)
+
+
+def _tokens(runner: Any, model: PreTrainedModel) -> Check:
+    from peftc import driver
+
+    inputs = driver.seeded_inputs(model)
+    inputs.pop("decoder_input_ids")
+    settings = {"num_beams": 4, "max_new_tokens": 16, "do_sample": False}
+    ours, theirs = (one.generate(**inputs, **settings) for one in (runner, model))
+    same = ours.shape == theirs.shape
+    return Check(
+        "tokens of beam search that differ, now", float((ours != theirs).sum()) if same else 1.0, 0
+    )

@@ -1,0 +1,100 @@
+"""An ONNX Runtime session that binds torch tensors in place and never falls back in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peftc.errors import PeftcError
+
+CPU = ("CPUExecutionProvider",)
+
+
+class RuntimeFault(PeftcError):
+    """A bundle that ONNX Runtime cannot load or run as asked."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """`device` is where inputs and outputs live: "cpu", or "cuda" with the CUDA provider."""
+
+    session: Any
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    device: str
+
+    @staticmethod
+    def open(path: Path, providers: Sequence[str] = CPU, allow_cpu_fallback: bool = False) -> Session:
+        """Load a graph. Raises RuntimeFault when the file is damaged or a provider is not there."""
+        try:
+            import onnxruntime as ort
+        except ImportError as error:
+            fix = 'pip install "peftc[cpu]" or "peftc[gpu]"'
+            raise RuntimeFault(f"running a bundle needs ONNX Runtime: {fix}") from error
+        wanted = [*providers, *(p for p in CPU if p not in providers)]
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        missing = [p for p in providers if p not in ort.get_available_providers()]
+        if missing and not allow_cpu_fallback:
+            raise RuntimeFault(f"ONNX Runtime here has no {missing[0]}; peftc[gpu] brings CUDA's")
+        try:
+            session = ort.InferenceSession(
+                str(path), options, providers=[p for p in wanted if p not in missing]
+            )
+        except Exception as error:
+            raise RuntimeFault(f"{path} cannot be loaded: {str(error)[:300]}") from error
+        silent = [p for p in providers if p not in session.get_providers()]
+        if silent and not allow_cpu_fallback:
+            raise RuntimeFault(f"{silent[0]} did not start; ONNX Runtime would run on the CPU")
+        device = "cuda" if "CUDAExecutionProvider" in session.get_providers() else "cpu"
+        names = tuple(one.name for one in session.get_inputs())
+        return Session(session, names, tuple(one.name for one in session.get_outputs()), device)
+
+    def run(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Outputs by name. Unknown inputs are an error; an empty past is bound as it is."""
+        from onnxruntime import OrtValue
+
+        unknown = [name for name in feeds if name not in self.inputs]
+        missing = [name for name in self.inputs if name not in feeds]
+        if unknown or missing:
+            raise RuntimeFault(f"inputs differ: unknown {unknown}, missing {missing}")
+        binding = self.session.io_binding()
+        kept = []
+        for name, tensor in feeds.items():
+            tensor = tensor.detach().to(self.device).contiguous()
+            buffer = tensor if tensor.numel() else tensor.new_empty(1)  # no null pointers
+            kept.append(buffer)
+            dtype = _NUMPY[tensor.dtype]
+            binding.bind_input(
+                name, self.device, tensor.device.index or 0, dtype, tuple(tensor.shape), buffer.data_ptr()
+            )
+        for name in self.outputs:
+            binding.bind_output(name, self.device)
+        self.session.run_with_iobinding(binding)
+        values: list[OrtValue] = binding.get_outputs()
+        found = {n: _to_torch(v) for n, v in zip(self.outputs, values, strict=True)}
+        del kept
+        return found
+
+
+def _to_torch(value: Any) -> torch.Tensor:
+    tensor: torch.Tensor = torch.from_dlpack(value._ortvalue.to_dlpack())
+    return tensor
+
+
+def _numpy_types() -> dict[torch.dtype, Any]:
+    import numpy as np
+
+    return {
+        torch.float32: np.float32,
+        torch.float16: np.float16,
+        torch.int64: np.int64,
+        torch.bool: np.bool_,
+    }
+
+
+_NUMPY = _numpy_types()

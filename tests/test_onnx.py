@@ -1,0 +1,98 @@
+"""The ONNX bundle: the same numbers and tokens as torch, and nothing of this machine in it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import batch, logits, stir, tiny
+from transformers import PreTrainedModel
+
+import peftc
+from peftc.errors import PeftcError
+from peftc.session import Session
+
+SMALL = {"lora": dict(r=4, alpha=8), "mam": dict(l=5, m=6, r=4)}
+MODES = {
+    "greedy": dict(do_sample=False),
+    "beam": dict(num_beams=4, do_sample=False, length_penalty=2.0),
+    "sample": dict(do_sample=True, top_k=20),
+}
+
+
+@pytest.fixture(scope="module", params=sorted(SMALL))
+def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
+    """(method, compiled BART with stirred deltas, its bundle)"""
+    model = stir(peftc.compile(tiny("bart"), peftc.load_spec(request.param, **SMALL[request.param])))
+    directory = tmp_path_factory.mktemp("bundle") / request.param
+    return request.param, model, directory, peftc.export(model, directory)
+
+
+def generate(model: PreTrainedModel, mode: str) -> torch.Tensor:
+    inputs = batch(tiny("bart"), "left")
+    del inputs["decoder_input_ids"]
+    torch.manual_seed(7)
+    out: torch.Tensor = model.generate(**inputs, max_new_tokens=10, min_new_tokens=6, **MODES[mode])
+    return out
+
+
+def test_tokens_are_those_of_torch(written) -> None:  # type: ignore[no-untyped-def]
+    _, model, directory, _ = written
+    runner = peftc.runtime.load(directory)
+    for mode in MODES:
+        assert torch.equal(generate(runner, mode), generate(model, mode)), mode
+
+
+def test_certificate_and_files(written) -> None:  # type: ignore[no-untyped-def]
+    method, _, directory, certificate = written
+    assert {one.graph: one.cases for one in certificate} == {"encoder": 18, "decoder": 36}
+    assert all(one.error <= one.tolerance for one in certificate)
+    names = {one.name for one in directory.iterdir()}
+    assert names == {
+        "config.json", "decoder.onnx", "encoder.onnx", "generation_config.json", "model.onnx.data", "peftc.json",
+    }
+    here = str(Path(peftc.__file__).parent).encode()
+    for one in directory.iterdir():
+        content = one.read_bytes()
+        assert here not in content and b"site-packages" not in content and b".py" not in content
+    weights = (directory / "model.onnx.data").stat().st_size
+    assert weights < 2 * 4 * tiny("bart").num_parameters() + 4096 * 200
+
+
+@pytest.mark.parametrize("family", ["roberta", "bert"])
+@pytest.mark.parametrize("opset", [20, 23])
+def test_classifier(family: str, opset: int, tmp_path: Path) -> None:
+    method = {"roberta": "mam", "bert": "lora"}[family]
+    model = stir(peftc.compile(tiny(family), [peftc.load_spec(method, **SMALL[method]), "head"]))
+    peftc.export(model, tmp_path / "b", opset=opset)
+    runner = peftc.runtime.load(tmp_path / "b")
+    for padding in ("none", "left", "right"):
+        inputs = batch(model, padding)
+        want = logits(model, inputs)
+        assert (runner.logits(**inputs) - want).abs().max() <= 1e-4 * want.abs().max().clamp(min=1)
+
+
+def test_what_is_refused(written, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    _, model, directory, _ = written
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep")
+    with pytest.raises(PeftcError, match="not written by peftc"):
+        peftc.export(model, tmp_path / "mine")
+    assert [one.name for one in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+    broken = tmp_path / "broken"
+    shutil.copytree(directory, broken)
+    (broken / "encoder.onnx").write_bytes(b"not a graph")
+    with pytest.raises(PeftcError, match="cannot be loaded"):
+        peftc.runtime.load(broken)
+    (broken / "encoder.onnx").unlink()
+    with pytest.raises(PeftcError, match=r"lacks encoder\.onnx"):
+        peftc.runtime.load(broken)
+    with pytest.raises(PeftcError, match="has no CUDAExecutionProvider"):
+        Session.open(directory / "encoder.onnx", ("CUDAExecutionProvider",))
+    with pytest.raises(PeftcError, match="an ONNX bundle, not what is wanted"):
+        peftc.load(directory, backbone=tiny("bart"))
+    with pytest.raises(PeftcError, match="sequence classifiers and encoder-decoders"):
+        peftc.export(tiny("gpt2"), tmp_path / "gpt2")
+    assert not (tmp_path / "gpt2").exists()
