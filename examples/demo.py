@@ -98,7 +98,9 @@ def encode(tokenizer, texts: list[str], max_length: int) -> list[dict[str, torch
     ]
 
 
-def ties(torch_logits: torch.Tensor, onnx_logits: torch.Tensor, tolerance: float) -> tuple[int, int]:
+def ties(
+    torch_logits: torch.Tensor, onnx_logits: torch.Tensor, tolerance: float
+) -> tuple[int, int]:
     """(predictions that differ, those of them that are ties: top two closer than the tolerance)."""
     differ = torch_logits.argmax(-1) != onnx_logits.argmax(-1)
     top = torch_logits[differ].topk(2, -1).values

@@ -135,7 +135,11 @@ def _padded(program: Program, place: Read, length: int) -> fx.Node:
     visible = True if mask.meta["val"].dtype == torch.bool else 0.0
     with program.graph.inserting_before(mask.next):
         wide = program.graph.create_node(
-            "call_function", aten.constant_pad_nd.default, (mask, [length, 0], visible), {}, "prefix_mask"
+            "call_function",
+            aten.constant_pad_nd.default,
+            (mask, [length, 0], visible),
+            {},
+            "prefix_mask",
         )
     wide.meta.update(extends=length, delta="mask", val=mask.meta["val"])
     return wide

@@ -1,10 +1,10 @@
 """peftc: a compiler for parameter-efficient fine-tuning.
 
-    spec = peftc.load_spec("mam", r=256)        # a shipped name or a path
-    plan = peftc.plan(hf_model, spec)           # pure: what would change, and what would not
-    model = peftc.compile(hf_model, spec)       # same class; trains, generates, saves deltas only
-    merged, report = peftc.merge(model)         # a plain Hugging Face model, and what folded
-    peftc.export(model, "bundle")               # ONNX; run it with peftc.runtime.load("bundle")
+spec = peftc.load_spec("mam", r=256)        # a shipped name or a path
+plan = peftc.plan(hf_model, spec)           # pure: what would change, and what would not
+model = peftc.compile(hf_model, spec)       # same class; trains, generates, saves deltas only
+merged, report = peftc.merge(model)         # a plain Hugging Face model, and what folded
+peftc.export(model, "bundle")               # ONNX; run it with peftc.runtime.load("bundle")
 """
 
 from __future__ import annotations

@@ -63,7 +63,9 @@ def constant_form(edit: Edit) -> Edit:
         for part in constant_parts(expression, edit):
             shape = tuple(int(n) for n in shape_of(part, edit))
             if torch.Size(shape).numel() <= sum(sizes[n] for n in names(part) if n in sizes):
-                label = next((name for name, one in lets.items() if one == part), f"{port}_constant")
+                label = next(
+                    (name for name, one in lets.items() if one == part), f"{port}_constant"
+                )
                 trainable = any(p.trainable for p in edit.parameters if p.name in names(part))
                 found.setdefault(
                     part, Parameter(label, f"{edit.path}.{label}", shape, "zeros", (), trainable)

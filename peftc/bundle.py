@@ -116,7 +116,10 @@ def _graphs(model: PreTrainedModel) -> Iterator[Graph]:
         cache = model(**inputs, decoder_input_ids=tokens, use_cache=True).past_key_values
     past = {k: v.clone() for k, v in flatten_cache(cache).items()}
     cross = [k for k in past if ".cross." in k]
-    encoder = {"last_hidden_state": "last_hidden_state", **{k: onnx_name(k, "present") for k in cross}}
+    encoder = {
+        "last_hidden_state": "last_hidden_state",
+        **{k: onnx_name(k, "present") for k in cross},
+    }
     yield Graph(
         "encoder", _program(model, "encode_cross", inputs), inputs, {k: k for k in inputs}, encoder
     )

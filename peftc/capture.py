@@ -49,7 +49,9 @@ class Entry:
 def _forward(model: PreTrainedModel, tensors: Tensors, flags: Mapping[str, Any]) -> Outputs:
     tensors = dict(tensors)
     hidden = tensors.pop("encoder_hidden_states", None)
-    encoded = {} if hidden is None else {"encoder_outputs": BaseModelOutput(last_hidden_state=hidden)}
+    encoded = (
+        {} if hidden is None else {"encoder_outputs": BaseModelOutput(last_hidden_state=hidden)}
+    )
     return _plain(model(**tensors, **encoded, **flags, return_dict=True))
 
 
@@ -261,7 +263,9 @@ def _program(
     for spec in exported.graph_signature.input_specs:
         kind = _KINDS.get(spec.kind)
         if kind is None:
-            raise CaptureError(f"{type(model).__name__}.{entry}: {spec.kind} inputs are not supported")
+            raise CaptureError(
+                f"{type(model).__name__}.{entry}: {spec.kind} inputs are not supported"
+            )
         name = next(users) if kind == "input" else spec.target
         if kind == "constant":
             constants[name] = exported.constants[name]

@@ -43,7 +43,9 @@ def fingerprint(model: PreTrainedModel, leave_out: frozenset[str] = frozenset())
         if path in leave_out:
             continue
         flat = weight.detach().reshape(-1)
-        picks = torch.linspace(0, flat.numel() - 1, min(64, flat.numel()), device=flat.device).long()
+        picks = torch.linspace(
+            0, flat.numel() - 1, min(64, flat.numel()), device=flat.device
+        ).long()
         sample = flat[picks].to("cpu", torch.bfloat16).view(torch.int16)
         content.update(sample.numpy().tobytes())
     return {"layout": layout.hexdigest(), "content": content.hexdigest()}
@@ -54,7 +56,9 @@ def require_ours(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise DeltaError(f"{path} is a file; choose a directory")
     if path.is_dir() and any(path.iterdir()) and not (path / MANIFEST).is_file():
-        raise DeltaError(f"{path} is not empty and was not written by peftc; choose another directory")
+        raise DeltaError(
+            f"{path} is not empty and was not written by peftc; choose another directory"
+        )
 
 
 def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
@@ -84,7 +88,9 @@ def _refuse_foreign(path: Path, names: list[str]) -> None:
         return
     foreign = [name for name in names if (path / name).exists()]
     if foreign:
-        raise DeltaError(f"{path} holds a '{foreign[0]}' that peftc did not write; choose another directory")
+        raise DeltaError(
+            f"{path} holds a '{foreign[0]}' that peftc did not write; choose another directory"
+        )
 
 
 def save(model: Any, path: Path, stored: bool = False) -> None:
@@ -134,7 +140,10 @@ def stored_values(model: Any, stored: bool) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for edit in model.plan.edits:
         computed = constant_values(edit, values)
-        found |= {p.path: computed.get(p.path, values.get(p.path)) for p in constant_form(edit).parameters}
+        found |= {
+            p.path: computed[p.path] if p.path in computed else values[p.path]
+            for p in constant_form(edit).parameters
+        }
     return found
 
 
@@ -155,7 +164,9 @@ def read_manifest(
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DeltaError(f"{file} is damaged: {error}") from error
     if not fits:
-        raise DeltaError(f"{file} has format {manifest['format']}; this peftc reads format {FORMAT}")
+        raise DeltaError(
+            f"{file} has format {manifest['format']}; this peftc reads format {FORMAT}"
+        )
     if lacks:
         kind = "an ONNX bundle" if "graphs" in manifest else "a directory of deltas"
         raise DeltaError(f"{path} is {kind}, not what is wanted here")
@@ -186,7 +197,7 @@ def read_tensors(path: Path, expected: Mapping[str, tuple[int, ...]]) -> dict[st
     file = path / WEIGHTS
     try:
         with safe_open(file, framework="pt") as handle:
-            tensors = {key: handle.get_tensor(key) for key in handle.keys()}
+            tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise DeltaError(f"{file} cannot be read: {error}") from error
     missing = sorted(expected.keys() - tensors.keys())

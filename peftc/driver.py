@@ -86,12 +86,16 @@ def compile(  # the name that users of torch expect
     are captured when an entry (forward, encode, prefill, decode) is first used.
     """
     if isinstance(model, CompiledModel):
-        raise delta.DeltaError("the model is compiled already; combine specs in a list: [spec, spec]")
+        raise delta.DeltaError(
+            "the model is compiled already; combine specs in a list: [spec, spec]"
+        )
     trace = trace or Trace()
     return _attach(model, _plan(model, as_spec(spec), example, trace), trace)
 
 
-def _attach(model: PreTrainedModel, plan: Plan, trace: Trace, form: str = "training") -> CompiledModel:
+def _attach(
+    model: PreTrainedModel, plan: Plan, trace: Trace, form: str = "training"
+) -> CompiledModel:
     schedule = passes.train(plan.edits)
 
     def transform(program: Program) -> None:
@@ -135,13 +139,13 @@ def _restored_plan(manifest: Mapping[str, Any], plan: Plan) -> Plan:
 def _named_backbone(manifest: Mapping[str, Any]) -> PreTrainedModel:
     named = manifest["backbone"]
     if not named["name"]:
-        raise delta.DeltaError(f"the deltas name no backbone ({named['class']}); pass backbone=model")
+        raise delta.DeltaError(
+            f"the deltas name no backbone ({named['class']}); pass backbone=model"
+        )
     return backbones.resolve(named["name"], cls=named["class"], settings=named.get("labels"))
 
 
-def merge(
-    model: CompiledModel, *, trace: Trace | None = None
-) -> tuple[PreTrainedModel, Report]:
+def merge(model: CompiledModel, *, trace: Trace | None = None) -> tuple[PreTrainedModel, Report]:
     """Fold what algebra can fold into a copy of the backbone, in float64, cast once.
 
     Returns a plain Hugging Face model when everything folded; otherwise a compiled model with what is

@@ -75,10 +75,10 @@ def _convert(node: ast.expr, depth: int) -> Expr:
     if depth == 0:
         raise ExprError(column, f"the expression is nested deeper than {MAX_DEPTH}")
     match node:
-        case ast.Constant(value=bool()):
-            raise ExprError(column, f"'{node.value}' is not a number")
-        case ast.Constant(value=int() | float()) if abs(node.value) <= MAX_NUMBER:
-            return Number(node.value, column)
+        case ast.Constant(value=bool() as value):
+            raise ExprError(column, f"'{value}' is not a number")
+        case ast.Constant(value=int() | float() as value) if abs(value) <= MAX_NUMBER:
+            return Number(value, column)
         case ast.Name():
             return Name("in" if node.id == "iN" else node.id, column)
         case ast.BinOp() if type(node.op) in _OPERATORS:

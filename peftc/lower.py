@@ -42,7 +42,9 @@ class Builder:
         key = f"{fn} {args} {kwargs}"
         if self.memo is not None and key in self.memo:
             return self.memo[key]
-        node = self.graph.create_node("call_function", fn, args, kwargs, name=f"{self.label}_{name}")
+        node = self.graph.create_node(
+            "call_function", fn, args, kwargs, name=f"{self.label}_{name}"
+        )
         node.meta["delta"] = self.tag
         if self.stack is not None:
             node.meta["nn_module_stack"] = self.stack
@@ -172,5 +174,3 @@ _SPECIAL: Mapping[str, Callable[[Builder, Call, Mapping[str, Operand], str], Ope
     "transpose": _last_axis(-2, -1),
     "gelu_tanh": _last_axis(approximate="tanh"),
 }
-
-

@@ -36,10 +36,15 @@ class CompiledModel(PreTrainedModel):
     plan: Plan
     deltas: Deltas
     form: str
+    _backbone: PreTrainedModel
+    _programs: dict[tuple[Any, ...], Program]
+    _transform: Transform
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the backbone's own forward: same arguments, same output type."""
-        names = [n for n in inspect.signature(type(self._backbone).forward).parameters if n != "self"]
+        names = [
+            n for n in inspect.signature(type(self._backbone).forward).parameters if n != "self"
+        ]
         given = dict(zip(names, args, strict=False)) | kwargs
         wanted = {k: v for k, v in given.items() if v is not None}
         return_dict = wanted.get("return_dict", getattr(self.config, "return_dict", True))
@@ -61,7 +66,14 @@ class CompiledModel(PreTrainedModel):
         """The rewritten graph for an entry and this kind of inputs, captured when first asked for."""
         signature = tuple((k, v.dtype, v.device, v.ndim) for k, v in sorted(inputs.items()))
         settings = tuple(sorted((k, repr(v)) for k, v in flags.items()))
-        key = (entry, self.training, self.dtype, signature, settings, id(self._backbone.loss_function))
+        key = (
+            entry,
+            self.training,
+            self.dtype,
+            signature,
+            settings,
+            id(self._backbone.loss_function),
+        )
         if key not in self._programs:
             self._backbone.training = self.training
             program = capture(self._backbone, entry, inputs, flags)
@@ -90,7 +102,9 @@ class CompiledModel(PreTrainedModel):
         cache = wanted.get("past_key_values")
         seq2seq = bool(self.config.is_encoder_decoder)
         if cache is None:
-            cache = EncoderDecoderCache(DynamicCache(), DynamicCache()) if seq2seq else DynamicCache()
+            cache = (
+                EncoderDecoderCache(DynamicCache(), DynamicCache()) if seq2seq else DynamicCache()
+            )
         _check_cache(cache)
         first = cache.get_seq_length() == 0
         hidden = None
@@ -161,7 +175,7 @@ def _check_cache(cache: Cache) -> None:
 
 def _fill_cache(cache: Cache, present: Mapping[str, torch.Tensor]) -> None:
     for part in ("self", "cross"):
-        one = getattr(cache, f"{part}_attention_cache", cache if part == "self" else None)
+        one: Any = getattr(cache, f"{part}_attention_cache", cache)
         count = sum(k.startswith(f"past.{part}.") for k in present) // 2
         for i in range(count):
             key, value = present[f"past.{part}.{i}.key"], present[f"past.{part}.{i}.value"]
@@ -203,7 +217,7 @@ def attach(
     backbone: PreTrainedModel, plan: Plan, transform: Transform, form: str = "training"
 ) -> CompiledModel:
     """A compiled model over `backbone`. Weights are shared, not copied; only deltas require grad."""
-    cls = type(backbone)
+    cls: Any = type(backbone)
     model: CompiledModel = _compiled_class(cls).__new__(_compiled_class(cls))
     model.__dict__.update(backbone.__dict__)
     for registry in ("_modules", "_parameters", "_buffers"):
@@ -224,14 +238,18 @@ def attach(
 
 
 @functools.cache
-def _compiled_class(cls: type[PreTrainedModel]) -> type[CompiledModel]:
+def _compiled_class(cls: Any) -> Any:
     """A subclass with the same name; its forward shows the signature that Trainer and generate read."""
 
     def forward(self: CompiledModel, *args: Any, **kwargs: Any) -> Any:
         return CompiledModel.forward(self, *args, **kwargs)
 
     forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
-    body = {"__module__": cls.__module__, "forward": forward, "supports_gradient_checkpointing": False}
+    body = {
+        "__module__": cls.__module__,
+        "forward": forward,
+        "supports_gradient_checkpointing": False,
+    }
     return type(cls.__name__, (CompiledModel, cls), body)
 
 

@@ -122,7 +122,9 @@ def require_onnx() -> None:
         import onnx
         import onnxscript
     except ImportError as error:
-        raise ExportError('exporting needs ONNX: pip install "peftc[cpu]" or "peftc[gpu]"') from error
+        raise ExportError(
+            'exporting needs ONNX: pip install "peftc[cpu]" or "peftc[gpu]"'
+        ) from error
     del onnx, onnxscript
 
 

@@ -53,7 +53,9 @@ def broadcast(args: tuple[Shape, ...], _: tuple[Expr, ...]) -> Shape:
         if "..." in (left, right) or 1 in (left, right):
             continue
         if not agree(left, right):
-            raise ShapeError(f"{text(args[0])} and {text(args[1])} differ: '{left}' is not '{right}'")
+            raise ShapeError(
+                f"{text(args[0])} and {text(args[1])} differ: '{left}' is not '{right}'"
+            )
     return b
 
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from math import prod
 
 from peftc import expr as ex
-from peftc.errors import PeftcError, suggest
 from peftc.algebra import constant_form, port_shapes, shape_of
 from peftc.edit import Edit, Parameter
+from peftc.errors import PeftcError, suggest
 from peftc.ports import SITES
 from peftc.program import Program
 from peftc.sites import Site, Stacks, find_sites
@@ -161,7 +161,9 @@ def _advice(entry: Entry, sites: Sequence[Site]) -> str:
         kinds[site.at] = kinds.get(site.at, 0) + 1
     same = [site for site in sites if site.at == entry.at]
     if same:
-        stacks = sorted({f"stack: {s.stack}" + (f", kind: {s.kind}" if s.kind else "") for s in same})
+        stacks = sorted(
+            {f"stack: {s.stack}" + (f", kind: {s.kind}" if s.kind else "") for s in same}
+        )
         layers = sorted({s.layer for s in same if s.layer is not None})
         span = f"; layers {layers[0]}-{layers[-1]}" if layers else ""
         scopes = "" if entry.scope is None else f"; scopes such as {same[0].scope}"
@@ -186,7 +188,9 @@ def _edits(
             continue
         try:
             path = f"{site.scope}.{site.at.replace('.', '_')}.{label}"
-            edit = Edit(site, entry, path, tuple(_parameter(p, site, entry, label) for p in entry.params))
+            edit = Edit(
+                site, entry, path, tuple(_parameter(p, site, entry, label) for p in entry.params)
+            )
             _check_shapes(edit)
         except ex.ExprError as error:
             problems.setdefault(error.fact, f"{entry.place}: at {site.name}: {error.fact}")
@@ -239,7 +243,8 @@ def _size(dim: ex.Expr, sizes: Mapping[str, float | int], param: Param) -> int:
 def _check_shapes(edit: Edit) -> None:
     """The language's own shape rules, now with this site's numbers."""
     site, entry = edit.site, edit.entry
-    ports, lets = port_shapes(site), {}
+    ports = port_shapes(site)
+    lets: dict[str, ex.Shape] = {}
     for name, expression in entry.let:
         lets[name] = shape_of(expression, edit, lets)
     for port, expression in entry.assign:

@@ -78,7 +78,8 @@ class Program:
 
     def placeholder(self, name: str, slot: Slot) -> fx.Node:
         """The placeholder filled by `slot`; added behind the others when there is none yet."""
-        last = None
+        last: fx.Node | None = None
+        node: fx.Node
         for node in self.graph.nodes:
             if node.op != "placeholder":
                 break
@@ -86,9 +87,9 @@ class Program:
                 return node
             last = node
         with self.graph.inserting_after(last) if last else self.graph.inserting_before():
-            node = self.graph.placeholder(name)
-        self.slots[node.name] = slot
-        return node
+            added: fx.Node = self.graph.placeholder(name)
+        self.slots[added.name] = slot
+        return added
 
     def splice(self, port: Port, new: fx.Node, inserted: Sequence[fx.Node]) -> None:
         """Put `new` where `port` was. The only function that changes edges of the graph."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
-from transformers.generation import GenerationMixin
+from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from peftc.delta import read_manifest
@@ -176,7 +176,8 @@ class Seq2Seq(_Texts, GenerationMixin):
         for start in range(0, len(texts), batch):
             encoded = self.encode(texts[start : start + batch], longest)
             encoded.pop("token_type_ids", None)
-            tokens = self.generate(**encoded, **options)
+            runner: Any = self
+            tokens = runner.generate(**encoded, **options)
             found += self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return found
 

@@ -28,7 +28,9 @@ class Session:
     device: str
 
     @staticmethod
-    def open(path: Path, providers: Sequence[str] = CPU, allow_cpu_fallback: bool = False) -> Session:
+    def open(
+        path: Path, providers: Sequence[str] = CPU, allow_cpu_fallback: bool = False
+    ) -> Session:
         """Load a graph. Raises RuntimeFault when the file is damaged or a provider is not there."""
         try:
             import onnxruntime as ort
@@ -70,7 +72,12 @@ class Session:
             kept.append(buffer)
             dtype = _NUMPY[tensor.dtype]
             binding.bind_input(
-                name, self.device, tensor.device.index or 0, dtype, tuple(tensor.shape), buffer.data_ptr()
+                name,
+                self.device,
+                tensor.device.index or 0,
+                dtype,
+                tuple(tensor.shape),
+                buffer.data_ptr(),
             )
         for name in self.outputs:
             binding.bind_output(name, self.device)
@@ -82,7 +89,7 @@ class Session:
 
 
 def _to_torch(value: Any) -> torch.Tensor:
-    tensor: torch.Tensor = torch.from_dlpack(value._ortvalue.to_dlpack())
+    tensor: torch.Tensor = torch.utils.dlpack.from_dlpack(value._ortvalue.to_dlpack())
     return tensor
 
 

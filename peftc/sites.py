@@ -82,7 +82,7 @@ def find_sites(program: Program, stacks: Stacks) -> tuple[Site, ...]:
     taken = {site.anchors["W"] for site in attention if "W" in site.anchors}
     linears = [n for n in program.graph.nodes if is_call(n, *flow.LINEAR) and _weight(program, n)]
     own = {n for n in linears if _weight(program, n) in taken}
-    ffn = []
+    ffn: list[Site] = []
     for node in linears:
         found = flow.feed_forward(node, own) if node not in own else None
         if found:
@@ -148,7 +148,9 @@ def _linear(
     sizes = {**(dims or {}), "in": n_in, "out": n_out}
     sizes.setdefault("d", n_out)
     transposed = linear.target is aten.addmm.default
-    return Site(at, scope, stacks.of(scope), kind, _layer(scope), sizes, anchors, columns, transposed)
+    return Site(
+        at, scope, stacks.of(scope), kind, _layer(scope), sizes, anchors, columns, transposed
+    )
 
 
 def _attention(program: Program, core: flow.Core, stacks: Stacks) -> Iterator[Site]:
@@ -172,9 +174,7 @@ def _attention(program: Program, core: flow.Core, stacks: Stacks) -> Iterator[Si
     for side, (linear,) in sides.items():
         columns = _columns(getattr(core, side).node, linear)
         if columns is not None or len(set(sides.values())) == 3:
-            yield _linear(
-                program, linear, f"attention.{side}", scope, stacks, kind, dims, columns
-            )
+            yield _linear(program, linear, f"attention.{side}", scope, stacks, kind, dims, columns)
     yield _linear(program, out, "attention.o", scope, stacks, kind, dims)
 
 
@@ -206,7 +206,9 @@ def _slice_node(node: fx.Node, linear: fx.Node) -> fx.Node | None:
         width = _features(linear)[1]
         if one.target is operator.getitem:
             source = one.args[0]
-            if is_call(source, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default):
+            if is_call(
+                source, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default
+            ):
                 assert isinstance(source, fx.Node) and isinstance(source.args[0], fx.Node)
                 if _shape(source.args[0])[-1] == width:
                     return one
@@ -220,9 +222,7 @@ def _slice_node(node: fx.Node, linear: fx.Node) -> fx.Node | None:
     return None
 
 
-def _feed_forward(
-    program: Program, found: flow.FeedForward, stacks: Stacks
-) -> Iterator[Site]:
+def _feed_forward(program: Program, found: flow.FeedForward, stacks: Stacks) -> Iterator[Site]:
     names = {"up": _weight(program, found.up) or "", "down": _weight(program, found.down) or ""}
     parts = {"up": found.up, "down": found.down}
     if found.gate is not None:
@@ -287,9 +287,7 @@ def locate(program: Program, site: Site) -> tuple[Ports, ...]:
     if site.at == "ffn":
         return _between(program, site.anchors["up"], site.anchors["down"])
     if site.at == "ffn.hidden":
-        return tuple(
-            {"h": flow.input_of(n)} for n in consumers(program, site.anchors["down"])
-        )
+        return tuple({"h": flow.input_of(n)} for n in consumers(program, site.anchors["down"]))
     if site.at in ("norm", "embedding"):
         return tuple({"h": Value(n)} for n in _owners(program, site))
     return tuple(_linear_ports(n, site) for n in consumers(program, site.anchors["W"]))
@@ -358,6 +356,8 @@ def _part(linear: fx.Node, columns: tuple[int, int]) -> fx.Node:
         seen.add(one)
         if _slice_node(one, linear) is one and _columns(one, linear) == columns:
             return one
-        if is_call(one, *flow.MOVE, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default):
+        if is_call(
+            one, *flow.MOVE, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default
+        ):
             stack += list(one.users)
     raise SiteError(f"the slice {columns} of a fused projection is not cut in this entry")

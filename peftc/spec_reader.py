@@ -17,7 +17,19 @@ from peftc.spec import Arguments, Entry, Init, Param, Spec, Where, find
 from peftc.yaml_source import Item, Source, compose
 
 TOP = ("name", "with", "deltas")
-ENTRY = ("at", "where", "params", "let", "delta", "compose", "rewrite", "train", "use", "with", "expect")
+ENTRY = (
+    "at",
+    "where",
+    "params",
+    "let",
+    "delta",
+    "compose",
+    "rewrite",
+    "train",
+    "use",
+    "with",
+    "expect",
+)
 WHERE = ("stack", "kind", "layers")
 PARAM = ("shape", "init", "per", "trainable")
 PER = ("site", "kind", "shape", "model")
@@ -54,7 +66,9 @@ def read(source_text: str, path: str, overrides: Arguments, using: tuple[str, ..
     reader.check_unused(top, arguments)
     if source.problems:
         raise SpecError(source.problems)
-    title = next((line[1:].strip() for line in source_text.splitlines() if line.startswith("#")), "")
+    title = next(
+        (line[1:].strip() for line in source_text.splitlines() if line.startswith("#")), ""
+    )
     return Spec(name or "", title, arguments, tuple(entries), source_text, path)
 
 
@@ -84,7 +98,9 @@ class Reader:
         if unknown:
             fix = suggest(unknown[0], values) or f"arguments: {', '.join(values) or 'none'}"
             raise PeftcError(f"{self.source.file}: no argument '{unknown[0]}' ({fix})")
-        odd = [n for n, v in overrides.items() if isinstance(v, bool) or not isinstance(v, int | float)]
+        odd = [
+            n for n, v in overrides.items() if isinstance(v, bool) or not isinstance(v, int | float)
+        ]
         if odd:
             raise PeftcError(f"{self.source.file}: argument '{odd[0]}' must be a number")
         return {**values, **overrides}
@@ -130,12 +146,14 @@ class Reader:
     def use(self, items: Mapping[str, Item], arguments: Arguments) -> list[Entry]:
         """The entries of another spec, with arguments of its own and, if given, a narrower `where`."""
         self._only(items, ("use", "with", "where"), "'use'")
-        key, node = items["use"]
+        _, node = items["use"]
         name = self.source.text(node, "'use'")
         if name is None:
             return []
         if len(self.using) >= MAX_USES or name in self.using:
-            self.source.fail(node, f"'{name}' uses itself" if name in self.using else "too many uses")
+            self.source.fail(
+                node, f"'{name}' uses itself" if name in self.using else "too many uses"
+            )
             return []
         given: dict[str, float | int] = {}
         if "with" in items:
@@ -177,7 +195,9 @@ class Reader:
         self, node: yaml.Node, items: Mapping[str, Item], method: str, arguments: Arguments
     ) -> list[Entry]:
         if "at" not in items:
-            self.source.fail(node, "'at' is missing", "say which site the delta modifies, such as ffn")
+            self.source.fail(
+                node, "'at' is missing", "say which site the delta modifies, such as ffn"
+            )
             return []
         if ("delta" in items) == ("rewrite" in items):
             self.source.fail(node, "give either 'delta' or 'rewrite'")
@@ -201,7 +221,19 @@ class Reader:
         where, expect, place_ = self.where(items), self.expect(items), self.source.place(node)
         return [
             Entry(
-                method, at, scope, where, params, let, assign, delta, compose_, (), expect, arguments, place_
+                method,
+                at,
+                scope,
+                where,
+                params,
+                let,
+                assign,
+                delta,
+                compose_,
+                (),
+                expect,
+                arguments,
+                place_,
             )
         ]
 
@@ -295,7 +327,9 @@ class Reader:
         per = self.source.choice(items["per"][1], "'per'", PER) if "per" in items else "site"
         word = "true"
         if "trainable" in items:
-            word = self.source.choice(items["trainable"][1], "'trainable'", ("true", "false")) or word
+            word = (
+                self.source.choice(items["trainable"][1], "'trainable'", ("true", "false")) or word
+            )
         return Param(name, tuple(shape), init, per or "site", word == "true")
 
     def size(self, node: yaml.Node, names: Scope, sizes: set[str]) -> ex.Expr | None:
@@ -304,7 +338,9 @@ class Reader:
             return None
         for leaf in ex.leaves(expression):
             if leaf.id not in sizes:
-                self.source.fail(node, f"unknown size '{leaf.id}'", suggest(leaf.id, sizes), leaf.column)
+                self.source.fail(
+                    node, f"unknown size '{leaf.id}'", suggest(leaf.id, sizes), leaf.column
+                )
         names.read |= set(ex.names(expression))
         if isinstance(expression, ex.Number) and (expression.value < 0 or expression.value % 1):
             self.source.fail(node, f"'{expression.value}' is not a size")
@@ -323,10 +359,14 @@ class Reader:
             fix = suggest(name, INITS) or f"one of: {', '.join(INITS)}"
             self.source.fail(node, f"unknown init '{name}'", fix)
         elif not INITS[name][0] <= len(args) <= INITS[name][1]:
-            self.source.fail(node, f"init '{name}' takes {INITS[name][1]} arguments, not {len(args)}")
+            self.source.fail(
+                node, f"init '{name}' takes {INITS[name][1]} arguments, not {len(args)}"
+            )
         for leaf in (leaf for arg in args for leaf in ex.leaves(arg)):
             if leaf.id not in sizes:
-                self.source.fail(node, f"unknown size '{leaf.id}'", suggest(leaf.id, sizes), leaf.column)
+                self.source.fail(
+                    node, f"unknown size '{leaf.id}'", suggest(leaf.id, sizes), leaf.column
+                )
         names.read |= {n for arg in args for n in ex.names(arg)}
         return Init(name, args)
 
@@ -402,7 +442,7 @@ class Reader:
 
 def _visible(at: str, arguments: Arguments) -> dict[str, ex.Shape]:
     site = SITES[at]
-    numbers: dict[str, ex.Shape] = {name: () for name in (*arguments, *site.dims)}
+    numbers: dict[str, ex.Shape] = dict.fromkeys((*arguments, *site.dims), ())
     return {**numbers, **site.ports}
 
 

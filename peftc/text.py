@@ -30,7 +30,9 @@ def program_text(program: Program) -> str:
 
 def _call_text(node: fx.Node) -> str:
     schema = getattr(node.target, "_schema", None)
-    name = schema.name.rpartition("::")[2] if schema else getattr(node.target, "__name__", node.target)
+    name = (
+        schema.name.rpartition("::")[2] if schema else getattr(node.target, "__name__", node.target)
+    )
     args = [_operand(arg) for arg in node.args]
     args += [f"{key}={_operand(value)}" for key, value in node.kwargs.items()]
     scope = f"  @ {scope_of(node)}" if scope_of(node) else ""

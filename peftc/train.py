@@ -193,7 +193,7 @@ def train_seq2seq(
         if test is None:
             return TrainResult(None, done.training_loss, seconds, done.global_step, ())
         _in_order(trainer)
-        tokens = trainer.predict(encode_pairs(tokenizer, *test, recipe)).predictions
+        tokens = np.asarray(trainer.predict(encode_pairs(tokenizer, *test, recipe)).predictions)
     tokens = np.where(tokens < 0, tokenizer.pad_token_id, tokens)
     texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
     score = sum(rouge_l(t, w) for t, w in zip(texts, test[1], strict=True)) / len(texts)

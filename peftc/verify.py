@@ -78,14 +78,18 @@ def _folded(folding: Folding) -> Iterator[str]:
     for edit in folding.edits:
         if constant_form(edit) is not edit:
             yield f"{edit.name} still has a constant part"
-        yield from (f"{p.path} has no value" for p in edit.parameters if p.path not in folding.tensors)
+        yield from (
+            f"{p.path} has no value" for p in edit.parameters if p.path not in folding.tensors
+        )
 
 
 def difference(left: Mapping[str, Any], right: Mapping[str, Any]) -> float:
     """max |left - right| over the tensors that both outputs name."""
     names = [k for k, v in left.items() if isinstance(v, torch.Tensor) and k in right]
     assert names, "the outputs have no tensor in common"
-    worst: Sequence[float] = [(left[k].double() - right[k].double()).abs().max().item() for k in names]
+    worst: Sequence[float] = [
+        (left[k].double() - right[k].double()).abs().max().item() for k in names
+    ]
     return max(worst)
 
 

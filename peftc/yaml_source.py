@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import yaml
 
@@ -21,7 +22,7 @@ class Source:
     problems: list[Problem] = field(default_factory=list)
 
     def place(self, node: yaml.Node, offset: int = 0) -> Place:
-        mark = node.start_mark
+        mark: yaml.Mark = node.start_mark
         quoted = isinstance(node, yaml.ScalarNode) and node.style in ("'", '"')
         return Place(self.file, mark.line + 1, mark.column + 1 + offset + bool(quoted and offset))
 
@@ -38,7 +39,9 @@ class Source:
             if not isinstance(key, yaml.ScalarNode):
                 self.fail(key, "a key must be a word")
             elif keys and key.value not in keys:
-                self.fail(key, f"unknown key '{key.value}'", suggest(key.value, keys) or _listed(keys))
+                self.fail(
+                    key, f"unknown key '{key.value}'", suggest(key.value, keys) or _listed(keys)
+                )
             elif key.value in found:
                 self.fail(key, f"'{key.value}' stands here twice")
             else:
@@ -93,7 +96,8 @@ def compose(text: str, file: str) -> yaml.Node:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             depth += isinstance(event, yaml.CollectionStartEvent)
             depth -= isinstance(event, yaml.CollectionEndEvent)
-            place = Place(file, event.start_mark.line + 1, event.start_mark.column + 1)
+            mark: Any = event.start_mark
+            place = Place(file, mark.line + 1, mark.column + 1)
             if getattr(event, "anchor", None):
                 fix = "write it out, or `use:` a spec"
                 raise SpecError([Problem(place, "anchors and aliases are not allowed", fix)])

@@ -32,7 +32,9 @@ ENCODER = dict(
     max_position_embeddings=66,
     num_labels=3,
 )
-GPT2 = dict(vocab_size=120, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=2)
+GPT2 = dict(
+    vocab_size=120, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=2
+)
 FAMILIES: dict[str, tuple[str, str, dict[str, object]]] = {
     "bart": ("BartConfig", "BartForConditionalGeneration", SEQ2SEQ),
     "mbart": ("MBartConfig", "MBartForConditionalGeneration", SEQ2SEQ),
@@ -46,7 +48,9 @@ def tiny(family: str, attention: str = "sdpa", seed: int = 0, **changes: object)
     """A two-layer model with weights wide enough that every part of it matters."""
     config_name, model_name, sizes = FAMILIES[family]
     torch.manual_seed(seed)
-    config = getattr(transformers, config_name)(**{**sizes, **changes}, attn_implementation=attention)
+    config = getattr(transformers, config_name)(
+        **{**sizes, **changes}, attn_implementation=attention
+    )
     model: PreTrainedModel = getattr(transformers, model_name)(config)
     with torch.no_grad():
         for weight in model.parameters():

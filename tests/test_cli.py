@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -46,7 +47,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def lora(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """LoRA with some values, as `peftc.compile(...).save_pretrained` leaves it."""
-    return _saved("lora", folder, tmp_path_factory.mktemp("deltas") / "lora")
+    path = _saved("lora", folder, tmp_path_factory.mktemp("deltas") / "lora")
+    BertTokenizer.from_pretrained(folder).save_pretrained(path)
+    return path
 
 
 def _saved(spec: str, folder: Path, path: Path) -> Path:
@@ -239,7 +242,7 @@ def test_train_refuses_classes_that_the_deltas_do_not_know(
 ) -> None:
     code, _, err = run("train", lora, "-m", folder, "--data", rows, "-o", tmp_path / "d")
     assert code == 1
-    assert "no tokenizer" in err or "class 'even' is not one that the model knows" in err
+    assert "class 'even' is not one that the model knows" in err
     assert not (tmp_path / "d").exists()
 
 
@@ -268,6 +271,38 @@ def test_verify_says_each_number(run: Run, lora: Path) -> None:
     assert code == 0
     assert all(line.split()[0] in ("ok", "info") for line in out.splitlines())
     assert len(out.splitlines()) == 6
+
+
+def test_export_run_and_verify_a_classifier(
+    run: Run, folder: Path, lora: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = tmp_path / "bundle"
+    code, out, _ = run("export", lora, "-o", bundle)
+    assert code == 0
+    assert "max |ONNX - torch|" in out
+    code, out, _ = run("run", bundle, "a b", "c", "--json")
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert code == 0
+    assert [set(one) for one in answers] == [{"text", "label", "probability"}] * 2
+    assert len(run("run", bundle, "--input", rows)[1].splitlines()) == 64
+    monkeypatch.setattr("sys.stdin", io.StringIO("a b\n\nc\n"))
+    label, probability = run("run", bundle)[1].splitlines()[1].split("\t")
+    assert label == answers[1]["label"]
+    assert float(probability) == pytest.approx(answers[1]["probability"], abs=1e-4)
+    assert "ONNX logits against torch, now" in run("verify", bundle, "-m", lora)[1]
+    (bundle / "model.onnx").write_bytes(b"not a graph")
+    assert run("verify", bundle)[0] == 1
+
+
+def test_export_run_and_verify_a_writer(run: Run, folder: Path, tmp_path: Path) -> None:
+    model, bundle = tmp_path / "bart", tmp_path / "bundle"
+    tiny("bart").save_pretrained(model)
+    BertTokenizer.from_pretrained(folder).save_pretrained(model)
+    assert run("export", model, "-o", bundle)[0] == 0
+    assert run("run", bundle, "a b", "--num-beams", 2, "--max-new-tokens", 5)[0] == 0
+    code, out, _ = run("verify", bundle, "-m", model)
+    assert code == 0
+    assert "tokens of beam search that differ, now" in out
 
 
 def test_specs_and_schema(run: Run) -> None:
@@ -336,6 +371,8 @@ WRONG = {
         ],
         "no column 'body'",
     ),
+    "not a bundle": (["run", "{lora}", "text"], "is a directory of deltas"),
+    "texts twice": (["run", "{lora}", "text", "--input", "{rows}"], "not both"),
     "damaged manifest": (["verify", "{damaged}"], "is damaged"),
 }
 

@@ -42,7 +42,9 @@ def test_zero_deltas_generate_as_the_backbone(family: str, mode: str, method: st
 class Lora(nn.Module):
     """Hu et al. 2021, equation 3, as a module: for the oracle only."""
 
-    def __init__(self, linear: nn.Module, down: torch.Tensor, up: torch.Tensor, scale: float) -> None:
+    def __init__(
+        self, linear: nn.Module, down: torch.Tensor, up: torch.Tensor, scale: float
+    ) -> None:
         super().__init__()
         self.linear, self.down, self.up, self.scale = linear, down, up, scale
 
@@ -53,7 +55,9 @@ class Lora(nn.Module):
 class Adapted(nn.Module):
     """The last projection of a feed-forward plus a parallel adapter over the first one's input."""
 
-    def __init__(self, first: nn.Module, last: nn.Module, p: dict[str, torch.Tensor], s: float) -> None:
+    def __init__(
+        self, first: nn.Module, last: nn.Module, p: dict[str, torch.Tensor], s: float
+    ) -> None:
         super().__init__()
         self.last, self.p, self.s = last, p, s
         first.register_forward_pre_hook(self.remember)
@@ -100,4 +104,6 @@ def test_bart_generates_as_an_independent_rewrite(method: str, mode: str) -> Non
 def test_generation_switches_off_what_it_cannot_do() -> None:
     model = peftc.compile(tiny("gpt2"), "lora")
     with pytest.raises(peftc.PeftcError, match="DynamicCache"):
-        model.generate(**batch(model), max_new_tokens=3, cache_implementation="static", pad_token_id=1)
+        model.generate(
+            **batch(model), max_new_tokens=3, cache_implementation="static", pad_token_id=1
+        )

@@ -31,7 +31,8 @@ CASES = [
     (method, family)
     for method in SMALL
     for family in FAMILIES
-    if method != "head" or family in ("roberta", "bert")  # a tied language-model head is no task head
+    if method != "head"
+    or family in ("roberta", "bert")  # a tied language-model head is no task head
 ]
 
 
@@ -124,7 +125,10 @@ def test_detach_restores(family: str) -> None:
     model = stir(peftc.compile(backbone, peftc.load_spec("mam", **SMALL["mam"])))
     logits(model, batch(model))
     restored = peftc.detach(model)
-    assert restored is backbone and {n: p.requires_grad for n, p in restored.named_parameters()} == flags
+    assert (
+        restored is backbone
+        and {n: p.requires_grad for n, p in restored.named_parameters()} == flags
+    )
     assert torch.equal(logits(restored, batch(backbone)), want)
 
 

@@ -25,7 +25,9 @@ MODES = {
 @pytest.fixture(scope="module", params=sorted(SMALL))
 def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
     """(method, compiled BART with stirred deltas, its bundle)"""
-    model = stir(peftc.compile(tiny("bart"), peftc.load_spec(request.param, **SMALL[request.param])))
+    model = stir(
+        peftc.compile(tiny("bart"), peftc.load_spec(request.param, **SMALL[request.param]))
+    )
     directory = tmp_path_factory.mktemp("bundle") / request.param
     return request.param, model, directory, peftc.export(model, directory)
 
@@ -46,12 +48,17 @@ def test_tokens_are_those_of_torch(written) -> None:  # type: ignore[no-untyped-
 
 
 def test_certificate_and_files(written) -> None:  # type: ignore[no-untyped-def]
-    method, _, directory, certificate = written
+    _, _, directory, certificate = written
     assert {one.graph: one.cases for one in certificate} == {"encoder": 18, "decoder": 36}
     assert all(one.error <= one.tolerance for one in certificate)
     names = {one.name for one in directory.iterdir()}
     assert names == {
-        "config.json", "decoder.onnx", "encoder.onnx", "generation_config.json", "model.onnx.data", "peftc.json",
+        "config.json",
+        "decoder.onnx",
+        "encoder.onnx",
+        "generation_config.json",
+        "model.onnx.data",
+        "peftc.json",
     }
     here = str(Path(peftc.__file__).parent).encode()
     for one in directory.iterdir():

@@ -30,11 +30,17 @@ def pairs(model: PreTrainedModel) -> dict[str, tuple[torch.Tensor, torch.Tensor]
 
 def peft_model(backbone: PreTrainedModel, family: str, model: PreTrainedModel) -> PreTrainedModel:
     config = peft.LoraConfig(
-        r=4 if family != "gpt2" else 8, lora_alpha=8 if family != "gpt2" else 16,
-        target_modules=TARGETS[family], fan_in_fan_out=family == "gpt2",
+        r=4 if family != "gpt2" else 8,
+        lora_alpha=8 if family != "gpt2" else 16,
+        target_modules=TARGETS[family],
+        fan_in_fan_out=family == "gpt2",
     )
     other = peft.get_peft_model(copy.deepcopy(backbone), config).eval()
-    layers = {n.removeprefix("base_model.model."): m for n, m in other.named_modules() if hasattr(m, "lora_A")}
+    layers = {
+        n.removeprefix("base_model.model."): m
+        for n, m in other.named_modules()
+        if hasattr(m, "lora_A")
+    }
     with torch.no_grad():
         for layer in layers.values():
             layer.lora_A["default"].weight.zero_()

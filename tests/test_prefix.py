@@ -16,7 +16,13 @@ import peftc
 
 
 def gated_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, pk: torch.Tensor, pv: torch.Tensor, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor,
+    pk: torch.Tensor,
+    pv: torch.Tensor,
+    scale: float,
 ) -> torch.Tensor:
     """(1 - lam) h + lam dh, where lam is the prefix's share of the softmax mass.
 
@@ -46,7 +52,9 @@ def prefixes(model: PreTrainedModel) -> dict[str, tuple[torch.Tensor, torch.Tens
 
 
 @contextlib.contextmanager
-def oracle(model: PreTrainedModel, found: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
+def oracle(
+    model: PreTrainedModel, found: dict[str, tuple[torch.Tensor, torch.Tensor]]
+) -> Iterator[None]:
     """The eager model with its attention function replaced by the formula."""
     scopes = {id(module): name for name, module in model.named_modules()}
 
@@ -58,7 +66,9 @@ def oracle(model: PreTrainedModel, found: dict[str, tuple[torch.Tensor, torch.Te
                 future = torch.ones_like(mask[0, 0]).triu(1).bool()
                 mask = mask.masked_fill(future, float("-inf"))
         elif mask.dtype == torch.bool:
-            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
+            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(
+                ~mask, torch.finfo(q.dtype).min
+            )
         scale = q.shape[-1] ** -0.5 if scaling is None else scaling
         pk, pv = found[scopes[id(module)]]
         return gated_attention(q, k, v, mask, pk, pv, scale).transpose(1, 2), None
@@ -90,7 +100,11 @@ def test_prefix_is_the_gated_form(family: str, attention: str, padding: str) -> 
     got = logits(model, inputs)
     with oracle(backbone, prefixes(model)):
         want = logits(backbone, inputs)
-    real = slice(None) if model.config.is_encoder_decoder or got.ndim == 2 else inputs["attention_mask"].bool()
+    real = (
+        slice(None)
+        if model.config.is_encoder_decoder or got.ndim == 2
+        else inputs["attention_mask"].bool()
+    )
     assert (got - want)[real].abs().max() < 1e-12  # float64, two layers
     assert (got - logits(backbone, inputs)).abs().max() > 1e-2  # and the prefix does something
 

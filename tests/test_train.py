@@ -29,7 +29,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+        tokenizer_object=core,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
     )
 
 
@@ -59,7 +63,9 @@ def test_a_classifier_learns(method: str, tokenizer: PreTrainedTokenizerFast) ->
 def test_seq2seq_with_label_smoothing_and_generation(tokenizer: PreTrainedTokenizerFast) -> None:
     model = peftc.compile(tiny("bart"), peftc.load_spec("mam", l=4, m=8, r=4))
     texts, _ = reviews(24)
-    recipe = Recipe(epochs=2, batch=8, label_smoothing=0.1, max_length=8, max_target_length=6, num_beams=2)
+    recipe = Recipe(
+        epochs=2, batch=8, label_smoothing=0.1, max_length=8, max_target_length=6, num_beams=2
+    )
     done = train_seq2seq(model, tokenizer, (texts, texts), (texts[:4], texts[:4]), recipe)
     assert done.steps == 6 and len(done.predictions) == 4 and 0 <= (done.metric or 0) <= 1
 
@@ -76,8 +82,16 @@ def test_checkpoints_resume_exactly(tokenizer: PreTrainedTokenizerFast, tmp_path
     def trainer(out: Path, **more: object) -> Seq2SeqTrainer:
         model = peftc.compile(tiny("bart", dropout=0.0), peftc.load_spec("lora", r=4))
         args = Seq2SeqTrainingArguments(
-            output_dir=str(out), per_device_train_batch_size=4, max_steps=4, save_steps=2, report_to=[],
-            learning_rate=1e-2, disable_tqdm=True, logging_strategy="no", seed=5, **more,
+            output_dir=str(out),
+            per_device_train_batch_size=4,
+            max_steps=4,
+            save_steps=2,
+            report_to=[],
+            learning_rate=1e-2,
+            disable_tqdm=True,
+            logging_strategy="no",
+            seed=5,
+            **more,
         )
         return Seq2SeqTrainer(model=model, args=args, train_dataset=encoded(tokenizer, 16))
 
