@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import AutoModelForSequenceClassification, BertTokenizer, PreTrainedModel
+
+import peftc
+from peftc import cli
 
 transformers.logging.set_verbosity_error()
+
+Run = Callable[..., tuple[int, str, str]]
 
 SEQ2SEQ = dict(
     vocab_size=120,
@@ -110,3 +116,54 @@ def golden(request: pytest.FixtureRequest) -> Iterator[Callable[[str, str], None
         assert text == path.read_text()
 
     yield check
+
+
+def saved(spec: str, folder: Path, path: Path) -> Path:
+    """Deltas with some values, on the classifier in `folder`."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    stir(peftc.compile(model, spec)).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command in this process: (exit code, stdout, stderr)."""
+
+    def one(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = cli.main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return one
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BERT classifier with its tokenizer, as `save_pretrained` leaves it."""
+    path = tmp_path_factory.mktemp("models") / "tiny-bert"
+    tiny("bert").save_pretrained(path)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters)]
+    BertTokenizer(vocab={word: i for i, word in enumerate(words)}).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def lora(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LoRA with some values, as `peftc.compile(...).save_pretrained` leaves it."""
+    path = saved("lora", folder, tmp_path_factory.mktemp("deltas") / "lora")
+    BertTokenizer.from_pretrained(folder).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Texts of different lengths whose first letter decides the class."""
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    lines = [
+        {"text": ("ab"[i % 2] + " ") * (2 + i % 7), "label": ("even", "odd")[i % 2], "summary": "b"}
+        for i in range(64)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
