@@ -1,6 +1,7 @@
-"""The main job: adapt a real BERT to real text with MAM, fold it, export it, and serve it from ONNX Runtime.
+"""The main job: adapt a real BERT to real text with MAM, fold it, export it, serve it from ONNX Runtime.
 
-Prints one table: a trained head alone, LoRA and MAM; then agreement of torch and ONNX Runtime.
+Prints one table: what trains, the accuracy of a trained head alone, of LoRA and of MAM, whether torch and
+ONNX Runtime agree, and the wall time of each step.
 """
 
 from __future__ import annotations
@@ -12,41 +13,135 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import transformers
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 import peftc
-from peftc.corpus import Corpus, load_packages
+from peftc.corpus import Corpus, Package, load_packages
 from peftc.train import Recipe, train_classifier
 
-METHODS = {
-    "head alone": (["head"], Recipe()),
-    "LoRA r=8": ([("lora", {"r": 8, "alpha": 16}), "head"], Recipe()),
-    "MAM l=16 r=64": ([("mam", {"l": 16, "m": 128, "r": 64}), "head"], Recipe()),
+ROOT = Path(__file__).parents[1]
+FULL, QUICK = (4000, 1000), (320, 100)  # rows to train and to test on
+SIZES = {"l": 16, "m": 128, "r": 64}  # of MAM, for a BERT of width 384
+METHODS: dict[str, list[str | peftc.Spec]] = {
+    "head alone": ["head"],
+    "LoRA r=8": [peftc.load_spec("lora", r=8, alpha=16), "head"],
+    "MAM l=16 r=64": [peftc.load_spec("mam", **SIZES), "head"],
 }
+TOLERANCE = 1e-4  # of the largest logit: float32 through six layers
+EXAMPLE = "a library for reading and writing audio files"
+Batches = list[dict[str, torch.Tensor]]
 
 
-class Clock:
-    """Wall time by step, and a line on stderr as each one starts."""
+@dataclass
+class Step:
+    """A row of the table. What a step does not measure stays empty."""
 
-    def __init__(self, console: Console) -> None:
-        self.console, self.seconds = console, {}
+    name: str
+    trains: str = ""
+    stored: str = ""
+    accuracy: str = ""
+    agrees: str = ""
+    seconds: float = 0.0
+
+
+class Demo:
+    """The steps so far, and the texts they work on."""
+
+    def __init__(self, corpus: Corpus, folder: Path, scratch: Path) -> None:
+        self.corpus, self.folder, self.scratch = corpus, folder, scratch
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.train, self.test = self.rows(corpus.train), self.rows(corpus.test)
+        self.progress = Console(stderr=True, highlight=False)
+        self.steps: list[Step] = []
+
+    def rows(self, packages: Sequence[Package]) -> tuple[list[str], list[int]]:
+        labels = self.corpus.labels
+        return [p.text for p in packages], [labels.index(p.section) for p in packages]
 
     @contextmanager
-    def step(self, name: str) -> Iterator[None]:
-        self.console.print(f"-- {name}")
+    def step(self, name: str) -> Iterator[Step]:
+        self.progress.print(f"-- {name}")
         start = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - start
+        one = Step(name)
+        yield one
+        one.seconds = time.perf_counter() - start
+        self.steps.append(one)
+
+    def backbone(self) -> PreTrainedModel:
+        """The BERT with a new head, the same each time."""
+        torch.manual_seed(0)
+        names = dict(enumerate(self.corpus.labels))
+        model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
+            self.folder,
+            num_labels=len(names),
+            id2label=names,
+            label2id={label: i for i, label in names.items()},
+        )
+        return model
+
+    def compile_by_command(self) -> None:
+        command = ["compile", "specs/mam.yaml", "--model", str(self.folder)]
+        command += [word for key, size in SIZES.items() for word in ("--set", f"{key}={size}")]
+        command += ["--output", str(self.scratch / "compiled")]
+        with self.step("peftc compile specs/mam.yaml"):
+            program = Path(sys.executable).with_name("peftc")
+            subprocess.run([program, *command], check=True, cwd=ROOT)
+
+    def train_with(self, name: str) -> Any:
+        with self.step(f"train {name}") as row:
+            model = peftc.compile(self.backbone(), METHODS[name])
+            done = train_classifier(model, self.tokenizer, self.train, self.test, Recipe())
+        counts = model.plan.parameters
+        row.trains, row.stored = f"{counts.training:,}", f"{counts.stored:,}"
+        row.accuracy = f"{done.metric:.3f}"
+        return model
+
+    def batches(self) -> Batches:
+        texts, size = self.test[0], 64
+        return [
+            dict(
+                self.tokenizer(
+                    texts[i : i + size],
+                    truncation=True,
+                    max_length=Recipe().max_length,
+                    padding=True,
+                    return_tensors="pt",
+                )
+            )
+            for i in range(0, len(texts), size)
+        ]
+
+    def accuracy(self, logits: torch.Tensor) -> str:
+        right = logits.argmax(-1) == torch.tensor(self.test[1])
+        return f"{right.float().mean().item():.3f}"
+
+    def table(self) -> Table:
+        rows = f"{len(self.train[0]):,} training and {len(self.test[0]):,} test rows"
+        table = Table(
+            title=f"Debian package synopsis to section, ten classes; {rows}", box=box.SIMPLE
+        )
+        table.add_column("step", no_wrap=True)
+        for heading in ("trains", "stored", "accuracy", "agree", "seconds"):
+            table.add_column(heading, justify="right")
+        total = Step("in all", seconds=sum(one.seconds for one in self.steps))
+        for one in (*self.steps, total):
+            table.add_section() if one is total else None
+            cells = (one.name, one.trains, one.stored, one.accuracy, one.agrees)
+            table.add_row(*cells, f"{one.seconds:.1f}")
+        return table
 
 
 def bert_folder() -> Path:
@@ -57,143 +152,74 @@ def bert_folder() -> Path:
     return Path(spec.origin).parent / "model"
 
 
-def backbone(folder: Path, corpus: Corpus) -> PreTrainedModel:
-    """The BERT with a new head; the same seed gives the same head each time."""
-    torch.manual_seed(0)
-    names = dict(enumerate(corpus.labels))
-    return AutoModelForSequenceClassification.from_pretrained(
-        folder, num_labels=len(names), id2label=names, label2id={v: k for k, v in names.items()}
-    )
-
-
-def rows(packages: tuple, corpus: Corpus) -> tuple[list[str], list[int]]:
-    return [p.text for p in packages], [corpus.labels.index(p.section) for p in packages]
-
-
-def loaded(specs: list) -> list[peftc.Spec]:
-    return [
-        peftc.load_spec(one) if isinstance(one, str) else peftc.load_spec(one[0], **one[1])
-        for one in specs
-    ]
-
-
 @torch.no_grad()
-def predict(model: PreTrainedModel, encoded: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+def predict(model: PreTrainedModel, batches: Batches) -> torch.Tensor:
     model.eval()
-    return torch.cat([model(**batch).logits for batch in encoded])
+    return torch.cat([model(**batch).logits for batch in batches])
 
 
-def encode(tokenizer, texts: list[str], max_length: int) -> list[dict[str, torch.Tensor]]:
-    return [
-        dict(
-            tokenizer(
-                texts[i : i + 64],
-                truncation=True,
-                max_length=max_length,
-                padding=True,
-                return_tensors="pt",
-            )
+def agreement(expected: torch.Tensor, served: torch.Tensor) -> tuple[str, str]:
+    """Equal predictions of all, and a sentence; exits where one differs and is no tie."""
+    error, scale = (expected - served).abs().max().item(), expected.abs().max().item()
+    tolerance = TOLERANCE * max(1.0, scale)
+    differ = expected.argmax(-1) != served.argmax(-1)
+    top = expected[differ].topk(2, -1).values
+    ties = int((top[:, 0] - top[:, 1] <= 2 * tolerance).sum())
+    differing = int(differ.sum())
+    if error > tolerance or differing > ties:
+        sys.exit(
+            f"ONNX Runtime and torch differ by {error:.1e} (allowed: {tolerance:.1e}) and in "
+            f"{differing} predictions, of which {ties} are ties"
         )
-        for i in range(0, len(texts), 64)
-    ]
-
-
-def ties(
-    torch_logits: torch.Tensor, onnx_logits: torch.Tensor, tolerance: float
-) -> tuple[int, int]:
-    """(predictions that differ, those of them that are ties: top two closer than the tolerance)."""
-    differ = torch_logits.argmax(-1) != onnx_logits.argmax(-1)
-    top = torch_logits[differ].topk(2, -1).values
-    return int(differ.sum()), int((top[:, 0] - top[:, 1] <= 2 * tolerance).sum())
+    said = f"max |ONNX - torch| = {error:.1e} (logits up to {scale:.1f}); {ties} ties decided otherwise"
+    return f"{len(differ) - differing}/{len(differ)}", said
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a few hundred rows: checks the way")
-    parser.add_argument("--sample", action="store_true", help="use the shipped sample of text")
+    parser.add_argument("--quick", action="store_true", help="a few hundred rows: tries the way")
+    parser.add_argument("--sample", action="store_true", help="text from the shipped sample")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    console = Console(stderr=True, highlight=False)
-    clock = Clock(console)
-    sizes = (320, 100) if options.quick else (4000, 1000)
-    corpus = load_packages("sample" if options.sample else "auto", *sizes)
-    folder = bert_folder()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    train, test = rows(corpus.train, corpus), rows(corpus.test, corpus)
-    console.print(f"{len(train[0])} training and {len(test[0])} test rows from {corpus.origin}")
+    corpus = load_packages(
+        "sample" if options.sample else "auto", *QUICK if options.quick else FULL
+    )
     with tempfile.TemporaryDirectory() as scratch:
-        results, model = run(clock, corpus, folder, tokenizer, train, test, Path(scratch), options)
-    report(corpus, results, clock, model)
+        run(Demo(corpus, bert_folder(), Path(scratch)))
 
 
-def run(clock, corpus, folder, tokenizer, train, test, scratch, options):  # type: ignore[no-untyped-def]
-    spec = Path(peftc.load_spec("mam").path)
-    with clock.step("peftc compile specs/mam.yaml"):
-        command = [str(Path(sys.executable).with_name("peftc")), "compile", str(spec)]
-        command += ["--model", str(folder), "--set", "l=16", "--set", "m=128", "--set", "r=64"]
-        subprocess.run([*command, "-o", str(scratch / "compiled")], check=True)
-    results = {}
-    for name, (specs, recipe) in METHODS.items():
-        with clock.step(f"train {name}"):
-            model = peftc.compile(backbone(folder, corpus), loaded(specs))
-            done = train_classifier(model, tokenizer, train, test, recipe)
-            results[name] = (model.plan.parameters, done)
-    with clock.step("save and load"):
-        model.save_pretrained(scratch / "deltas", stored=True)
-        model = peftc.load(scratch / "deltas", backbone=backbone(folder, corpus))
-    with clock.step("fold"):
+def run(demo: Demo) -> None:
+    demo.compile_by_command()
+    *_, model = [demo.train_with(name) for name in METHODS]  # MAM is the last
+    deltas, bundle = demo.scratch / "deltas", demo.scratch / "bundle"
+    with demo.step("save and load deltas"):
+        model.save_pretrained(deltas)
+        model = peftc.load(deltas, backbone=demo.backbone())
+    with demo.step("fold"):
         merged, folding = peftc.merge(model)
-    with clock.step("export"):
-        peftc.export(merged, scratch / "bundle", tokenizer=tokenizer)
-    encoded = encode(tokenizer, test[0], Recipe().max_length)
-    with clock.step("torch on the test split"):
-        expected = predict(model, encoded)
-    runner = peftc.runtime.load(scratch / "bundle")
-    with clock.step("ONNX Runtime on the test split"):
-        served = torch.cat([runner.logits(**batch) for batch in encoded])
-    error = (expected - served).abs().max().item()
-    tolerance = 1e-4 * max(1.0, expected.abs().max().item())  # fp32, six layers
-    if error > tolerance:
-        sys.exit(f"ONNX Runtime differs from torch by {error:.1e}, more than {tolerance:.1e}")
-    differ, tied = ties(expected, served, tolerance)
-    accuracy = (served.argmax(-1) == torch.tensor(test[1])).float().mean().item()
-    label, score = runner.classify(["a library for reading and writing audio files"])[0]
-    facts = {
-        "kept after folding": f"{len(folding.kept)} deltas, fold error {folding.error:.1e}",
-        "ONNX accuracy": f"{accuracy:.3f}",
-        "ONNX = torch": f"{len(expected) - differ} of {len(expected)}, {tied} ties, error {error:.1e}",
-        "peftc says": f"'a library for reading and writing audio files' is {label} ({score:.2f})",
-    }
-    if differ != tied:
-        sys.exit(f"{differ - tied} predictions differ between torch and ONNX Runtime")
-    return results, facts
-
-
-def report(corpus, results, clock, facts) -> None:  # type: ignore[no-untyped-def]
-    console = Console(highlight=False)
-    table = Table(title="Debian package synopsis to section, ten classes", title_justify="left")
-    for heading in ("method", "trains", "stored", "accuracy", "seconds"):
-        table.add_column(heading, justify="left" if heading == "method" else "right")
-    for name, (counts, done) in results.items():
-        table.add_row(
-            name,
-            f"{counts.training:,}",
-            f"{counts.stored:,}",
-            f"{done.metric:.3f}",
-            f"{done.seconds:.0f}",
-        )
-    table.add_section()
-    for name, fact in facts.items():
-        table.add_row(name, "", "", "", "")
-        console_line = fact
-        facts[name] = console_line
-    console.print(table)
-    for name, fact in facts.items():
-        console.print(f"{name}: {fact}", soft_wrap=True)
-    for name, seconds in clock.seconds.items():
-        console.print(f"{seconds:7.1f} s  {name}")
-    console.print(f"{sum(clock.seconds.values()):7.1f} s  in all")
+    with demo.step("export to ONNX"):
+        peftc.export(merged, bundle, tokenizer=demo.tokenizer)
+    batches = demo.batches()
+    with demo.step("test split, torch") as row:
+        expected = predict(merged, batches)
+    row.accuracy = demo.accuracy(expected)
+    runner = peftc.runtime.load(bundle)
+    assert isinstance(runner, peftc.runtime.Classifier)
+    with demo.step("test split, ONNX Runtime") as row:
+        served = torch.cat([runner.logits(**batch) for batch in batches])
+    row.accuracy = demo.accuracy(served)
+    row.agrees, said = agreement(expected, served)
+    label, score = runner.classify([EXAMPLE])[0]
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(demo.table())
+    console.print(f"text: {demo.corpus.origin}")
+    console.print(
+        f"fold: {len(folding.folded)} deltas folded, {len(folding.kept)} kept, "
+        f"max |folded - unfolded| = {folding.error:.1e}"
+    )
+    console.print(f"agree: {said}")
+    console.print(f"'{EXAMPLE}' belongs in {label} ({score:.0%})")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from transformers import (
     DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     Trainer,
@@ -147,7 +148,7 @@ def train_classifier(
             train_dataset=encode_classes(tokenizer, *train, recipe.max_length),
             data_collator=DataCollatorWithPadding(tokenizer),
         )
-        done = trainer.train()
+        done = _run(trainer)
         seconds = time.perf_counter() - start
         if test is None:
             return TrainResult(None, done.training_loss, seconds, done.global_step, ())
@@ -158,6 +159,12 @@ def train_classifier(
     return TrainResult(
         accuracy, done.training_loss, seconds, done.global_step, tuple(predicted.tolist())
     )
+
+
+def _run(trainer: Trainer) -> Any:
+    """Train without the dicts that Trainer prints where there is no progress bar."""
+    trainer.remove_callback(PrinterCallback)
+    return trainer.train()
 
 
 def _in_order(trainer: Trainer) -> None:
@@ -188,7 +195,7 @@ def train_seq2seq(
             train_dataset=encode_pairs(tokenizer, *train, recipe),
             data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
         )
-        done = trainer.train()
+        done = _run(trainer)
         seconds = time.perf_counter() - start
         if test is None:
             return TrainResult(None, done.training_loss, seconds, done.global_step, ())
