@@ -43,9 +43,9 @@ def fingerprint(model: PreTrainedModel, leave_out: frozenset[str] = frozenset())
         if path in leave_out:
             continue
         flat = weight.detach().reshape(-1)
-        picks = torch.linspace(
-            0, flat.numel() - 1, min(64, flat.numel()), device=flat.device
-        ).long()
+        count = min(64, flat.numel())
+        # In integers: the float32 of torch.linspace is not exact beyond 2**24 elements.
+        picks = torch.arange(count, device=flat.device) * (flat.numel() - 1) // max(count - 1, 1)
         sample = flat[picks].to("cpu", torch.bfloat16).view(torch.int16)
         content.update(sample.numpy().tobytes())
     return {"layout": layout.hexdigest(), "content": content.hexdigest()}

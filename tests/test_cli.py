@@ -10,10 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import Run, saved, tiny
 from transformers import AutoModelForSequenceClassification, BertTokenizer, PreTrainedModel
 
 from peftc import cli
+from peftc.delta import fingerprint
 
 BART = ("--model", "facebook/bart-large", "--random-weights")
 
@@ -108,8 +110,11 @@ def test_compile_names_its_output(
     run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run("compile", "bitfit", "-m", folder)[0] == 0
-    assert (tmp_path / "bitfit-tiny-bert" / "peftc.json").is_file()
+    written = []
+    for _ in range(2):  # the same command writes the same deltas, over its own
+        assert run("compile", "lora", "-m", folder)[0] == 0
+        written.append((tmp_path / "lora-tiny-bert" / "model.safetensors").read_bytes())
+    assert written[0] == written[1]
 
 
 def test_a_new_head_comes_back(run: Run, folder: Path, tmp_path: Path) -> None:
@@ -173,6 +178,13 @@ def test_train_refuses_classes_that_the_deltas_do_not_know(
     assert code == 1
     assert "class 'even' is not one that the model knows" in err
     assert not (tmp_path / "d").exists()
+
+
+def test_an_embedding_of_51_million_has_a_fingerprint() -> None:
+    """BART-large's; more elements than float32 can count."""
+    model = torch.nn.Module()
+    model.weight = torch.nn.Parameter(torch.zeros(1).expand(50_265 * 1024))
+    assert fingerprint(model)["content"]
 
 
 def test_merge_writes_a_plain_checkpoint(run: Run, lora: Path, tmp_path: Path) -> None:

@@ -49,6 +49,8 @@ def compile(  # the name of the command
     """
     spec = options.spec(specs, sets)
     target = None if no_save else output or Path(f"{spec.name}-{_basename(model)}")
+    import torch
+
     from peftc import backbones, delta, driver, table
 
     if target is not None:
@@ -69,6 +71,7 @@ def compile(  # the name of the command
 
     trace = driver.Trace(after)
     with step("compiling"):
+        torch.manual_seed(backbones.SEED)  # the deltas' own start
         compiled.append(driver.compile(backbone, spec, trace=trace))
         rewritten = driver.outputs(compiled[0], inputs)
     _check_passes(print_after or [], trace.results)

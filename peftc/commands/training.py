@@ -70,6 +70,8 @@ def train(
     peftc train lora -m ./bart --task summarization --data train.csv -o deltas
     """
     with step(f"reading {data}"):
+        import torch
+
         from peftc import delta, table
         from peftc.train import Recipe, read_rows
 
@@ -89,6 +91,7 @@ def train(
         "seed": seed,
     }
     recipe = Recipe(**{name: value for name, value in given.items() if value is not None})
+    torch.manual_seed(recipe.seed)  # the deltas' own start
     if Path(specs[0]).is_dir():
         compiled = _continued(specs, model, sets)
     else:
