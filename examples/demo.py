@@ -130,12 +130,11 @@ class Demo:
 
     def table(self) -> Table:
         rows = f"{len(self.train[0]):,} training and {len(self.test[0]):,} test rows"
-        table = Table(
-            title=f"Debian package synopsis to section, ten classes; {rows}", box=box.SIMPLE
-        )
+        title = f"Debian package synopsis to section, ten classes; {rows}"
+        table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0), show_edge=False)
         table.add_column("step", no_wrap=True)
         for heading in ("trains", "stored", "accuracy", "agree", "seconds"):
-            table.add_column(heading, justify="right")
+            table.add_column(heading, justify="right", no_wrap=True)
         total = Step("in all", seconds=sum(one.seconds for one in self.steps))
         for one in (*self.steps, total):
             table.add_section() if one is total else None
