@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from peftc.edit import Edit, Parameter
-from peftc.expr import Call, Expr, Name, Number, Shape, infer, names, substitute
+from peftc.expr import Call, Expr, Name, Number, Shape, calls, infer, names, substitute
 from peftc.lower import Builder
 from peftc.ops import OPS
 from peftc.ports import SITES
@@ -160,7 +160,9 @@ def affine(
     read = names(expression)
     unknown = [n for n in read if n not in maps and n not in env and n not in numbers]
     if unknown:
-        raise NotAffine(f"it reads '{unknown[0]}'")
+        opaque = [one.op for one in calls(expression) if OPS[one.op].affine == "opaque"]
+        what = f"'{opaque[0]}' is not affine" if opaque else f"it reads '{unknown[0]}'"
+        raise NotAffine(what)
     if not isinstance(expression, Call) or not any(name in maps for name in read):
         raise NotAffine("it does not read the linear's own input or result")
     rule = _RULES.get(OPS[expression.op].affine)

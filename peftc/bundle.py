@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from peftc import delta
-from peftc.capture import capture, flatten_cache
+from peftc.capture import capture, flatten_cache, forward_flags
 from peftc.driver import merge, seeded_inputs
 from peftc.model import CompiledModel, run_program
 from peftc.onnx_data import write_models
@@ -84,7 +84,7 @@ def export(
 
 
 def _program(model: PreTrainedModel, entry: str, inputs: Mapping[str, torch.Tensor]) -> Program:
-    flags = {"use_cache": False} if entry == "forward" and _has_cache(model) else {}
+    flags = forward_flags(model) if entry == "forward" else {}
     if isinstance(model, CompiledModel):
         return model.program(entry, inputs, flags)
     import passes
@@ -93,10 +93,6 @@ def _program(model: PreTrainedModel, entry: str, inputs: Mapping[str, torch.Tens
     passes.Normalize().run(program)
     program.finish()
     return program
-
-
-def _has_cache(model: PreTrainedModel) -> bool:
-    return hasattr(model.config, "use_cache") and model.can_generate()
 
 
 def _graphs(model: PreTrainedModel) -> Iterator[Graph]:

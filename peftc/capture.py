@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -168,6 +169,12 @@ def example(name: str, real: torch.Tensor, entry: str, encoder_decoder: bool) ->
         shape = [SIZES[a] if a else n for a, n in zip(labels, real.shape, strict=True)]
         return torch.empty(shape, dtype=real.dtype, device="meta")
     return real.detach()
+
+
+def forward_flags(model: PreTrainedModel) -> dict[str, bool]:
+    """What a `forward` without a cache is called with."""
+    names = inspect.signature(type(model).forward).parameters
+    return {"use_cache": False} if "use_cache" in names else {}
 
 
 def dummy_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:

@@ -121,6 +121,7 @@ def save(model: Any, path: Path, stored: bool = False) -> None:
     def fill(directory: Path) -> None:
         cpu = {k: v.detach().to("cpu").contiguous().clone() for k, v in tensors.items()}
         save_file(cpu, directory / WEIGHTS, {"format": "pt"})
+        os.chmod(directory / WEIGHTS, 0o644)  # safetensors writes for the owner alone
         (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
     write_directory(path, fill)

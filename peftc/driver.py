@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 import passes
 from peftc import backbones, delta, verify
 from peftc.algebra import constant_form
-from peftc.capture import capture, dummy_inputs
+from peftc.capture import capture, dummy_inputs, forward_flags
 from peftc.folding import Folding, Report
 from peftc.model import CompiledModel, attach
 from peftc.pipeline import PassResult, Pipeline
@@ -54,23 +54,34 @@ def plan(
     `example` is one batch by argument name, needed only where the inputs cannot be guessed.
     Raises PlanError with every problem found.
     """
-    return _plan(model, as_spec(spec), example, Trace())
+    return _plan(model, as_spec(spec), _captured(model, example, Trace()))
 
 
-def _plan(
-    model: PreTrainedModel, spec: Spec, example: Mapping[str, torch.Tensor] | None, trace: Trace
-) -> Plan:
-    mode, flags = model.training, {}
-    if hasattr(model.config, "use_cache"):
-        flags["use_cache"] = False
+@dataclass(frozen=True)
+class Captured:
+    """The `forward` Program in evaluation mode that plans are made from, and what it was captured with."""
+
+    program: Program
+    inputs: Mapping[str, torch.Tensor]
+    flags: Mapping[str, bool]
+
+
+def _captured(
+    model: PreTrainedModel, example: Mapping[str, torch.Tensor] | None, trace: Trace
+) -> Captured:
+    mode, inputs, flags = model.training, example or dummy_inputs(model), forward_flags(model)
     try:
         model.eval()
-        program = capture(model, "forward", example or dummy_inputs(model), flags)
+        program = capture(model, "forward", inputs, flags)
     finally:
         model.train(mode)
     trace.run((passes.Normalize(),), program)
+    return Captured(program, inputs, flags)
+
+
+def _plan(model: PreTrainedModel, spec: Spec, captured: Captured) -> Plan:
     backbone = {path: tuple(weight.shape) for path, weight in model.named_parameters()}
-    return make_plan(spec, program, Stacks.read(model), backbone)
+    return make_plan(spec, captured.program, Stacks.read(model), backbone)
 
 
 def compile(  # the name that users of torch expect
@@ -90,18 +101,27 @@ def compile(  # the name that users of torch expect
             "the model is compiled already; combine specs in a list: [spec, spec]"
         )
     trace = trace or Trace()
-    return _attach(model, _plan(model, as_spec(spec), example, trace), trace)
+    captured = _captured(model, example, trace)
+    plan = _plan(model, as_spec(spec), captured)
+    return _attach(model, plan, trace, captured=captured)
 
 
 def _attach(
-    model: PreTrainedModel, plan: Plan, trace: Trace, form: str = "training"
+    model: PreTrainedModel,
+    plan: Plan,
+    trace: Trace,
+    form: str = "training",
+    captured: Captured | None = None,
 ) -> CompiledModel:
     schedule = passes.train(plan.edits)
 
     def transform(program: Program) -> None:
         trace.run(schedule, program)
 
-    return attach(model, plan, transform, form)
+    compiled = attach(model, plan, transform, form)
+    if captured is not None:
+        compiled.adopt(captured.program, captured.inputs, captured.flags)
+    return compiled
 
 
 def load(path: str | Path, backbone: PreTrainedModel | None = None) -> CompiledModel:
@@ -114,9 +134,10 @@ def load(path: str | Path, backbone: PreTrainedModel | None = None) -> CompiledM
     if backbone is None:
         backbone = _named_backbone(manifest)
     trace = Trace()
-    plan = _restored_plan(manifest, _plan(backbone, delta.spec_of(manifest, path), None, trace))
+    captured = _captured(backbone, None, trace)
+    plan = _restored_plan(manifest, _plan(backbone, delta.spec_of(manifest, path), captured))
     delta.check_backbone(manifest, backbone, plan)
-    model = _attach(backbone, plan, trace, manifest["form"])
+    model = _attach(backbone, plan, trace, manifest["form"], captured)
     slots = {f"deltas.{k}": v for k, v in model.deltas.values().items()}
     weights = dict(backbone.named_parameters())
     slots |= {one.path: weights[one.path] for one in plan.unfrozen}
@@ -215,7 +236,7 @@ def seeded_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 def outputs(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Output tensors in evaluation mode, without a cache."""
     mode = model.training
-    flags = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+    flags = forward_flags(model)
     try:
         model.eval()
         with torch.no_grad():

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from peftc.capture import CaptureError, capture, flatten_cache
+from peftc.capture import CaptureError, capture, flatten_cache, forward_flags
 from peftc.deltas import Deltas, initial, unique_parameters
 from peftc.planning import Plan
 from peftc.program import Program
@@ -64,22 +64,27 @@ class CompiledModel(PreTrainedModel):
 
     def program(self, entry: str, inputs: Mapping[str, Any], flags: Mapping[str, Any]) -> Program:
         """The rewritten graph for an entry and this kind of inputs, captured when first asked for."""
-        signature = tuple((k, v.dtype, v.device, v.ndim) for k, v in sorted(inputs.items()))
-        settings = tuple(sorted((k, repr(v)) for k, v in flags.items()))
-        key = (
-            entry,
-            self.training,
-            self.dtype,
-            signature,
-            settings,
-            id(self._backbone.loss_function),
-        )
+        key = self._key(entry, inputs, flags, self.training)
         if key not in self._programs:
             self._backbone.training = self.training
             program = capture(self._backbone, entry, inputs, flags)
             self._transform(program)
             self._programs[key] = program
         return self._programs[key]
+
+    def adopt(self, program: Program, inputs: Mapping[str, Any], flags: Mapping[str, Any]) -> None:
+        """Use a graph that was captured for planning, instead of capturing it again."""
+        self._transform(program)
+        key = self._key(program.entry, inputs, flags, program.training)
+        self._programs[key] = program
+
+    def _key(
+        self, entry: str, inputs: Mapping[str, Any], flags: Mapping[str, Any], training: bool
+    ) -> tuple[Any, ...]:
+        signature = tuple((k, v.dtype, v.device, v.ndim) for k, v in sorted(inputs.items()))
+        settings = tuple(sorted((k, repr(v)) for k, v in flags.items()))
+        loss = id(self._backbone.loss_function)
+        return (entry, training, self.dtype, signature, settings, loss)
 
     def _run(
         self, entry: str, inputs: Mapping[str, Any], flags: Mapping[str, Any]
@@ -91,8 +96,7 @@ class CompiledModel(PreTrainedModel):
         tensors, flags = _split(wanted)
         if "encoder_outputs" in wanted:
             tensors["encoder_hidden_states"] = wanted["encoder_outputs"][0]
-        if "use_cache" in inspect.signature(type(self._backbone).forward).parameters:
-            flags["use_cache"] = False
+        flags |= forward_flags(self._backbone)
         output_type, fields = self._run("forward", tensors, flags)
         return output_type(**fields)
 

@@ -10,7 +10,7 @@ from conftest import tiny
 
 from passes import FOLD, Insert, Normalize
 from peftc.capture import capture, dummy_inputs
-from peftc.driver import Trace, _plan
+from peftc.driver import plan as make
 from peftc.folding import Folding
 from peftc.pipeline import PassError, Pipeline
 from peftc.program import Program
@@ -70,7 +70,7 @@ def test_normalize(golden: Callable[[str, str], None]) -> None:
 def test_insert(name: str, golden: Callable[[str, str], None]) -> None:
     model = tiny("bert", num_hidden_layers=1)
     spec = parse_spec(SPECS[name], f"{name}.yaml")
-    plan = _plan(model, spec, None, Trace())
+    plan = make(model, spec)
     one = program()
     Normalize().run(one)
     before = program_text(one)
@@ -82,7 +82,7 @@ def test_insert(name: str, golden: Callable[[str, str], None]) -> None:
 @pytest.mark.parametrize("name", sorted(SPECS))
 def test_fold(name: str, golden: Callable[[str, str], None]) -> None:
     model = tiny("bert", num_hidden_layers=1)
-    plan = _plan(model, parse_spec(SPECS[name], f"{name}.yaml"), None, Trace())
+    plan = make(model, parse_spec(SPECS[name], f"{name}.yaml"))
     tensors = {p.path: torch.ones(p.shape) for e in plan.edits for p in e.parameters}
     folding = Folding(list(plan.edits), tensors, model.get_parameter)
     text = folding_text(folding)
@@ -98,7 +98,7 @@ def test_fold(name: str, golden: Callable[[str, str], None]) -> None:
 
 def test_a_delta_without_a_place_is_refused() -> None:
     model = tiny("bert", num_hidden_layers=1)
-    plan = _plan(model, parse_spec(LORA, "lora.yaml"), None, Trace())
+    plan = make(model, parse_spec(LORA, "lora.yaml"))
     one = program()
     for node in one.graph.nodes:  # what a model that uses the weight elsewhere would look like
         if node.target is torch.ops.aten.linear.default:

@@ -1,0 +1,210 @@
+"""Plans: exact counts on published sizes, sites without names, and what is wrong said before anything changes."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import batch, logits, stir, tiny
+from safetensors.torch import load_file, save_file
+
+import peftc
+from peftc import backbones
+from peftc.errors import PeftcError
+from peftc.spec import parse_spec
+
+NAMES = {
+    "bart": "facebook/bart-large",
+    "mbart": "facebook/mbart-large-cc25",
+    "roberta": "roberta-base",
+}
+
+
+@cache
+def backbone(name: str) -> transformers.PreTrainedModel:
+    if name in NAMES:
+        task = "classification" if name == "roberta" else None
+        return backbones.resolve(
+            NAMES[name], random_weights=True, meta=True, task=task, num_labels=2
+        )
+    config, cls = {
+        "gpt2": ("GPT2Config", "GPT2LMHeadModel"),
+        "bart-base": ("BartConfig", "BartForConditionalGeneration"),
+    }[name]
+    sizes = (
+        {}
+        if name == "gpt2"
+        else dict(
+            d_model=768,
+            encoder_layers=6,
+            decoder_layers=6,
+            encoder_ffn_dim=3072,
+            decoder_ffn_dim=3072,
+            encoder_attention_heads=12,
+            decoder_attention_heads=12,
+        )
+    )
+    with torch.device("meta"):
+        return getattr(transformers, cls)(getattr(transformers, config)(**sizes))
+
+
+# FACTS 2.4: (model, method, arguments) -> (weights as the paper counts, stored, while training)
+COUNTS = {
+    ("bart", "mam", ()): (27_377_664, 27_414_528, 86_810_976),
+    ("bart", "prefix_tuning", ("l", 30)): (2_211_840, 2_211_840, 61_608_288),
+    ("bart", "prefix_tuning", ("l", 200)): (14_745_600, 14_745_600, 62_130_528),
+    ("bart", "lora", ("r", 8)): (1_179_648, 1_179_648, 1_179_648),
+    ("bart", "scaled_parallel_adapter", ("r", 512)): (25_165_824, 25_202_688, 25_202_688),
+    ("bart", "parallel_adapter", ("r", 1024)): (50_331_648, 50_380_800, 50_380_800),
+    ("bart", "houlsby_adapter", ("r", 200)): (24_576_000, 24_649_440, 24_649_440),
+    ("bart", "bitfit", ()): (333_824, 333_824, 333_824),
+    ("mbart", "bitfit", ()): (335_872, 335_872, 335_872),
+    ("roberta", "bitfit", ()): (102_914, 102_914, 102_914),
+    ("roberta", "lora", ("r", 16)): (589_824, 589_824, 589_824),
+    ("gpt2", "lora", ("r", 8)): (294_912, 294_912, 294_912),
+    ("gpt2", "bitfit", ()): (102_144, 102_144, 102_144),
+    ("gpt2", "scaled_parallel_adapter", ("r", 64)): (1_179_648, 1_189_632, 1_189_632),
+    ("bart-base", "prefix_tuning", ("l", 200)): (5_529_600, 5_529_600, None),
+    ("bart-base", "lora", ("r", 16)): (884_736, 884_736, 884_736),
+}
+
+
+@pytest.mark.parametrize("case", COUNTS, ids=lambda c: "-".join(map(str, (*c[:2], *c[2]))))
+def test_exact_counts(case: tuple[str, str, tuple[str, int]]) -> None:
+    model, method, argument = case
+    arguments = dict([argument]) if argument else {}
+    counts = peftc.plan(backbone(model), peftc.load_spec(method, **arguments)).parameters
+    weights, stored, training = COUNTS[case]
+    assert (counts.weights, counts.stored) == (weights, stored)
+    assert training is None or counts.training == training
+
+
+def test_published_backbones_have_their_published_size() -> None:
+    sizes = {"bart": 406_291_456, "mbart": 610_851_840, "roberta": 124_647_170}
+    for name, size in sizes.items():
+        assert peftc.plan(backbone(name), "bitfit").parameters.backbone == size
+
+
+def test_bart_large_structure() -> None:
+    plan = peftc.plan(backbone("bart"), "mam")
+    assert plan.site_counts == {"attention": 36, "ffn": 24}
+    assert all(weight.is_meta for weight in backbone("bart").parameters())
+    kinds = [e.site.group for e in plan.edits if e.site.at == "attention.heads"]
+    assert {k: kinds.count(k) for k in set(kinds)} == {
+        "encoder_self": 12,
+        "decoder_self": 12,
+        "decoder_cross": 12,
+    }
+    lora = peftc.plan(backbone("bart"), "lora")
+    assert [match.sites for match in lora.matches] == [36, 36] and not lora.misses
+
+
+def bad(text: str, family: str = "bart") -> str:
+    with pytest.raises(PeftcError) as error:
+        peftc.compile(tiny(family), parse_spec(text, "s.yaml"))
+    return str(error.value)
+
+
+def test_what_does_not_fit_is_said() -> None:
+    adapter = "deltas: [{at: ffn, where: {layers: 7}, delta: h}]"
+    assert bad(adapter) == (
+        "s.yaml:1:10: 'ffn' of s matches no site of this model; without `where` it has 4: "
+        "stack: decoder | stack: encoder; layers 0-1"
+    )
+    assert bad("deltas: [{at: ffn, delta: h, expect: 3}]") == (
+        "s.yaml:1:10: 'ffn' of s matches 4 sites, expect: 3"
+    )
+    assert "matches no site of this model" in bad("deltas: [{at: ffn.gate, delta: h}]")
+    assert "no parameter's name ends so" in bad("deltas: [{train: [biass]}]")
+    wrong = (
+        "deltas: [{at: ffn, params: {a: {shape: [out, d], init: zeros}, b: {shape: [heads, in], init: zeros}},"
+        " delta: h @ a}]"
+    )
+    assert "unknown size 'heads'" in bad_spec(wrong)
+    square = "deltas: [{at: ffn.up, params: {a: {shape: [in, d], init: zeros}}, delta: x @ a}]"
+    assert "'h + x @ a': [..., 64] and [..., 32] differ: '64' is not '32'" in bad(square)
+
+
+def bad_spec(text: str) -> str:
+    with pytest.raises(PeftcError) as error:
+        parse_spec(text, "s.yaml")
+    return str(error.value)
+
+
+def test_the_escape_hatch_finds_linears_by_scope() -> None:
+    text = (
+        "deltas: [{at: {op: linear, scope: '*.fc1'}, expect: 4, params: {a: {shape: [in, out], init: zeros}},"
+        " delta: x @ a}]"
+    )
+    model = peftc.compile(tiny("bart"), parse_spec(text, "s.yaml"))
+    assert model.plan.site_counts == {"linear": 4}
+    base = tiny("bart")
+    assert torch.equal(
+        logits(model, batch(model)), logits(peftc.compile(base, "bitfit"), batch(base))
+    )
+
+
+def test_where_narrows() -> None:
+    text = "deltas: [{use: prefix_tuning, with: {l: 2, m: 3}, where: {stack: decoder, kind: self}}]"
+    plan = peftc.plan(tiny("bart"), parse_spec(text, "s.yaml"))
+    assert [e.site.group for e in plan.edits] == ["decoder_self"] * 2
+
+
+def test_two_of_the_same_method_do_not_share_weights() -> None:
+    model = stir(
+        peftc.compile(tiny("bert"), [peftc.load_spec("lora", r=2), peftc.load_spec("lora", r=3)])
+    )
+    assert model.plan.parameters.training == 2 * 2 * (2 + 3) * 64
+    _, report = peftc.merge(model)
+    assert len(report.folded) == 8 and report.error < 1e-5
+
+
+def test_deltas_are_refused_where_they_do_not_belong(tmp_path: Path) -> None:
+    model = stir(peftc.compile(tiny("bert"), "lora"))
+    here = tmp_path / "d"
+    model.save_pretrained(here)
+
+    def refusal(**kwargs: object) -> str:
+        with pytest.raises(PeftcError) as error:
+            peftc.load(here, **kwargs)
+        return str(error.value)
+
+    assert "its weights differ" in refusal(backbone=tiny("bert", seed=1))
+    assert "its parameters differ" in refusal(backbone=tiny("bert", vocab_size=130))
+    assert "name no backbone" in refusal()
+    file = here / "model.safetensors"
+    tensors = {k: v.clone() for k, v in load_file(file).items()}  # the file is mapped, and changes
+    data = file.read_bytes()
+    file.write_bytes(data[: len(data) // 2])
+    assert "cannot be read" in refusal(backbone=tiny("bert"))
+    name = next(iter(tensors))
+    save_file({k: v for k, v in tensors.items() if k != name}, file)
+    assert f"lacks '{name}' (1 missing, 0 unknown)" in refusal(backbone=tiny("bert"))
+    save_file({**tensors, name: tensors[name][:1].clone()}, file)
+    assert "has the shape" in refusal(backbone=tiny("bert"))
+    (here / "peftc.json").write_text("{")
+    assert "is damaged" in refusal(backbone=tiny("bert"))
+    (here / "peftc.json").write_text(json.dumps({"format": 99}))
+    assert "format 99" in refusal(backbone=tiny("bert"))
+    (here / "peftc.json").unlink()
+    assert "holds no peftc.json" in refusal(backbone=tiny("bert"))
+
+
+def test_saving_leaves_foreign_files_alone(tmp_path: Path) -> None:
+    model = peftc.compile(tiny("bert"), "lora")
+    (tmp_path / "model.safetensors").write_bytes(b"someone's")
+    with pytest.raises(PeftcError, match="did not write"):
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == b"someone's"
+    assert [one.name for one in tmp_path.iterdir()] == ["model.safetensors"]
+    with pytest.raises(PeftcError, match="is a file"):
+        model.save_pretrained(tmp_path / "model.safetensors")
+
+
+def test_compiling_twice_is_refused() -> None:
+    with pytest.raises(PeftcError, match="compiled already"):
+        peftc.compile(peftc.compile(tiny("bert"), "lora"), "bitfit")
