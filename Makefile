@@ -18,7 +18,7 @@ demo: .venv/.done  ## train, fold, export and run MAM on real text with a real B
 	$(BIN)/python examples/demo.py $(DEMO_FLAGS)
 
 test: .venv/.done  ## run the tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 slow: .venv/.done  ## run the tests at real sizes too
 	$(BIN)/python -m pytest -m "slow or not slow"
