@@ -26,7 +26,8 @@ import resource, sys, time, torch, transformers
 transformers.logging.set_verbosity_error()
 from transformers import BartConfig, BartForConditionalGeneration
 import peftc
-from peftc.capture import capture, dummy_inputs
+from peftc.capture import capture
+from peftc.inputs import dummy_inputs
 start = time.perf_counter()
 model = BartForConditionalGeneration(BartConfig()).eval()
 if sys.argv[1] == "peftc":

@@ -13,8 +13,8 @@ from peftc.edit import Edit
 from peftc.expr import Call, Expr, Name, names
 from peftc.lower import Builder, Operand
 from peftc.pipeline import PassError
+from peftc.places import Ports, consumers, locate
 from peftc.program import Port, Program, Read, Slot, Value, aten, is_call
-from peftc.sites import Ports, consumers, locate
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ import torch
 from transformers import PreTrainedModel
 
 from peftc import delta
-from peftc.capture import capture, flatten_cache, forward_flags
+from peftc.capture import capture, flatten_cache
 from peftc.driver import merge, seeded_inputs
+from peftc.inputs import forward_flags
 from peftc.model import CompiledModel, run_program
 from peftc.onnx_data import write_models
 from peftc.onnx_graph import ExportError, Graph, to_onnx

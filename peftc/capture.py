@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -17,15 +16,10 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from peftc.errors import PeftcError
+from peftc.inputs import CaptureError, Tensors, axes, example
 from peftc.program import Program, Slot
 
-Tensors = Mapping[str, torch.Tensor]
 Outputs = tuple[type, dict[str, Any]]
-
-# Sizes of the example that is traced: all >= 2, because export specialises 0 and 1, and all
-# different, so that no two axes are taken for one.
-SIZES = {"batch": 3, "seq": 11, "target": 7, "past": 5, "query": 2, "total": 7}
 
 _KINDS = {
     InputKind.PARAMETER: "parameter",
@@ -33,10 +27,6 @@ _KINDS = {
     InputKind.CONSTANT_TENSOR: "constant",
     InputKind.USER_INPUT: "input",
 }
-
-
-class CaptureError(PeftcError):
-    """A model that cannot be traced to one graph."""
 
 
 @dataclass(frozen=True)
@@ -132,69 +122,6 @@ def unflatten_cache(tensors: Tensors, encoder_decoder: bool) -> Any:
     if not encoder_decoder:
         return one("self")
     return EncoderDecoderCache(one("self"), one("cross"))
-
-
-def axes(name: str, rank: int, entry: str, encoder_decoder: bool) -> tuple[str | None, ...]:
-    """The dynamic axes of an input by the argument names that Hugging Face models share."""
-    if name.startswith("past."):
-        return ("batch", None, "seq" if ".cross." in name else "past", None)
-    if rank == 0:
-        return ()
-    if name in ("pixel_values", "input_features", "input_values") or rank == 1:
-        return ("batch", *(None,) * (rank - 1))
-    step = "query" if entry == "decode" else "target"
-    if name == "decoder_attention_mask":
-        length = "total" if entry == "decode" else "target"
-    elif name.startswith("decoder_") or (name == "labels" and encoder_decoder):
-        length = step
-    elif entry == "decode" and not encoder_decoder:
-        length = "total" if name == "attention_mask" else "query"
-    else:
-        length = "seq"
-    return ("batch", length, *(None,) * (rank - 2))
-
-
-def example(name: str, real: torch.Tensor, entry: str, encoder_decoder: bool) -> torch.Tensor:
-    """`real` with its dynamic axes repeated or cut to the traced sizes, so that its values stay valid."""
-    for axis, label in enumerate(axes(name, real.ndim, entry, encoder_decoder)):
-        if label is None or real.is_meta:
-            continue
-        if real.shape[axis] == 0:
-            shape = [1 if i == axis else n for i, n in enumerate(real.shape)]
-            real = real.new_zeros(shape)
-        index = torch.arange(SIZES[label], device=real.device) % real.shape[axis]
-        real = real.index_select(axis, index)
-    if real.is_meta:
-        labels = axes(name, real.ndim, entry, encoder_decoder)
-        shape = [SIZES[a] if a else n for a, n in zip(labels, real.shape, strict=True)]
-        return torch.empty(shape, dtype=real.dtype, device="meta")
-    return real.detach()
-
-
-def forward_flags(model: PreTrainedModel) -> dict[str, bool]:
-    """What a `forward` without a cache is called with."""
-    names = inspect.signature(type(model).forward).parameters
-    return {"use_cache": False} if "use_cache" in names else {}
-
-
-def dummy_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Inputs for a `forward` capture when there is no real batch at hand."""
-    name, device = model.main_input_name, model.device
-    if name != "input_ids":
-        size = getattr(model.config, "image_size", None)
-        if name != "pixel_values" or size is None:
-            raise CaptureError(
-                f"{type(model).__name__}: no example input is known for '{name}'; "
-                "pass example={...} with one batch of it"
-            )
-        height, width = (size, size) if isinstance(size, int) else size
-        channels = getattr(model.config, "num_channels", 3)
-        return {name: torch.zeros(2, channels, height, width, device=device, dtype=model.dtype)}
-    ids = torch.ones(SIZES["batch"], SIZES["seq"], dtype=torch.long, device=device)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = ids[:, : SIZES["target"]].clone()
-    return inputs
 
 
 class _Traced(nn.Module):

@@ -89,6 +89,17 @@ def bias_of(linear: fx.Node) -> fx.Node | None:
     return node if isinstance(node, fx.Node) else None
 
 
+def static_shape(node: fx.Node) -> tuple[int, ...]:
+    """The sizes of a value; -1 for an axis that is dynamic."""
+    return tuple(int(n) if isinstance(n, int) else -1 for n in node.meta["val"].shape)
+
+
+def features(linear: fx.Node) -> tuple[int, int]:
+    """(in, out) of a linear in either form."""
+    weight = static_shape(weight_of(linear))
+    return weight if linear.target is aten.addmm.default else (weight[1], weight[0])  # type: ignore[return-value]
+
+
 @dataclass(frozen=True)
 class Core:
     """One scaled dot-product attention: its operands as edges, its result, its module path."""

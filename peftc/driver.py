@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 import passes
 from peftc import backbones, delta, verify
 from peftc.algebra import constant_form
-from peftc.capture import capture, dummy_inputs, forward_flags
+from peftc.capture import capture
 from peftc.folding import Folding, Report
+from peftc.inputs import dummy_inputs, forward_flags
 from peftc.model import CompiledModel, attach
 from peftc.pipeline import PassResult, Pipeline
 from peftc.planning import Plan, make_plan

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from peftc.expr import Call, Expr, Name, Number, names
+from peftc.expr import Call, Expr, Name, Number, names, number
 from peftc.ops import OPS
 from peftc.program import aten
 
@@ -55,27 +55,15 @@ class Builder:
 
     def lower(self, expr: Expr, env: Mapping[str, Operand], name: str) -> Operand:
         """Nodes for `expr`; the last one is called `name`. `env` binds ports, parameters and numbers."""
-        if isinstance(expr, Number):
-            return expr.value
         if isinstance(expr, Name):
             return env[expr.id]
+        if isinstance(expr, Number) or _is_plain(expr, env):
+            return number(expr, env)  # type: ignore[arg-type]  # no name in it is a node
         special = _SPECIAL.get(expr.op)
         if special is not None:
             return special(self, expr, env, name)
         args = [self.lower(arg, env, f"{name}_{expr.op}") for arg in expr.args]
-        if not any(isinstance(arg, fx.Node) for arg in args):
-            return _SCALAR[expr.op](*args)
         return self.call(target(expr.op), *_tensor_first(self, expr.op, args), name=name)
-
-
-_SCALAR: Mapping[str, Callable[..., float]] = {
-    "add": lambda a, b: a + b,
-    "sub": lambda a, b: a - b,
-    "mul": lambda a, b: a * b,
-    "div": lambda a, b: a / b,
-    "floordiv": lambda a, b: a // b,
-    "neg": lambda a: -a,
-}
 
 
 def _tensor_first(builder: Builder, op: str, args: list[Operand]) -> list[Operand]:
@@ -100,34 +88,19 @@ def _add(builder: Builder, expr: Call, env: Mapping[str, Operand], name: str) ->
         b = b * factor
     elif factor != 1:
         b = builder.call(aten.mul.Tensor, b, factor, name=f"{name}_scaled")
-    if not isinstance(a, fx.Node) and not isinstance(b, fx.Node):
-        return a + b
     a, b = (a, b) if isinstance(a, fx.Node) else (b, a)
     return builder.call(aten.add.Tensor, a, b, name=name)
 
 
+def _is_plain(expr: Expr, env: Mapping[str, Operand]) -> bool:
+    """Whether `expr` is a number here: no tensor in it."""
+    return not any(isinstance(env[name], fx.Node) for name in names(expr))
+
+
 def _constant_factor(expr: Expr, env: Mapping[str, Operand]) -> tuple[float | int, Expr]:
-    if isinstance(expr, Call) and expr.op == "mul":
-        left, right = expr.args
-        if all(not isinstance(env[n], fx.Node) for n in names(left)) and _is_arithmetic(left):
-            return _arithmetic(left, env), right
+    if isinstance(expr, Call) and expr.op == "mul" and _is_plain(expr.args[0], env):
+        return number(expr.args[0], env), expr.args[1]  # type: ignore[arg-type]
     return 1, expr
-
-
-def _is_arithmetic(expr: Expr) -> bool:
-    if isinstance(expr, Call):
-        return expr.op in _SCALAR and all(_is_arithmetic(arg) for arg in expr.args)
-    return True
-
-
-def _arithmetic(expr: Expr, env: Mapping[str, Operand]) -> float | int:
-    if isinstance(expr, Number):
-        return expr.value
-    if isinstance(expr, Name):
-        value = env[expr.id]
-        assert not isinstance(value, fx.Node)
-        return value
-    return _SCALAR[expr.op](*(_arithmetic(arg, env) for arg in expr.args))
 
 
 def _split_heads(builder: Builder, expr: Call, env: Mapping[str, Operand], name: str) -> Operand:

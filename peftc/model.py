@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from peftc.capture import CaptureError, capture, flatten_cache, forward_flags
+from peftc.capture import capture, flatten_cache
 from peftc.deltas import Deltas, initial, unique_parameters
+from peftc.inputs import CaptureError, forward_flags
 from peftc.planning import Plan
 from peftc.program import Program
 

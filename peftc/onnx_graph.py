@@ -14,8 +14,8 @@ from torch import nn
 from torch.export import Dim
 from transformers import PreTrainedModel
 
-from peftc.capture import axes, example
 from peftc.errors import PeftcError
+from peftc.inputs import axes, example
 from peftc.model import run_program
 from peftc.program import Program
 

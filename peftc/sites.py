@@ -10,10 +10,8 @@ from torch import fx
 from transformers import PreTrainedModel
 
 from peftc import dataflow as flow
-from peftc.errors import PeftcError
-from peftc.program import Port, Program, Read, Value, aten, is_call, scope_of
-
-Ports = Mapping[str, Port]
+from peftc import fused
+from peftc.program import Program, aten, is_call, scope_of
 
 
 @dataclass(frozen=True)
@@ -43,10 +41,6 @@ class Site:
     def group(self) -> str:
         """What `per: kind` shares over: the stack and the kind of attention."""
         return "_".join(part for part in (self.stack, self.kind) if part)
-
-
-class SiteError(PeftcError):
-    """A planned site that another entry of the model does not have in the same form."""
 
 
 @dataclass(frozen=True)
@@ -118,16 +112,6 @@ def _layer(scope: str) -> int | None:
     return int(number[1]) if number else None
 
 
-def _shape(node: fx.Node) -> tuple[int, ...]:
-    return tuple(int(n) if isinstance(n, int) else -1 for n in node.meta["val"].shape)
-
-
-def _features(linear: fx.Node) -> tuple[int, int]:
-    """(in, out) of a linear in either form."""
-    weight = _shape(flow.weight_of(linear))
-    return weight if linear.target is aten.addmm.default else (weight[1], weight[0])  # type: ignore[return-value]
-
-
 def _linear(
     program: Program,
     linear: fx.Node,
@@ -138,7 +122,7 @@ def _linear(
     dims: Mapping[str, int] | None = None,
     columns: tuple[int, int] | None = None,
 ) -> Site:
-    n_in, n_out = _features(linear)
+    n_in, n_out = flow.features(linear)
     if columns:
         n_out = columns[1] - columns[0]
     bias = flow.bias_of(linear)
@@ -161,65 +145,21 @@ def _attention(program: Program, core: flow.Core, stacks: Stacks) -> Iterator[Si
     q, k = sides["q"][0], sides["k"][0]
     same = q.args[flow.x_index(q)] is k.args[flow.x_index(k)]
     kind = "self" if same or q is k else "cross"
-    heads, head_dim = _shape(core.q.node)[-3], _shape(core.q.node)[-1]
-    kv_heads = _shape(core.k.node)[-3]
+    heads, head_dim = flow.static_shape(core.q.node)[-3], flow.static_shape(core.q.node)[-1]
+    kv_heads = flow.static_shape(core.k.node)[-3]
     dims = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "kv": kv_heads * head_dim}
-    dims["d"] = _features(out)[1]
+    dims["d"] = flow.features(out)[1]
     scope, stack, layer = core.scope, stacks.of(core.scope), _layer(core.scope)
     weights = {"q": _weight(program, q) or "", "o": _weight(program, out) or ""}
-    sizes = {**dims, "in": _features(q)[0], "out": _features(out)[1]}
+    sizes = {**dims, "in": flow.features(q)[0], "out": flow.features(out)[1]}
     turned = out.target is aten.addmm.default
     yield Site("attention", scope, stack, kind, layer, sizes, weights, transposed=turned)
     yield Site("attention.heads", scope, stack, kind, layer, sizes, {"core": scope})
     for side, (linear,) in sides.items():
-        columns = _columns(getattr(core, side).node, linear)
+        columns = fused.columns(getattr(core, side).node, linear)
         if columns is not None or len(set(sides.values())) == 3:
             yield _linear(program, linear, f"attention.{side}", scope, stacks, kind, dims, columns)
     yield _linear(program, out, "attention.o", scope, stacks, kind, dims)
-
-
-def _columns(node: fx.Node, linear: fx.Node) -> tuple[int, int] | None:
-    """The slice [start, stop) of a fused projection's features that `node` is computed from."""
-    part = _slice_node(node, linear)
-    if part is None:
-        return None
-    start = 0
-    if is_call(part, aten.slice.Tensor):
-        return int(part.args[2]), int(part.args[3])  # type: ignore[arg-type]
-    source, index = part.args
-    assert isinstance(source, fx.Node) and isinstance(index, int)
-    sizes = [one.shape[-1] for one in source.meta["val"]]
-    start = sum(sizes[:index])
-    return start, start + sizes[index]
-
-
-def _slice_node(node: fx.Node, linear: fx.Node) -> fx.Node | None:
-    """The node between `linear` and `node` that cuts the last axis of the linear's own layout."""
-    import operator
-
-    stack, seen = [node], set()
-    while stack:
-        one = stack.pop()
-        if one in seen or one is linear or one.op != "call_function":
-            continue
-        seen.add(one)
-        width = _features(linear)[1]
-        if one.target is operator.getitem:
-            source = one.args[0]
-            if is_call(
-                source, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default
-            ):
-                assert isinstance(source, fx.Node) and isinstance(source.args[0], fx.Node)
-                if _shape(source.args[0])[-1] == width:
-                    return one
-        if is_call(one, aten.slice.Tensor):
-            source = one.args[0]
-            assert isinstance(source, fx.Node)
-            last = one.args[1] in (-1, len(_shape(source)) - 1)
-            if last and _shape(source)[-1] == width and _shape(one)[-1] != width:
-                return one
-        stack += one.all_input_nodes
-    return None
 
 
 def _feed_forward(program: Program, found: flow.FeedForward, stacks: Stacks) -> Iterator[Site]:
@@ -229,8 +169,8 @@ def _feed_forward(program: Program, found: flow.FeedForward, stacks: Stacks) -> 
         names["gate"] = _weight(program, found.gate) or ""
         parts["gate"] = found.gate
     scope = _common_scope([scope_of(node) for node in parts.values()])
-    n_in, n_out = _features(found.up)[0], _features(found.down)[1]
-    hidden = _features(found.down)[0]
+    n_in, n_out = flow.features(found.up)[0], flow.features(found.down)[1]
+    hidden = flow.features(found.down)[0]
     stack, layer = stacks.of(scope), _layer(scope)
     sizes = {"in": n_in, "out": n_out, "d": n_out}
     turned = found.down.target is aten.addmm.default
@@ -265,7 +205,7 @@ def _by_weight(program: Program, stacks: Stacks) -> Iterator[Site]:
 
 
 def _owner(node: fx.Node, at: str, weight: str, stacks: Stacks) -> Site:
-    scope, size = scope_of(node), _shape(node)[-1]
+    scope, size = scope_of(node), flow.static_shape(node)[-1]
     dims = {"in": size, "out": size, "d": size}
     return Site(at, scope, stacks.of(scope), "", _layer(scope), dims, {"W": weight})
 
@@ -276,88 +216,3 @@ def _is_token_input(program: Program, node: object) -> bool:
         node = node.args[0]
     slot = program.slot(node) if isinstance(node, fx.Node) else None
     return slot is not None and slot.name.endswith("input_ids")
-
-
-def locate(program: Program, site: Site) -> tuple[Ports, ...]:
-    """The site's ports in this Program: one mapping for each time its module runs here, maybe none."""
-    if site.at == "attention.heads":
-        return tuple(_core_ports(c) for c in flow.cores(program) if c.scope == site.scope)
-    if site.at == "attention":
-        return _between(program, site.anchors["q"], site.anchors["o"])
-    if site.at == "ffn":
-        return _between(program, site.anchors["up"], site.anchors["down"])
-    if site.at == "ffn.hidden":
-        return tuple({"h": flow.input_of(n)} for n in consumers(program, site.anchors["down"]))
-    if site.at in ("norm", "embedding"):
-        return tuple({"h": Value(n)} for n in _owners(program, site))
-    return tuple(_linear_ports(n, site) for n in consumers(program, site.anchors["W"]))
-
-
-def consumers(program: Program, weight: str) -> list[fx.Node]:
-    """The linears that multiply by this weight, in graph order."""
-    return [
-        n
-        for n in program.graph.nodes
-        if is_call(n, *flow.LINEAR) and program.parameter(flow.weight_of(n)) == weight
-    ]
-
-
-def _owners(program: Program, site: Site) -> Iterator[fx.Node]:
-    place = 0 if site.at == "embedding" else 2
-    for node in program.graph.nodes:
-        kinds = (aten.embedding.default, aten.layer_norm.default, aten.rms_norm.default)
-        if is_call(node, *kinds) and len(node.args) > place:
-            if program.parameter(node.args[place]) == site.anchors["W"]:
-                yield node
-
-
-def _core_ports(core: flow.Core) -> Ports:
-    ports: dict[str, Port] = {"q": core.q, "k": core.k, "v": core.v, "h": Value(core.h)}
-    if core.mask is not None:
-        ports["mask"] = core.mask
-    return ports
-
-
-def _between(program: Program, first: str, last: str) -> tuple[Ports, ...]:
-    """Ports of a sub-layer that starts at one linear and ends at another."""
-    starts, ends = consumers(program, first), consumers(program, last)
-    if len(starts) != len(ends):
-        raise SiteError(
-            f"entry '{program.entry}': '{first}' runs {len(starts)} times but '{last}' {len(ends)} times"
-        )
-    found = []
-    for start, end in zip(starts, ends, strict=True):
-        ports: dict[str, Port] = {"x": flow.input_of(start), "h": Value(flow.result_of(end))}
-        residual = flow.residual_add(end)
-        if residual is not None:
-            ports["residual"] = residual
-        found.append(ports)
-    return tuple(found)
-
-
-def _linear_ports(linear: fx.Node, site: Site) -> Ports:
-    result = flow.result_of(linear) if site.columns is None else _part(linear, site.columns)
-    ports: dict[str, Port] = {"x": flow.input_of(linear), "h": Value(result)}
-    if site.columns is None:
-        transposed = linear.target is aten.addmm.default
-        ports["W"] = Read(linear, 2 if transposed else 1)
-        if flow.bias_of(linear) is not None:
-            ports["b"] = Read(linear, 0 if transposed else 2)
-    return ports
-
-
-def _part(linear: fx.Node, columns: tuple[int, int]) -> fx.Node:
-    """The node that cuts `columns` out of a fused projection's result."""
-    stack, seen = list(linear.users), set()
-    while stack:
-        one = stack.pop(0)
-        if one in seen or one.op != "call_function":
-            continue
-        seen.add(one)
-        if _slice_node(one, linear) is one and _columns(one, linear) == columns:
-            return one
-        if is_call(
-            one, *flow.MOVE, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default
-        ):
-            stack += list(one.users)
-    raise SiteError(f"the slice {columns} of a fused projection is not cut in this entry")

@@ -9,9 +9,10 @@ import torch
 from conftest import tiny
 
 from passes import FOLD, Insert, Normalize
-from peftc.capture import capture, dummy_inputs
+from peftc.capture import capture
 from peftc.driver import plan as make
 from peftc.folding import Folding
+from peftc.inputs import dummy_inputs
 from peftc.pipeline import PassError, Pipeline
 from peftc.program import Program
 from peftc.spec import parse_spec
