@@ -29,10 +29,12 @@ SpecLike = Spec | str | Path | Sequence[Spec | str | Path]
 
 @dataclass
 class Trace:
-    """What a compilation tells while it runs: results of passes, and the text after those asked for."""
+    """What a compilation tells while it runs: results of passes, `after` each one its name and subject, and
+    the model whose graphs are being rewritten, once there is one."""
 
     after: Callable[[str, object], None] | None = None
     results: list[PassResult] = field(default_factory=list)
+    model: CompiledModel | None = None
 
     def run(self, schedule: Sequence[Any], subject: Any) -> None:
         self.results += Pipeline(verify.check, self.after).run(schedule, subject)
@@ -119,7 +121,7 @@ def _attach(
     def transform(program: Program) -> None:
         trace.run(schedule, program)
 
-    compiled = attach(model, plan, transform, form)
+    compiled = trace.model = attach(model, plan, transform, form)
     if captured is not None:
         compiled.adopt(captured.program, captured.inputs, captured.flags)
     return compiled

@@ -59,28 +59,27 @@ def compile(  # the name of the command
     inputs = driver.seeded_inputs(backbone)
     with step("running the backbone"):
         bare = driver.outputs(backbone, inputs)
-    compiled: list[CompiledModel] = []
 
     def after(name: str, subject: object) -> None:
         if print_after_all or name in (print_after or ()):
             from peftc.text import subject_text
 
             raw(f"# after {name}\n{subject_text(subject)}")
-        if verify_each and compiled:
-            _compare(name, subject, compiled[0], inputs, bare)
+        if verify_each and trace.model is not None:
+            _compare(name, subject, trace.model, inputs, bare)
 
     trace = driver.Trace(after)
     with step("compiling"):
         torch.manual_seed(backbones.SEED)  # the deltas' own start
-        compiled.append(driver.compile(backbone, spec, trace=trace))
-        rewritten = driver.outputs(compiled[0], inputs)
+        compiled = driver.compile(backbone, spec, trace=trace)
+        rewritten = driver.outputs(compiled, inputs)
     _check_passes(print_after or [], trace.results)
-    say(table.render(compiled[0].plan, console().width))
+    say(table.render(compiled.plan, console().width))
     say(_certificate(bare, rewritten))
     if time_passes:
         say(_timings(trace.results))
     if target is not None:
-        save(compiled[0], target, backbones.tokenizer(model))
+        save(compiled, target, backbones.tokenizer(model))
 
 
 def save(compiled: CompiledModel, target: Path, tokenizer: Any, *, stored: bool = False) -> None:
