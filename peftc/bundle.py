@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,25 +15,16 @@ from transformers import PreTrainedModel
 from peftc import delta
 from peftc.capture import capture, flatten_cache
 from peftc.driver import merge, seeded_inputs
+from peftc.folding import Report
 from peftc.inputs import forward_flags
-from peftc.model import CompiledModel, run_program
+from peftc.model import CompiledModel
 from peftc.onnx_data import write_models
-from peftc.onnx_graph import ExportError, Graph, to_onnx
+from peftc.onnx_graph import ExportError, Graph, require_onnx, to_onnx
+from peftc.parity import TOLERANCE, Parity, check
 from peftc.program import Program
-from peftc.session import Session
 
 MIN_ORT = "1.28"
 Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Parity:
-    """The largest difference of an output between ONNX Runtime and torch over `cases`, and its bound."""
-
-    graph: str
-    cases: int
-    error: float
-    tolerance: float
 
 
 def export(
@@ -52,14 +42,13 @@ def export(
     nothing is left at `bundle_dir`; DeltaError when that directory is not ours.
     """
     path = Path(bundle_dir)
-    delta.require_ours(path)
+    _require(model, path)
     say = progress or (lambda _: None)
-    mode = model.training
+    mode, folded, report = model.training, model, Report(())
     if isinstance(model, CompiledModel) and model.plan.edits:
         say("folding")
-        folded, _ = merge(model)
-    else:
-        folded = model
+        folded, report = merge(model)
+        _require_equal(report)
     folded.eval()
     certificate: list[Parity] = []
 
@@ -74,14 +63,43 @@ def export(
         del models
         for graph in graphs:
             say(f"checking {graph.role}")
-            certificate.append(_check(folded, graph, directory))
-        _describe(model, folded, graphs, certificate, opset, size, directory, tokenizer)
+            certificate.append(check(folded, graph, directory / f"{graph.role}.onnx"))
+        _settings(folded, tokenizer, directory)
+        manifest = {
+            **_about(model, folded, graphs),
+            "opset": opset,
+            "data_bytes": size,
+            "fold": {"error": report.error, "tolerance": TOLERANCE * max(1.0, report.scale)},
+            "parity": [asdict(one) for one in certificate],
+        }
+        (directory / delta.MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
     try:
         delta.write_directory(path, fill)
     finally:
         model.train(mode)
     return tuple(certificate)
+
+
+def _require(model: PreTrainedModel, path: Path) -> None:
+    """Everything that can be refused before any work is done."""
+    require_onnx()
+    delta.require_ours(path)
+    if (path / delta.MANIFEST).is_file() and "graphs" not in delta.read_manifest(path, ()):
+        raise ExportError(
+            f"{path} holds deltas, which a bundle would replace; choose another directory"
+        )
+    if model.dtype != torch.float32 or model.device.type != "cpu":
+        kind = f"{model.dtype} on {model.device}".removeprefix("torch.")
+        raise ExportError(
+            f"export takes float32 weights on the CPU, these are {kind}: model.float().cpu() first"
+        )
+
+
+def _require_equal(report: Report) -> None:
+    bound = TOLERANCE * max(1.0, report.scale)
+    if not report.error <= bound:  # true for nan
+        raise ExportError(f"folding moved the outputs by {report.error:.1e}, more than {bound:.1e}")
 
 
 def _program(model: PreTrainedModel, entry: str, inputs: Mapping[str, torch.Tensor]) -> Program:
@@ -134,94 +152,27 @@ def onnx_name(name: str, prefix: str) -> str:
     return f"{prefix}.{layer}.{'decoder' if part == 'self' else 'encoder'}.{side}"
 
 
-def _cases(graph: Graph, longest: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Batch x length x padding x past, seeded; `past` only where the graph has one."""
-    generator = torch.Generator().manual_seed(0)
-    pasts = (0, 5) if any(k.startswith("past.self") for k in graph.inputs) else (0,)
-    sizes = [n for n in (1, 7, 33) if n <= longest]
-    for rows, length, side, past in itertools.product(
-        (1, 3), sizes, ("none", "left", "right"), pasts
-    ):
-        mask = torch.ones(rows, length, dtype=torch.long)
-        if side != "none" and length > 2:
-            mask[0, slice(0, 2) if side == "left" else slice(-2, None)] = 0
-        yield {
-            name: _like(name, real, mask, past, generator) for name, real in graph.inputs.items()
-        }
-
-
-def _like(
-    name: str, real: torch.Tensor, mask: torch.Tensor, past: int, generator: torch.Generator
-) -> torch.Tensor:
-    rows, length = mask.shape
-    if name == "attention_mask":
-        return mask
-    if name == "token_type_ids":
-        return torch.zeros_like(mask)
-    if name.startswith("past."):
-        size = (rows, real.shape[1], length if ".cross." in name else past, real.shape[3])
-        return torch.randn(size, generator=generator, dtype=real.dtype)
-    pool = real.reshape(-1)
-    count = (rows, length if name == "input_ids" else 2)
-    return pool[torch.randint(0, len(pool), count, generator=generator)]
-
-
-def _check(model: PreTrainedModel, graph: Graph, directory: Path) -> Parity:
-    """Every output of ONNX Runtime against torch; rows of padding are no one's business."""
-    session = Session.open(directory / f"{graph.role}.onnx")
-    error, scale, cases = 0.0, 1.0, 0
-    longest = int(getattr(model.config, "max_position_embeddings", 64)) - 8
-    for inputs in _cases(graph, longest):
-        with torch.no_grad():
-            want = run_program(model, graph.program, inputs)
-        got = session.run({graph.names[k]: v for k, v in inputs.items()})
-        for ours, theirs in graph.outputs.items():
-            difference, size = _compare(want[ours], got[theirs], ours, inputs["attention_mask"])
-            error, scale = max(error, difference), max(scale, size)
-        cases += 1
-    tolerance = 1e-4 * scale  # fp32: sums in another order, over the depth of the model
-    if not error <= tolerance:
-        raise ExportError(
-            f"{graph.role}: ONNX Runtime differs from torch by {error:.1e}, more than {tolerance:.1e}"
-        )
-    return Parity(graph.role, cases, error, tolerance)
-
-
-def _compare(
-    want: torch.Tensor, got: torch.Tensor, name: str, mask: torch.Tensor
-) -> tuple[float, float]:
-    if name == "last_hidden_state":
-        want, got = want[mask.bool()], got[mask.bool()]
-    elif ".cross." in name:
-        keep = mask.bool()[:, None, :, None].expand_as(want)
-        want, got = want[keep], got[keep]
-    if want.numel() == 0:
-        return 0.0, 0.0
-    if not torch.isfinite(got).all():
-        return float("nan"), 0.0
-    return (want - got).abs().max().item(), want.abs().max().item()
-
-
-def _describe(
-    model: PreTrainedModel,
-    folded: PreTrainedModel,
-    graphs: tuple[Graph, ...],
-    certificate: list[Parity],
-    opset: int,
-    size: int,
-    directory: Path,
-    tokenizer: Any,
-) -> None:
+def _settings(folded: PreTrainedModel, tokenizer: Any, directory: Path) -> None:
+    """The files of Hugging Face that a runner needs beside the graphs."""
     config = folded.config.to_dict()
     config.pop("_name_or_path", None)
     (directory / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
     if folded.can_generate():
-        folded.generation_config.save_pretrained(directory)
+        # Its save_pretrained refuses what generate() accepts, such as a temperature without sampling.
+        settings = folded.generation_config.to_json_string()
+        (directory / "generation_config.json").write_text(settings)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
         _forget_paths(directory / "tokenizer_config.json")
-    plan = getattr(model, "plan", None)
-    manifest = {
+
+
+def _about(
+    model: PreTrainedModel, folded: PreTrainedModel, graphs: tuple[Graph, ...]
+) -> dict[str, Any]:
+    """What the bundle is and what it was made of; the fingerprint is that of the backbone under the deltas."""
+    plan = model.plan if isinstance(model, CompiledModel) else None
+    learned = frozenset(one.path for one in plan.unfrozen) if plan else frozenset()
+    return {
         "format": delta.FORMAT,
         "kind": "seq2seq" if folded.config.is_encoder_decoder else "classifier",
         "graphs": {
@@ -232,16 +183,15 @@ def _describe(
             }
             for g in graphs
         },
-        "opset": opset,
         "dtype": str(folded.dtype).removeprefix("torch."),
-        "data_bytes": size,
         "min_onnxruntime": MIN_ORT,
         "spec": {"name": plan.spec.name, "digest": plan.spec.digest()} if plan else None,
-        "backbone": {"class": type(folded).__name__, "fingerprint": delta.fingerprint(folded)},
-        "parity": [asdict(one) for one in certificate],
+        "backbone": {
+            "class": type(folded).__name__,
+            "fingerprint": delta.fingerprint(model, learned),
+        },
         "versions": {p: version(p) for p in ("peftc", "torch", "transformers", "onnx")},
     }
-    (directory / delta.MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
 def _forget_paths(file: Path) -> None:

@@ -52,7 +52,6 @@ class _Export(nn.Module):
 
 def to_onnx(model: PreTrainedModel, graph: Graph, opset: int) -> Any:
     """The graph as an onnx_ir Model, weights inside. Raises ExportError."""
-    require_onnx()
     seq2seq = bool(model.config.is_encoder_decoder)
     entry = graph.program.entry
     inputs = {k: example(k, v, entry, seq2seq).clone() for k, v in graph.inputs.items()}
@@ -120,12 +119,13 @@ def check_ops(model: Any, role: str) -> None:
 def require_onnx() -> None:
     try:
         import onnx
+        import onnxruntime
         import onnxscript
     except ImportError as error:
         raise ExportError(
             'exporting needs ONNX: pip install "peftc[cpu]" or "peftc[gpu]"'
         ) from error
-    del onnx, onnxscript
+    del onnx, onnxruntime, onnxscript
 
 
 @contextlib.contextmanager

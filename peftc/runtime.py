@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
-from peftc.delta import read_manifest
+from peftc.delta import MANIFEST, read_manifest
 from peftc.session import CPU, RuntimeFault, Session
 
 
@@ -24,15 +23,29 @@ def load(
     is missing and falling back to the CPU was not allowed."""
     directory = Path(bundle_dir)
     manifest = read_manifest(directory, ("kind", "graphs"))
-    sessions = {}
-    for role, graph in manifest["graphs"].items():
-        file = directory / Path(graph["file"]).name
+    try:
+        runner, roles = _RUNNERS[manifest["kind"]]
+        files = [directory / Path(manifest["graphs"][role]["file"]).name for role in roles]
+    except (KeyError, TypeError) as error:
+        raise RuntimeFault(
+            f"{directory / MANIFEST} is damaged: no such kind or graph: {error}"
+        ) from error
+    for file in files:
         if not file.is_file():
             raise RuntimeFault(f"{directory} lacks {file.name}")
-        sessions[role] = Session.open(file, providers, allow_cpu_fallback)
-    if manifest["kind"] == "classifier":
-        return Classifier(directory, sessions["model"])
-    return Seq2Seq(directory, sessions["encoder"], sessions["decoder"])
+    sessions = [Session.open(file, providers, allow_cpu_fallback) for file in files]
+    opened: Classifier | Seq2Seq = runner(directory, *sessions)
+    return opened
+
+
+def _settings(kind: Any, directory: Path, name: str) -> Any:
+    """`config.json` or `generation_config.json`, never from the hub."""
+    if not (directory / name).is_file():
+        raise RuntimeFault(f"{directory} lacks {name}")
+    try:
+        return kind.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, TypeError) as error:
+        raise RuntimeFault(f"{directory / name} is damaged: {str(error)[:200]}") from error
 
 
 class _Texts:
@@ -44,9 +57,10 @@ class _Texts:
     def tokenizer(self) -> Any:
         if not (self.directory / "tokenizer_config.json").is_file():
             raise RuntimeFault(f"{self.directory} holds no tokenizer; pass token ids instead")
-        return AutoTokenizer.from_pretrained(self.directory)
+        return AutoTokenizer.from_pretrained(self.directory, local_files_only=True)
 
     def encode(self, texts: Sequence[str], longest: int) -> dict[str, torch.Tensor]:
+        longest = min(longest, self.tokenizer.model_max_length)  # RoBERTa's is below its positions
         encoded = self.tokenizer(
             list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt"
         )
@@ -58,7 +72,7 @@ class Classifier(_Texts):
 
     def __init__(self, directory: Path, session: Session) -> None:
         self.directory, self.session = directory, session
-        self.config = AutoConfig.from_pretrained(directory)
+        self.config = _settings(AutoConfig, directory, "config.json")
 
     def logits(self, input_ids: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
         """[batch, labels] of token ids [batch, length]; a missing mask means no padding."""
@@ -96,15 +110,13 @@ class Seq2Seq(_Texts, GenerationMixin):
 
     def __init__(self, directory: Path, encoder: Session, decoder: Session) -> None:
         self.directory, self._encoding, self._decoding = directory, encoder, decoder
-        self.config = AutoConfig.from_pretrained(directory)
-        self.generation_config = GenerationConfig.from_pretrained(directory)
+        self.config = _settings(AutoConfig, directory, "config.json")
+        self.generation_config = _settings(GenerationConfig, directory, "generation_config.json")
         self.device = torch.device(decoder.device)
         self.dtype = torch.float32
         self.layers = sum(name.endswith(".decoder.key") for name in decoder.inputs)
-        file = json.loads((directory / "config.json").read_text())
-        heads = int(file.get("decoder_attention_heads") or file["num_heads"])
-        width = int(file.get("d_kv") or file["d_model"] // heads)
-        self.cell = (heads, width)
+        _, heads, _, width = decoder.shape("past_key_values.0.decoder.key")
+        self.heads, self.width = int(heads), int(width)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.forward(*args, **kwargs)
@@ -147,7 +159,7 @@ class Seq2Seq(_Texts, GenerationMixin):
         if attention_mask is None:
             attention_mask = torch.ones(encoder_outputs[0].shape[:2], dtype=torch.long)
         feeds = {"input_ids": decoder_input_ids, "encoder_attention_mask": attention_mask}
-        empty = torch.zeros(rows, self.cell[0], 0, self.cell[1])
+        empty = torch.zeros(rows, self.heads, 0, self.width)
         for i in range(self.layers):
             for side in ("key", "value"):
                 past = empty if first else getattr(own.layers[i], f"{side}s")
@@ -198,3 +210,10 @@ class _Encoder:
         return BaseModelOutput(last_hidden_state=hidden, hidden_states=tuple(out.values()))
 
     __call__ = forward
+
+
+# The runner of each kind of bundle, and the graphs it takes in order.
+_RUNNERS: Mapping[str, tuple[Any, tuple[str, ...]]] = {
+    "classifier": (Classifier, ("model",)),
+    "seq2seq": (Seq2Seq, ("encoder", "decoder")),
+}

@@ -39,7 +39,7 @@ class Session:
             raise RuntimeFault(f"running a bundle needs ONNX Runtime: {fix}") from error
         wanted = [*providers, *(p for p in CPU if p not in providers)]
         options = ort.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what fails is raised, with the same words
         missing = [p for p in providers if p not in ort.get_available_providers()]
         if missing and not allow_cpu_fallback:
             raise RuntimeFault(f"ONNX Runtime here has no {missing[0]}; peftc[gpu] brings CUDA's")
@@ -56,6 +56,10 @@ class Session:
         names = tuple(one.name for one in session.get_inputs())
         return Session(session, names, tuple(one.name for one in session.get_outputs()), device)
 
+    def shape(self, name: str) -> tuple[int | str, ...]:
+        """The axes of an input: sizes, and names of the dynamic ones."""
+        return next(tuple(one.shape) for one in self.session.get_inputs() if one.name == name)
+
     def run(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Outputs by name. Unknown inputs are an error; an empty past is bound as it is."""
         from onnxruntime import OrtValue
@@ -64,6 +68,9 @@ class Session:
         missing = [name for name in self.inputs if name not in feeds]
         if unknown or missing:
             raise RuntimeFault(f"inputs differ: unknown {unknown}, missing {missing}")
+        odd = [f"{name}: {one.dtype}" for name, one in feeds.items() if one.dtype not in _NUMPY]
+        if odd:
+            raise RuntimeFault(f"token ids and masks are int64, not {odd[0]}")
         binding = self.session.io_binding()
         kept = []
         for name, tensor in feeds.items():
@@ -81,7 +88,14 @@ class Session:
             )
         for name in self.outputs:
             binding.bind_output(name, self.device)
-        self.session.run_with_iobinding(binding)
+        if self.device == "cuda":
+            torch.cuda.current_stream().synchronize()  # ONNX Runtime reads on a stream of its own
+        try:
+            self.session.run_with_iobinding(binding)
+        except Exception as error:
+            raise RuntimeFault(
+                f"the graph cannot run on these inputs: {str(error)[:300]}"
+            ) from error
         values: list[OrtValue] = binding.get_outputs()
         found = {n: _to_torch(v) for n, v in zip(self.outputs, values, strict=True)}
         del kept

@@ -49,7 +49,7 @@ def test_tokens_are_those_of_torch(written) -> None:  # type: ignore[no-untyped-
 
 def test_certificate_and_files(written) -> None:  # type: ignore[no-untyped-def]
     _, _, directory, certificate = written
-    assert {one.graph: one.cases for one in certificate} == {"encoder": 18, "decoder": 36}
+    assert {one.graph: one.cases for one in certificate} == {"encoder": 14, "decoder": 56}
     assert all(one.error <= one.tolerance for one in certificate)
     names = {one.name for one in directory.iterdir()}
     assert names == {
@@ -103,3 +103,34 @@ def test_what_is_refused(written, tmp_path: Path) -> None:  # type: ignore[no-un
     with pytest.raises(PeftcError, match="sequence classifiers and encoder-decoders"):
         peftc.export(tiny("gpt2"), tmp_path / "gpt2")
     assert not (tmp_path / "gpt2").exists()
+
+
+def test_a_bundle_does_not_replace_deltas(tmp_path: Path) -> None:
+    model = peftc.compile(tiny("bert"), "head")
+    model.save_pretrained(tmp_path / "deltas")
+    with pytest.raises(PeftcError, match="holds deltas, which a bundle would replace"):
+        peftc.export(model, tmp_path / "deltas")
+    with pytest.raises(PeftcError, match="these are float64 on cpu"):
+        peftc.export(model.double(), tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_damaged_bundle_says_so(written, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    _, _, directory, _ = written
+    for name, content, message in (
+        ("peftc.json", None, "no such kind or graph"),
+        ("config.json", "{", r"config\.json is damaged"),
+        ("generation_config.json", "{", r"generation_config\.json is damaged"),
+    ):
+        broken = tmp_path / name
+        shutil.copytree(directory, broken)
+        old = (broken / name).read_text()
+        (broken / name).write_text(content or old.replace('"seq2seq"', '"other"'))
+        with pytest.raises(PeftcError, match=message):
+            peftc.runtime.load(broken)
+    runner = peftc.runtime.load(directory)
+    with pytest.raises(PeftcError, match="token ids and masks are int64"):
+        mask = torch.ones(1, 3, dtype=torch.int32)
+        runner._encoding.run(
+            {"input_ids": torch.ones(1, 3, dtype=torch.long), "attention_mask": mask}
+        )
