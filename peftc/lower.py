@@ -78,9 +78,12 @@ def _tensor_first(builder: Builder, op: str, args: list[Operand]) -> list[Operan
 
 
 def _add(builder: Builder, expr: Call, env: Mapping[str, Operand], name: str) -> Operand:
-    """`h + c * e` with a constant c is one kernel: add with alpha."""
+    """`h + c * e` with a constant c is one kernel: add with alpha. A bottleneck is scaled where it is narrow."""
     left, right = expr.args
     factor, rest = _constant_factor(right, env)
+    if factor != 1 and isinstance(rest, Call) and rest.op == "matmul" and _is_bottleneck(rest):
+        narrow = Call("mul", (rest.args[0], Number(factor)))
+        factor, rest = 1, Call("matmul", (narrow, rest.args[1]))
     a, b = builder.lower(left, env, f"{name}_left"), builder.lower(rest, env, f"{name}_delta")
     if isinstance(a, fx.Node) and isinstance(b, fx.Node) and factor != 1:
         return builder.call(aten.add.Tensor, a, b, name=name, alpha=factor)
@@ -90,6 +93,12 @@ def _add(builder: Builder, expr: Call, env: Mapping[str, Operand], name: str) ->
         b = builder.call(aten.mul.Tensor, b, factor, name=f"{name}_scaled")
     a, b = (a, b) if isinstance(a, fx.Node) else (b, a)
     return builder.call(aten.add.Tensor, a, b, name=name)
+
+
+def _is_bottleneck(product: Call) -> bool:
+    """Whether the left factor of a product is one itself: `(x @ down) @ up`, whose gradient is as narrow."""
+    left = product.args[0]
+    return isinstance(left, Call) and left.op == "matmul"
 
 
 def _is_plain(expr: Expr, env: Mapping[str, Operand]) -> bool:
