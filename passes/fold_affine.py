@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
-from peftc.algebra import Affine, NotAffine, affine, inlined
+from peftc.algebra import Affine, NotAffine, Tensors, affine, evaluate, inlined, numbers
 from peftc.edit import Edit
+from peftc.expr import Expr, names
 from peftc.folding import Folding, Outcome
 
 # The linear whose result a site's `h` is; its own anchor is `W`.
@@ -40,31 +42,78 @@ class FoldAffine:
 
 def _fold(edit: Edit, weight: str, folding: Folding, blocked: bool) -> None:
     assigned = inlined(edit)[1]
-    ports = ", ".join(assigned)
-    if list(assigned) != ["h"] or not weight:
+    ports = set(assigned)
+    if not weight or not (ports <= {"W", "b"} or ports in ({"h"}, {"x"})):
         op = next((one.op for one in assigned.values() if hasattr(one, "op")), "it")
-        raise NotAffine(f"'{op}' rewrites '{ports}', which is no linear's result")
+        raise NotAffine(f"'{op}' rewrites '{', '.join(assigned)}', which is no linear's result")
     if blocked:
         raise NotAffine("an earlier delta of the same linear stays")
     if weight in folding.tied:
         raise NotAffine(f"'{weight}' is tied to another parameter")
-    base = _base(edit, weight, folding)
-    maps = {"h": base}
-    if "W" in edit.site.anchors:
-        maps["x"] = Affine(torch.eye(base.matrix.shape[0], dtype=torch.float64))
     env = {p.name: folding.tensors[p.path] for p in edit.parameters}
-    result = affine(assigned["h"], maps, env, {**edit.entry.arguments, **edit.site.dims})
-    _write(edit, weight, result, folding)
+    base, read = _base(edit, weight, folding), (env, numbers(edit))
+    if ports <= {"W", "b"}:
+        _write(edit, weight, _reparametrised(edit, assigned, base, *read), folding)
+    elif edit.site.at == "norm":
+        raise NotAffine("a norm's result is no linear map of its input")
+    elif ports == {"x"}:
+        before = affine(assigned["x"], {"x": _identity(edit, base)}, *read)
+        _write(edit, weight, _after(before, base), folding)
+    else:
+        maps = {"h": base}
+        if "W" in edit.site.anchors:
+            maps["ids" if edit.site.at == "embedding" else "x"] = _identity(edit, base)
+        _write(edit, weight, affine(assigned["h"], maps, *read), folding)
+
+
+def _identity(edit: Edit, base: Affine) -> Affine:
+    """x itself. Ids are one-hot rows, which only `lookup` reads: no matrix of vocab x vocab for them."""
+    size = 1 if edit.site.at == "embedding" else base.matrix.shape[0]
+    return Affine(torch.eye(size, dtype=torch.float64))
+
+
+def _after(before: Affine, base: Affine) -> Affine:
+    """The linear `base` of what `before` makes of its input."""
+    offset = None if before.offset is None else before.offset @ base.matrix
+    if base.offset is not None:
+        offset = base.offset if offset is None else base.offset + offset
+    return Affine(before.matrix @ base.matrix, offset)
+
+
+def _reparametrised(
+    edit: Edit,
+    assigned: Mapping[str, Expr],
+    base: Affine,
+    env: Tensors,
+    sizes: Mapping[str, float | int],
+) -> Affine:
+    """New weight and bias as functions of the old ones; specs see a linear's weight as [out, in]."""
+    turned = edit.site.at not in ("embedding", "norm")
+    known = {**env, "W": base.matrix.T if turned else base.matrix}
+    if base.offset is not None:
+        known["b"] = base.offset
+    for expression in assigned.values():
+        unknown = [n for n in names(expression) if n not in known and n not in sizes]
+        if unknown:
+            raise NotAffine(f"it reads '{unknown[0]}'")
+    new = {port: evaluate(one, known, sizes) for port, one in assigned.items()}
+    matrix = new.get("W", known["W"])
+    return Affine(matrix.T if turned else matrix, new.get("b", base.offset))
+
+
+def _stored_as_map(edit: Edit) -> bool:
+    """Whether the stored matrix is [in, out] itself: GPT-2's Conv1D, a table of embeddings; or a vector."""
+    return edit.site.transposed or edit.site.at in ("embedding", "norm")
 
 
 def _base(edit: Edit, weight: str, folding: Folding) -> Affine:
     """The linear as it is, `x @ W + b` with W [in, out], cut to the site's columns."""
     matrix = folding.weight(weight)
-    matrix = matrix if edit.site.transposed else matrix.T
+    matrix = matrix if _stored_as_map(edit) else matrix.T
     bias = _bias(edit, weight, folding)
     offset = folding.weight(bias) if bias else None
     if edit.site.columns:
-        part = slice(*edit.site.columns)
+        part = edit.site.columns.index()
         return Affine(matrix[:, part], None if offset is None else offset[part])
     return Affine(matrix, offset)
 
@@ -83,11 +132,11 @@ def _write(edit: Edit, weight: str, result: Affine, folding: Folding) -> None:
     if result.offset is not None and bias is None:
         raise NotAffine("the delta adds a bias and the linear has none")
     matrix = folding.weight(weight).clone()
-    matrix = matrix if edit.site.transposed else matrix.T
-    columns = slice(*edit.site.columns) if edit.site.columns else slice(None)
-    matrix[:, columns] = result.matrix
-    folding.weights[weight] = matrix if edit.site.transposed else matrix.T
+    matrix = matrix if _stored_as_map(edit) else matrix.T
+    part = edit.site.columns.index() if edit.site.columns else slice(None)
+    matrix[..., part] = result.matrix
+    folding.weights[weight] = matrix if _stored_as_map(edit) else matrix.T
     if bias is not None and result.offset is not None:
         offset = folding.weight(bias).clone()
-        offset[columns] = result.offset
+        offset[part] = result.offset
         folding.weights[bias] = offset

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
 
-from peftc import dataflow as flow
-from peftc.algebra import constant_parts, inlined, put, shape_of
+from peftc.algebra import constant_parts, inlined, replaced, shape_of
+from peftc.attention import FILL, SDPA
 from peftc.edit import Edit
-from peftc.expr import Call, Expr, Name, names
+from peftc.expr import Call, Expr, Name, names, substitute
 from peftc.lower import Builder, Operand
 from peftc.pipeline import PassError
-from peftc.places import Ports, consumers, locate
-from peftc.program import Port, Program, Read, Slot, Value, aten, is_call
+from peftc.places import Place, Ports, consumers, locate
+from peftc.program import Keys, Part, Port, Program, Read, Slot, Value, aten, is_call
 
 
 @dataclass(frozen=True)
@@ -32,37 +34,129 @@ class Insert:
             places = locate(program, edit.site)
             if not places:
                 _must_be_absent(program, edit)
-            for ports in places:
-                _insert(program, edit, ports, shared, top)
+            for place in places:
+                _insert(program, edit, place, shared, top)
                 count += 1
+        _penalize(program, self.edits, shared)
         program.finish()
         return count
 
 
 def _must_be_absent(program: Program, edit: Edit) -> None:
     """A site may be missing in one entry (no encoder while decoding), but only with its weights."""
-    present = [w for w in edit.site.anchors.values() if consumers(program, w)]
-    if present and edit.site.at != "attention.heads":
+    present = [w for w in edit.site.weights if consumers(program, w)]
+    if present:
         raise PassError(f"{edit.name} has no place in '{program.entry}', yet it uses {present[0]}")
 
 
-def _insert(program: Program, edit: Edit, ports: Ports, shared: Builder, top: fx.Node) -> None:
-    env = _environment(program, edit, ports)
-    for port, expression in inlined(edit)[1].items():
+def _insert(program: Program, edit: Edit, where: Place, shared: Builder, top: fx.Node) -> None:
+    ports, assigned = where.ports, inlined(edit)[1]
+    env = _environment(program, edit, assigned.values())
+    for port, expression in assigned.items():
         place = ports[port]
         with program.graph.inserting_before(top):
             hoisted = _hoist(expression, edit, env, shared)
-        stack = _first(place).meta.get("nn_module_stack")
+        stack = root(place).meta.get("nn_module_stack")
         builder = Builder(program.graph, program.training, edit.entry.method, edit.name, stack)
         with program.graph.inserting_before(_anchor(program, place, ports, expression)):
+            read = {name: ports[name] for name in names(expression) if name in ports}
+            env |= {name: take(builder, program, one, name) for name, one in read.items()}
             result = builder.lower(hoisted, env, port)
-        if not isinstance(result, fx.Node):
-            raise PassError(f"{edit.name}: '{port}' is assigned a number")
-        program.splice(place, result, builder.inserted)
-        if isinstance(place, Value):
-            env[port] = result
-        if port == "k":
-            extend_mask(program, ports, _added_keys(expression, edit))
+            if not isinstance(result, fx.Node):
+                raise PassError(f"{edit.name}: '{port}' is assigned a number")
+            if isinstance(place, Part):
+                result = put(builder, program, place, result, port)
+        whole = place.whole if isinstance(place, Part) else place
+        if isinstance(whole, Read) and program.parameter(whole.node):
+            result.meta["parameter"] = program.parameter(whole.node)
+        program.splice(whole, result, builder.inserted)
+        length = _added_keys(expression, edit) if port == "k" else 0
+        if length and where.keys is not None:
+            extend_keys(program, root(ports["h"]), where.keys, length)
+
+
+def _penalize(program: Program, edits: tuple[Edit, ...], shared: Builder) -> None:
+    """Add the penalties of all edits to the loss, while training and where there is one."""
+    place = program.output("loss")
+    penalized = [edit for edit in edits if edit.entry.penalty is not None]
+    if place is None or not program.training or not penalized:
+        return
+    loss = place.node
+    with program.graph.inserting_before(place.user):
+        for edit in penalized:
+            shared.label = shared.tag = edit.entry.method
+            assert edit.entry.penalty is not None
+            penalty = substitute(edit.entry.penalty, inlined(edit)[0])
+            term = shared.lower(penalty, _environment(program, edit, [penalty]), "penalty")
+            loss = shared.call(aten.add.Tensor, loss, term, name="loss")
+    outputs = list(place.user.args[0])  # type: ignore[arg-type]
+    outputs[place.index] = loss
+    place.user.args = (tuple(outputs),)
+
+
+def root(port: Port) -> fx.Node:
+    """The node that a port belongs to: the consumer of an operand, the producer of a result."""
+    whole = port.whole if isinstance(port, Part) else port
+    return whole.user if isinstance(whole, Read) else whole.node
+
+
+def take(builder: Builder, program: Program, port: Port, name: str) -> fx.Node:
+    """The value of a port as it is now."""
+    if isinstance(port, Value):
+        return program.current(port.node)
+    if isinstance(port, Read):
+        return port.node
+    value = take(builder, program, port.whole, name)
+    if port.turned:
+        value = builder.call(aten.transpose.int, value, 0, 1, name=f"{name}_turned")
+    if port.columns is None:
+        return value
+    one, axis = port.columns, _inner(port.axis)
+    if one.groups == 1:
+        return builder.call(aten.slice.Tensor, value, port.axis, one.start, one.stop, name=name)
+    split = [one.groups, one.period]
+    groups = builder.call(aten.unflatten.int, value, port.axis, split, name=f"{name}_groups")
+    mine = builder.call(aten.slice.Tensor, groups, axis, one.start, one.stop, name=f"{name}_mine")
+    return builder.call(aten.flatten.using_ints, mine, *_axes(port.axis), name=name)
+
+
+def put(builder: Builder, program: Program, port: Part, new: fx.Node, name: str) -> fx.Node:
+    """What the whole becomes when this part of it becomes `new`."""
+    whole = take(builder, program, replace(port, columns=None), name)
+    one, axis = port.columns, _inner(port.axis)
+    if one is None:
+        full = new
+    elif one.groups == 1:
+        full = builder.call(
+            aten.slice_scatter.default,
+            whole,
+            new,
+            port.axis,
+            one.start,
+            one.stop,
+            name=f"{name}_put",
+        )
+    else:
+        split = [one.groups, one.period]
+        groups = builder.call(aten.unflatten.int, whole, port.axis, split, name=f"{name}_groups")
+        split = [one.groups, one.stop - one.start]
+        mine = builder.call(aten.unflatten.int, new, port.axis, split, name=f"{name}_mine")
+        both = builder.call(
+            aten.slice_scatter.default, groups, mine, axis, one.start, one.stop, name=f"{name}_put"
+        )
+        full = builder.call(aten.flatten.using_ints, both, *_axes(port.axis), name=f"{name}_whole")
+    if port.turned:
+        full = builder.call(aten.transpose.int, full, 0, 1, name=f"{name}_back")
+    return full
+
+
+def _axes(axis: int) -> tuple[int, int]:
+    """The two axes that an axis becomes when it is unflattened."""
+    return (-2, -1) if axis == -1 else (0, 1)
+
+
+def _inner(axis: int) -> int:
+    return _axes(axis)[1]
 
 
 def _hoist(expression: Expr, edit: Edit, env: dict[str, Operand], shared: Builder) -> Expr:
@@ -72,33 +166,31 @@ def _hoist(expression: Expr, edit: Edit, env: dict[str, Operand], shared: Builde
     for i, part in enumerate(constant_parts(expression, edit)):
         found[part] = Name(f"constant {i}")
         env[f"constant {i}"] = shared.lower(part, env, "constant")
-    return put(expression, found)
+    return replaced(expression, found)
 
 
-def _environment(program: Program, edit: Edit, ports: Ports) -> dict[str, Operand]:
-    """What the names of the expressions stand for here: ports, numbers and delta tensors."""
+def _environment(program: Program, edit: Edit, expressions: Iterable[Expr]) -> dict[str, Operand]:
+    """What the names of the expressions stand for, but for ports: numbers and delta tensors."""
     env: dict[str, Operand] = {**edit.entry.arguments, **edit.site.dims}
-    for name, port in ports.items():
-        env[name] = program.current(port.node) if isinstance(port, Value) else port.node
+    read = {name for one in expressions for name in names(one)}
     for parameter in edit.parameters:
-        label = "d_" + parameter.path.replace(".", "_")
-        env[parameter.name] = program.placeholder(label, Slot("delta", parameter.path))
+        if parameter.name in read:
+            label = "d_" + parameter.path.replace(".", "_")
+            env[parameter.name] = program.placeholder(label, Slot("delta", parameter.path))
     return env
-
-
-def _first(place: Port) -> fx.Node:
-    return place.user if isinstance(place, Read) else place.node
 
 
 def _anchor(program: Program, place: Port, ports: Ports, expression: Expr) -> fx.Node:
     """The node to insert before: the consumer of an operand; behind the last value that is read."""
-    if isinstance(place, Read):
-        return place.user
-    read = [program.current(place.node)]
+    whole = place.whole if isinstance(place, Part) else place
+    if isinstance(whole, Read):
+        return whole.user
+    read = [program.current(whole.node)]
     for name in names(expression):
         if name in ports:
             port = ports[name]
-            read.append(program.current(port.node) if isinstance(port, Value) else port.node)
+            one = port.whole if isinstance(port, Part) else port
+            read.append(program.current(one.node) if isinstance(one, Value) else one.node)
     order = {node: i for i, node in enumerate(program.graph.nodes)}
     return max(read, key=order.__getitem__).next
 
@@ -111,28 +203,37 @@ def _added_keys(expression: Expr, edit: Edit) -> int:
     return int(shape_of(rows, edit)[-2]) + _added_keys(keys, edit)
 
 
-def extend_mask(program: Program, ports: Ports, length: int) -> None:
+def extend_keys(program: Program, core: fx.Node, keys: Keys, length: int) -> None:
     """Let every query see `length` more keys in front; the other keys keep their mask."""
-    if not length:
-        return
-    if "mask" in ports:
-        place = ports["mask"]
-        assert isinstance(place, Read)
-        place.user.update_arg(place.index, _padded(program, place, length))
-        return
-    keys = ports["k"]
-    assert isinstance(keys, Read)
-    if is_call(keys.user, flow.SDPA) and len(keys.user.args) > 5 and keys.user.args[5]:
-        _explicit_causal(program, keys.user, length)
+    for mask in keys.masks:
+        mask.user.update_arg(mask.index, _padded(program, mask, length))
+    if not keys.masks and is_call(core, SDPA) and len(core.args) > 5 and core.args[5]:
+        _explicit_causal(program, core, length)
+    for view, place in keys.sized:
+        _resize(program, view, place, length)
+
+
+def _resize(program: Program, view: fx.Node, place: int, length: int) -> None:
+    """Add to one of the sizes that a view is given; -1 and an int follow by themselves or stay."""
+    sizes = list(view.args[1])  # type: ignore[arg-type]
+    old = sizes[place]
+    if isinstance(old, fx.Node):
+        with program.graph.inserting_before(view):
+            size = program.graph.call_function(operator.add, (old, length))
+        size.meta["delta"] = "keys"
+        sizes[place] = size
+        view.update_arg(1, sizes)
 
 
 def _padded(program: Program, place: Read, length: int) -> fx.Node:
-    """The mask with `length` visible keys on its left: True, or 0 for an additive one."""
-    mask = place.node
+    """The mask with `length` visible keys on its left: 0 where it is added, True or False by its op."""
+    mask, value = place.node, place.node.meta["val"]
+    if value.shape[-1] == 1:
+        return mask
+    visible = 0.0 if value.dtype != torch.bool else not is_call(place.user, *FILL)
     for user in mask.users:
-        if user.meta.get("extends") == length:
+        if user.meta.get("extends") == (length, visible):
             return user
-    visible = True if mask.meta["val"].dtype == torch.bool else 0.0
     with program.graph.inserting_before(mask.next):
         wide = program.graph.create_node(
             "call_function",
@@ -141,7 +242,7 @@ def _padded(program: Program, place: Read, length: int) -> fx.Node:
             {},
             "prefix_mask",
         )
-    wide.meta.update(extends=length, delta="mask", val=mask.meta["val"])
+    wide.meta.update(extends=(length, visible), delta="mask", val=value)
     return wide
 
 

@@ -73,7 +73,7 @@ def constant_form(edit: Edit) -> Edit:
     if not found:
         return edit
     named = {part: Name(parameter.name) for part, parameter in found.items()}
-    assign = tuple((port, put(one, named)) for port, one in assigned.items())
+    assign = tuple((port, replaced(one, named)) for port, one in assigned.items())
     used = {name for _, one in assign for name in names(one)}
     kept = tuple(p for p in edit.parameters if p.name in used)
     entry = replace(edit.entry, let=(), assign=assign, params=())
@@ -112,12 +112,12 @@ def constant_parts(expression: Expr, edit: Edit) -> list[Expr]:
     return [part for arg in expression.args for part in constant_parts(arg, edit)]
 
 
-def put(expression: Expr, found: Mapping[Expr, Name]) -> Expr:
+def replaced(expression: Expr, found: Mapping[Expr, Name]) -> Expr:
     """`expression` with each part that is found replaced by its name."""
     if expression in found:
         return found[expression]
     if isinstance(expression, Call):
-        return replace(expression, args=tuple(put(arg, found) for arg in expression.args))
+        return replace(expression, args=tuple(replaced(arg, found) for arg in expression.args))
     return expression
 
 
@@ -226,4 +226,17 @@ def _identity(op: str, args: list[Operand]) -> Affine:
     return args[0]
 
 
-_RULES = {"sum": _sum, "product": _product, "matmul": _matmul, "identity": _identity}
+def _lookup(op: str, args: list[Operand]) -> Affine:
+    """`lookup(table, ids)` is the one-hot rows of ids times the table."""
+    if not isinstance(args[0], torch.Tensor):
+        raise NotAffine(f"'{op}' has x as its table")
+    return Affine(args[0])
+
+
+_RULES = {
+    "sum": _sum,
+    "product": _product,
+    "matmul": _matmul,
+    "lookup": _lookup,
+    "identity": _identity,
+}

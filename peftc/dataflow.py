@@ -1,21 +1,25 @@
-"""Walks over a captured graph: projections behind a value, attention cores, residual adds."""
+"""Walks over a captured graph: projections behind a value, feed-forwards, residual adds, norms."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import fx
 
-from peftc.program import Program, Read, aten, is_call, scope_of
+from peftc.program import Program, Read, aten, is_call
 
 LINEAR = (aten.linear.default, aten.addmm.default)
-SDPA = aten.scaled_dot_product_attention.default
-MATMUL = (aten.matmul.default, aten.bmm.default)
-SOFTMAX = (aten.softmax.int, aten._softmax.default)
 DROPOUT = (aten.dropout.default, aten.native_dropout.default)
 ADD = (aten.add.Tensor, aten.add_.Tensor)
-MUL = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
+MUL = (
+    aten.mul.Tensor,
+    aten.mul.Scalar,
+    aten.div.Tensor,
+    aten.div.Scalar,
+    aten.div_.Tensor,
+)
 _RESHAPE = (aten.view.default, aten.reshape.default)
 # Ops that move or cast values but compute nothing.
 MOVE = (
@@ -29,11 +33,23 @@ MOVE = (
     aten.to.dtype,
     aten.to.dtype_layout,
     aten.to.device,
+    aten.type_as.default,
     aten.alias.default,
     aten.detach.default,
     aten.squeeze.dim,
     aten.unsqueeze.default,
     aten.flatten.using_ints,
+)
+# Ops that cut a value into parts.
+CUT = (
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.chunk.default,
+    aten.unbind.int,
+    aten.select.int,
+    aten.slice.Tensor,
+    aten.unflatten.int,
+    operator.getitem,
 )
 ACTIVATION = tuple(
     packet
@@ -100,63 +116,13 @@ def features(linear: fx.Node) -> tuple[int, int]:
     return weight if linear.target is aten.addmm.default else (weight[1], weight[0])  # type: ignore[return-value]
 
 
-@dataclass(frozen=True)
-class Core:
-    """One scaled dot-product attention: its operands as edges, its result, its module path."""
-
-    q: Read
-    k: Read
-    v: Read
-    mask: Read | None
-    h: fx.Node
-    scope: str
-
-
-def cores(program: Program) -> Iterator[Core]:
-    """Attention cores in graph order, fused (SDPA) or written out (matmul, softmax, matmul)."""
-    for node in program.graph.nodes:
-        if is_call(node, SDPA):
-            has_mask = len(node.args) > 3 and node.args[3] is not None
-            mask = Read(node, 3) if has_mask else None
-            yield Core(Read(node, 0), Read(node, 1), Read(node, 2), mask, node, scope_of(node))
-        elif is_call(node, *SOFTMAX):
-            core = _written_out(node)
-            if core:
-                yield core
-
-
-def _written_out(softmax: fx.Node) -> Core | None:
-    values = _value_matmul(softmax)
-    mask, node = None, softmax.args[0]
-    while isinstance(node, fx.Node) and not is_call(node, *MATMUL):
-        if is_call(node, *ADD) and isinstance(node.args[1], fx.Node):
-            mask = Read(node, 1)
-        elif not is_call(node, *MUL, *MOVE, *ADD):
-            return None
-        node = node.args[0]
-    if values is None or not isinstance(node, fx.Node):
-        return None
-    keys = node.args[1]
-    if not is_call(keys, aten.transpose.int, aten.permute.default):
-        return None
-    assert isinstance(keys, fx.Node)
-    return Core(Read(node, 0), Read(keys, 0), Read(values, 1), mask, values, scope_of(softmax))
-
-
-def _value_matmul(softmax: fx.Node) -> fx.Node | None:
-    node = softmax
-    while True:
-        users = list(node.users)
-        matmul = next((u for u in users if is_call(u, *MATMUL) and u.args[0] is node), None)
-        if matmul is not None:
-            return matmul
-        onward = [u for u in users if is_call(u, *DROPOUT, *MOVE)]
-        if not onward:
-            return None
-        node = onward[0]
-
-
-_STOP = (SDPA, *SOFTMAX, aten.embedding.default, aten.layer_norm.default)
+_STOP = (
+    aten.scaled_dot_product_attention.default,
+    aten.softmax.int,
+    aten._softmax.default,
+    aten.embedding.default,
+    aten.layer_norm.default,
+)
 
 
 def projections(node: fx.Node) -> tuple[fx.Node, ...]:
@@ -226,7 +192,7 @@ def _inner(start: object) -> tuple[fx.Node, ...] | None:
         seen.add(one)
         if is_call(one, *LINEAR):
             found[one] = None
-        elif is_call(one, *POINTWISE, *MOVE, *DROPOUT):
+        elif is_call(one, *POINTWISE, *MOVE, *CUT, *DROPOUT):
             nonlinear = nonlinear or is_call(one, *ACTIVATION)
             tensors = one.args if is_call(one, *POINTWISE) else one.args[:1]
             stack += reversed(tensors)
@@ -261,3 +227,47 @@ def residual_add(node: fx.Node) -> Read | None:
         if onward is None:
             return None
         one = onward
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A layer norm or RMS norm, as one op or written out: where its scale and shift are read, its result."""
+
+    weight: Read
+    bias: Read | None
+    h: fx.Node
+
+
+def norms(program: Program) -> Iterator[Norm]:
+    """Normalisations with a learned scale, in graph order."""
+    for node in program.graph.nodes:
+        if is_call(node, aten.layer_norm.default, aten.rms_norm.default):
+            if len(node.args) > 2 and program.parameter(node.args[2]):
+                shifted = len(node.args) > 3 and program.parameter(node.args[3])
+                yield Norm(Read(node, 2), Read(node, 3) if shifted else None, node)
+        elif is_call(node, aten.mul.Tensor):
+            for i in (0, 1):
+                scale = _scale(program, node, i)
+                if scale is not None and _is_normalised(node.args[1 - i]):
+                    yield Norm(scale, None, node)
+
+
+def _scale(program: Program, mul: fx.Node, i: int) -> Read | None:
+    """The read of a learned scale: the parameter itself, or 1 + it."""
+    node = mul.args[i]
+    if program.parameter(node):
+        return Read(mul, i)
+    if isinstance(node, fx.Node) and is_call(node, *ADD) and program.parameter(node.args[0]):
+        return Read(node, 0)
+    return None
+
+
+def _is_normalised(node: object) -> bool:
+    """Whether `node` is x * rsqrt(...), perhaps cast."""
+    while isinstance(node, fx.Node) and is_call(node, *MOVE):
+        node = node.args[0]
+    return (
+        isinstance(node, fx.Node)
+        and is_call(node, aten.mul.Tensor)
+        and any(is_call(arg, aten.rsqrt.default) for arg in node.args)
+    )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
 
+from peftc.algebra import evaluate
 from peftc.edit import Edit, Parameter
+from peftc.sites import Site
 
 
 class Deltas(nn.Module):
@@ -31,14 +33,34 @@ class Deltas(nn.Module):
         return {**dict(self.named_parameters()), **dict(self.named_buffers())}
 
 
-def unique_parameters(edits: Iterable[Edit]) -> Iterator[Parameter]:
-    """The parameters of a plan in order, shared ones once."""
+def started(
+    edits: Iterable[Edit],
+    read: Callable[[str], torch.Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Iterator[tuple[Parameter, torch.Tensor]]:
+    """Every parameter of a plan, shared ones once, and what it starts as; `read` fetches a backbone weight."""
     seen: set[str] = set()
     for edit in edits:
         for parameter in edit.parameters:
-            if parameter.path not in seen:
-                seen.add(parameter.path)
-                yield parameter
+            if parameter.path in seen:
+                continue
+            seen.add(parameter.path)
+            if parameter.formula is None or device.type == "meta":
+                yield parameter, initial(parameter, device, dtype)
+            else:
+                value = evaluate(parameter.formula, weights_at(edit.site, read), {})
+                yield parameter, value.to(device, dtype)
+
+
+def weights_at(site: Site, read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The site's own W and b as specs see them: of a linear [out, in], of a fused one its slice."""
+    found = {port: read(site.anchors[port]).detach() for port in ("W", "b") if port in site.anchors}
+    if site.transposed:
+        found["W"] = found["W"].T
+    if site.columns is not None:
+        found = {port: value[site.columns.index()] for port, value in found.items()}
+    return found
 
 
 def initial(parameter: Parameter, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
@@ -65,4 +87,6 @@ def initial(parameter: Parameter, device: torch.device, dtype: torch.dtype) -> t
             case "kaiming_uniform":  # a = sqrt(5), as loralib
                 bound = 1 / math.sqrt(parameter.shape[0])
                 return value.uniform_(-bound, bound)
+            case "identity":
+                return nn.init.eye_(value)
     raise AssertionError(f"init '{parameter.init}' is in the language but not here")

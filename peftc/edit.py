@@ -5,13 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
+from peftc.expr import Expr
 from peftc.sites import Site
 from peftc.spec import Entry
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A delta tensor: `name` in the expression, `path` in the module tree, shape in numbers."""
+    """A delta tensor: `name` in the expression, `path` in the module tree, shape in numbers.
+
+    It starts by `init`, one of the language's initialisers, or as the `formula` of the site's own weight.
+    """
 
     name: str
     path: str
@@ -19,6 +23,7 @@ class Parameter:
     init: str
     init_args: tuple[float, ...]
     trainable: bool
+    formula: Expr | None = None
 
     @property
     def numel(self) -> int:

@@ -67,18 +67,29 @@ def forward_flags(model: PreTrainedModel) -> dict[str, bool]:
 def dummy_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Inputs for a `forward` capture when there is no real batch at hand."""
     name, device = model.main_input_name, model.device
-    if name != "input_ids":
-        size = getattr(model.config, "image_size", None)
-        if name != "pixel_values" or size is None:
-            raise CaptureError(
-                f"{type(model).__name__}: no example input is known for '{name}'; "
-                "pass example={...} with one batch of it"
-            )
-        height, width = (size, size) if isinstance(size, int) else size
-        channels = getattr(model.config, "num_channels", 3)
-        return {name: torch.zeros(2, channels, height, width, device=device, dtype=model.dtype)}
     ids = torch.ones(SIZES["batch"], SIZES["seq"], dtype=torch.long, device=device)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if name == "input_ids":
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    else:
+        shape = (SIZES["batch"], *_features(model, name))
+        inputs = {name: torch.zeros(shape, device=device, dtype=model.dtype)}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids[:, : SIZES["target"]].clone()
     return inputs
+
+
+def _features(model: PreTrainedModel, name: str) -> tuple[int, ...]:
+    """The sizes of one image, spectrogram or wave, by what the configuration says of it."""
+    config = model.config
+    size = getattr(config, "image_size", None)
+    if name == "pixel_values" and size is not None:
+        height, width = (size, size) if isinstance(size, int) else size
+        return (getattr(config, "num_channels", 3), height, width)
+    if name == "input_features" and hasattr(config, "num_mel_bins"):
+        return (config.num_mel_bins, 2 * config.max_source_positions)
+    if name == "input_values":
+        return (4000,)
+    raise CaptureError(
+        f"{type(model).__name__}: no example input is known for '{name}'; "
+        "pass example={...} with one batch of it"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -146,6 +147,82 @@ def _last_axis(*more: Any, **kwargs: Any) -> Callable[..., Operand]:
     return rule
 
 
+def _norm(builder: Builder, expr: Call, env: Mapping[str, Operand], name: str) -> Operand:
+    x = builder.lower(expr.args[0], env, f"{name}_x")
+    return builder.call(aten.linalg_vector_norm.default, x, 2, [-1], True, name=name)
+
+
+def _sum_first(builder: Builder, expr: Call, env: Mapping[str, Operand], name: str) -> Operand:
+    x = builder.lower(expr.args[0], env, f"{name}_x")
+    return builder.call(aten.sum.dim_IntList, x, [0], name=name)
+
+
+def _kron(builder: Builder, expr: Call, env: Mapping[str, Operand], name: str) -> Operand:
+    """[..., m, n] and [..., p, q] to [..., m * p, n * q]"""
+    a, b = (builder.lower(arg, env, f"{name}_factor") for arg in expr.args)
+    for axis in (-1, -3):  # [..., m, 1, n, 1]
+        a = builder.call(aten.unsqueeze.default, a, axis, name=f"{name}_left")
+    for axis in (-2, -4):  # [..., 1, p, 1, q]
+        b = builder.call(aten.unsqueeze.default, b, axis, name=f"{name}_right")
+    product = builder.call(aten.mul.Tensor, a, b, name=f"{name}_product")
+    columns = builder.call(aten.flatten.using_ints, product, -2, -1, name=f"{name}_columns")
+    return builder.call(aten.flatten.using_ints, columns, -3, -2, name=name)
+
+
+def _block_diag(builder: Builder, expr: Call, env: Mapping[str, Operand], name: str) -> Operand:
+    """[n, a, b] to [n * a, n * b] with the blocks on the diagonal"""
+    x = builder.lower(expr.args[0], env, f"{name}_blocks")
+    last = builder.call(aten.permute.default, x, [1, 2, 0], name=f"{name}_last")
+    wide = builder.call(aten.diag_embed.default, last, name=f"{name}_wide")
+    order = builder.call(aten.permute.default, wide, [2, 0, 3, 1], name=f"{name}_order")
+    columns = builder.call(aten.flatten.using_ints, order, 2, 3, name=f"{name}_columns")
+    return builder.call(aten.flatten.using_ints, columns, 0, 1, name=name)
+
+
+def _cayley(builder: Builder, expr: Call, env: Mapping[str, Operand], name: str) -> Operand:
+    """(I + Q)^-1 (I - Q) of Q = (x - x^T) / 2: a rotation; the identity at x = 0."""
+    x = builder.lower(expr.args[0], env, f"{name}_x")
+    turned = builder.call(aten.transpose.int, x, -2, -1, name=f"{name}_transposed")
+    double = builder.call(aten.sub.Tensor, x, turned, name=f"{name}_double")
+    skew = builder.call(aten.mul.Tensor, double, 0.5, name=f"{name}_skew")
+    ones = builder.call(aten.ones_like.default, x, name=f"{name}_ones")
+    lower = builder.call(aten.tril.default, ones, name=f"{name}_lower")
+    eye = builder.call(aten.triu.default, lower, name=f"{name}_eye")
+    left = builder.call(aten.add.Tensor, eye, skew, name=f"{name}_left")
+    right = builder.call(aten.sub.Tensor, eye, skew, name=f"{name}_right")
+    return builder.call(aten.linalg_solve.default, left, right, name=name)
+
+
+def _logistic_noise(builder: Builder, expr: Call, env: Mapping[str, Operand], name: str) -> Operand:
+    """log u - log(1 - u) of u ~ U(0, 1), clamped to [1e-4, 1 - 1e-4]; in evaluation 0, its median."""
+    x = builder.lower(expr.args[0], env, f"{name}_x")
+    if not builder.training:
+        return builder.call(aten.zeros_like.default, x, name=name)
+    draw = builder.call(aten.rand_like.default, x, name=f"{name}_draw")
+    return builder.call(aten.logit.default, draw, 1e-4, name=name)
+
+
+def _factor(rows: bool) -> Callable[..., Operand]:
+    """The best rank-r factors of W^T, `svd_in(W, r) @ svd_out(W, r)`, with the singular values in halves."""
+
+    def rule(builder: Builder, expr: Call, env: Mapping[str, Operand], name: str) -> Operand:
+        weight = builder.lower(expr.args[0], env, f"{name}_weight")
+        rank = builder.lower(expr.args[1], env, name)
+        parts = builder.call(aten.linalg_svd.default, weight, False, name=f"{name}_svd")
+        u, s, vh = (builder.call(operator.getitem, parts, i, name=f"{name}_{i}") for i in range(3))
+        root = builder.call(aten.sqrt.default, s, name=f"{name}_root")
+        turned = builder.call(
+            aten.transpose.int, vh if rows else u, -2, -1, name=f"{name}_transposed"
+        )
+        if not rows:
+            root = builder.call(aten.unsqueeze.default, root, -1, name=f"{name}_column")
+        scaled = builder.call(aten.mul.Tensor, turned, root, name=f"{name}_scaled")
+        axis = -1 if rows else 0
+        return builder.call(aten.slice.Tensor, scaled, axis, 0, rank, name=name)
+
+    return rule
+
+
 _SPECIAL: Mapping[str, Callable[[Builder, Call, Mapping[str, Operand], str], Operand]] = {
     "add": _add,
     "split_heads": _split_heads,
@@ -155,4 +232,12 @@ _SPECIAL: Mapping[str, Callable[[Builder, Call, Mapping[str, Operand], str], Ope
     "sum": _last_axis([-1]),
     "transpose": _last_axis(-2, -1),
     "gelu_tanh": _last_axis(approximate="tanh"),
+    "norm": _norm,
+    "sum_first": _sum_first,
+    "kron": _kron,
+    "block_diag": _block_diag,
+    "cayley": _cayley,
+    "logistic_noise": _logistic_noise,
+    "svd_in": _factor(rows=True),
+    "svd_out": _factor(rows=False),
 }

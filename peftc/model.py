@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from peftc.capture import capture, flatten_cache
-from peftc.deltas import Deltas, initial, unique_parameters
+from peftc.deltas import Deltas, started
 from peftc.inputs import CaptureError, forward_flags
 from peftc.planning import Plan
 from peftc.program import Program
@@ -115,7 +115,8 @@ class CompiledModel(PreTrainedModel):
         hidden = None
         if seq2seq:
             hidden = self._encoded(wanted, tensors)
-            tensors = {k: v for k, v in tensors.items() if k not in ("input_ids", "inputs_embeds")}
+            source = (self.main_input_name, "inputs_embeds")
+            tensors = {k: v for k, v in tensors.items() if k not in source}
             if first:
                 tensors["encoder_hidden_states"] = hidden
         if not first:
@@ -130,7 +131,7 @@ class CompiledModel(PreTrainedModel):
         if "encoder_outputs" in wanted:
             hidden: torch.Tensor = wanted["encoder_outputs"][0]
             return hidden
-        names = ("input_ids", "attention_mask", "inputs_embeds")
+        names = (self.main_input_name, "attention_mask", "inputs_embeds")
         encoder = self.get_encoder()
         output = encoder(**{k: tensors[k] for k in names if k in tensors})
         first: torch.Tensor = output.last_hidden_state
@@ -233,8 +234,8 @@ def attach(
     model.__dict__["_required_grad"] = {n: p.requires_grad for n, p in backbone.named_parameters()}
     model.plan, model.form = plan, form
     model.deltas = Deltas()
-    for parameter in unique_parameters(plan.edits):
-        value = initial(parameter, backbone.device, backbone.dtype)
+    kind = (backbone.device, backbone.dtype)
+    for parameter, value in started(plan.edits, backbone.get_parameter, *kind):
         model.deltas.place(parameter.path, value, parameter.trainable)
     free = {one.path for one in plan.unfrozen}
     for path, weight in backbone.named_parameters():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from peftc.expr import Dim, Expr, Name, Number, Shape
 
 # Sizes of a site that may be equal on a real model, whatever they are called; the plan compares numbers.
-SITE_DIMS = ("in", "out", "d", "heads", "kv_heads", "head_dim", "kv", "keys", "queries")
+SITE_DIMS = ("in", "out", "d", "heads", "kv_heads", "head_dim", "kv", "keys", "queries", "vocab")
 ShapeRule = Callable[[tuple[Shape, ...], tuple[Expr, ...]], Shape]
 
 
@@ -18,7 +18,7 @@ class ShapeError(Exception):
 
 @dataclass(frozen=True)
 class Op:
-    """`affine` says how the op acts on affine maps of x: sum, product, matmul, identity or opaque."""
+    """`affine` says how the op acts on affine maps of x: sum, product, matmul, lookup, identity or opaque."""
 
     name: str
     target: str
@@ -38,25 +38,33 @@ def agree(a: Dim, b: Dim) -> bool:
         return True
     if isinstance(a, int) and isinstance(b, int):
         return False
-    return _open(a) and _open(b)
+    return (_open(a) and _open(b)) or _computed(a) or _computed(b)
 
 
 def _open(dim: Dim) -> bool:
-    return isinstance(dim, int) or dim in SITE_DIMS or not dim.isidentifier()
+    return isinstance(dim, int) or dim in SITE_DIMS
+
+
+def _computed(dim: Dim) -> bool:
+    """`in / n`, `l + keys`: only numbers tell."""
+    return isinstance(dim, str) and not dim.isidentifier()
 
 
 def broadcast(args: tuple[Shape, ...], _: tuple[Expr, ...]) -> Shape:
-    a, b = sorted(args, key=len)
-    if a == () or b == ():
-        return b
-    for left, right in zip(reversed(a), reversed(b), strict=False):
-        if "..." in (left, right) or 1 in (left, right):
-            continue
-        if not agree(left, right):
+    short, long = sorted(args, key=len)
+    if short == ():
+        return long
+    shape = list(long)
+    for i in range(1, len(short) + 1):
+        one, other = short[-i], long[-i]
+        if "..." in (one, other) or other == 1:
+            shape[-i] = one if other == 1 else other
+        elif one != 1 and not agree(one, other):
+            left, right = args[0][-i], args[1][-i]
             raise ShapeError(
                 f"{text(args[0])} and {text(args[1])} differ: '{left}' is not '{right}'"
             )
-    return b
+    return tuple(shape)
 
 
 def _same(args: tuple[Shape, ...], _: tuple[Expr, ...]) -> Shape:
@@ -111,6 +119,60 @@ def _prepend(args: tuple[Shape, ...], _: tuple[Expr, ...]) -> Shape:
     return (*keys[:-2], f"{rows[1]} + {keys[-2]}", keys[-1])
 
 
+def _keep_last(args: tuple[Shape, ...], _: tuple[Expr, ...]) -> Shape:
+    _needs(1, args[0], "a vector")
+    return (*args[0][:-1], 1)
+
+
+def _drop_first(args: tuple[Shape, ...], _: tuple[Expr, ...]) -> Shape:
+    _needs(1, args[0], "a vector")
+    return args[0][1:]
+
+
+def times(a: Dim, b: Dim) -> Dim:
+    return a * b if isinstance(a, int) and isinstance(b, int) else f"({a}) * ({b})"
+
+
+def _kron(args: tuple[Shape, ...], _: tuple[Expr, ...]) -> Shape:
+    a, b = args
+    _needs(2, a, "a matrix")
+    _needs(2, b, "a matrix")
+    if a[:-2] != b[:-2]:
+        raise ShapeError(f"kron of {text(a)} and {text(b)}: the leading axes differ")
+    return (*a[:-2], times(a[-2], b[-2]), times(a[-1], b[-1]))
+
+
+def _blocks(args: tuple[Shape, ...], _: tuple[Expr, ...]) -> Shape:
+    if len(args[0]) != 3:
+        raise ShapeError(f"{text(args[0])} is not blocks [n, rows, columns]")
+    count, rows, columns = args[0]
+    return (times(count, rows), times(count, columns))
+
+
+def _square(args: tuple[Shape, ...], _: tuple[Expr, ...]) -> Shape:
+    _needs(2, args[0], "a matrix")
+    if not agree(args[0][-1], args[0][-2]):
+        raise ShapeError(f"{text(args[0])} is not square")
+    return args[0]
+
+
+def _lookup(args: tuple[Shape, ...], _: tuple[Expr, ...]) -> Shape:
+    _needs(2, args[0], "a table [rows, features]")
+    return (*args[1], args[0][-1])
+
+
+def _factor(rows: bool) -> ShapeRule:
+    def rule(args: tuple[Shape, ...], exprs: tuple[Expr, ...]) -> Shape:
+        _needs(2, args[0], "a weight [out, in]")
+        rank = exprs[1]
+        if not isinstance(rank, Name | Number):
+            raise ShapeError("the rank must be a name or a number")
+        size: Dim = rank.id if isinstance(rank, Name) else int(rank.value)
+        return (args[0][-1], size) if rows else (size, args[0][-2])
+
+    return rule
+
+
 _ROWS = (
     Op("add", "aten.add.Tensor", 2, broadcast, "sum", "a + b"),
     Op("sub", "aten.sub.Tensor", 2, broadcast, "sum", "a - b"),
@@ -132,6 +194,16 @@ _ROWS = (
     Op("transpose", "aten.transpose.int", 1, _last_two, "opaque", "of the last two axes"),
     Op("clamp", "aten.clamp.default", 3, _same, "opaque", "clamp(x, low, high)"),
     Op("dropout", "aten.dropout.default", 2, _same, "identity", "dropout(x, p), in training"),
+    Op("norm", "aten.linalg_vector_norm.default", 1, _keep_last, "opaque", "L2, of the last axis"),
+    Op("sum_first", "aten.sum.dim_IntList", 1, _drop_first, "opaque", "over the first axis"),
+    Op("detach", "aten.detach.default", 1, _same, "opaque", "without a gradient"),
+    Op("kron", "aten.mul.Tensor", 2, _kron, "opaque", "Kronecker product of matrices"),
+    Op("block_diag", "aten.diag_embed.default", 1, _blocks, "opaque", "[n, a, b] to [n*a, n*b]"),
+    Op("cayley", "aten.linalg_solve.default", 1, _square, "opaque", "rotation from a matrix"),
+    Op("lookup", "aten.embedding.default", 2, _lookup, "lookup", "lookup(table, ids): rows"),
+    Op("logistic_noise", "aten.rand_like.default", 1, _same, "opaque", "log u/(1-u), in training"),
+    Op("svd_in", "aten.linalg_svd.default", 2, _factor(True), "opaque", "svd_in(W, r): V sqrt(S)"),
+    Op("svd_out", "aten.linalg_svd.default", 2, _factor(False), "opaque", "svd_out(W, r)"),
     Op("split_heads", "aten.unflatten.int", 2, _split_heads, "opaque", "[l, n*dh] to [n, l, dh]"),
     Op("prepend", "aten.cat.default", 2, _prepend, "opaque", "P [n, l, dh] before keys or values"),
 )

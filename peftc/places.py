@@ -2,31 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import zip_longest
 
 from torch import fx
 
 from peftc import dataflow as flow
-from peftc.fused import SiteError, part
-from peftc.program import Port, Program, Read, Value, aten, is_call
+from peftc.attention import Core, cores
+from peftc.fused import SiteError
+from peftc.program import Keys, Part, Port, Program, Read, Value, aten, is_call
 from peftc.sites import Site
 
 Ports = Mapping[str, Port]
 
 
-def locate(program: Program, site: Site) -> tuple[Ports, ...]:
-    """The site's ports in this Program: one mapping for each time its module runs here, maybe none."""
+@dataclass(frozen=True)
+class Place:
+    """A site in one Program: its ports, and of an attention what follows its number of keys."""
+
+    ports: Ports
+    keys: Keys | None = None
+
+
+def locate(program: Program, site: Site) -> tuple[Place, ...]:
+    """The site in this Program: once for each time its module runs here, maybe never."""
     if site.at == "attention.heads":
-        return tuple(_core_ports(c) for c in flow.cores(program) if c.scope == site.scope)
+        return tuple(_core(c) for c in cores(program) if c.scope == site.scope)
+    return tuple(Place(ports) for ports in _ports(program, site))
+
+
+def _ports(program: Program, site: Site) -> tuple[Ports, ...]:
     if site.at == "attention":
         return _between(program, site.anchors["q"], site.anchors["o"])
     if site.at == "ffn":
         return _between(program, site.anchors["up"], site.anchors["down"])
     if site.at == "ffn.hidden":
         return tuple({"h": flow.input_of(n)} for n in consumers(program, site.anchors["down"]))
-    if site.at in ("norm", "embedding"):
-        return tuple({"h": Value(n)} for n in _owners(program, site))
-    return tuple(_linear_ports(n, site) for n in consumers(program, site.anchors["W"]))
+    if site.at == "norm":
+        return tuple(_norm_ports(one) for one in flow.norms(program) if _is(program, one, site))
+    if site.at == "embedding":
+        return tuple(_embedding_ports(n) for n in _embeddings(program, site))
+    places = [_linear_ports(n, site) for n in consumers(program, site.anchors["W"])]
+    if "input" not in site.anchors:
+        return tuple(places)
+    linears = consumers(program, site.anchors["W"])
+    if site.at == "attention.o":
+        queries: Iterable[fx.Node] = _starts(program, site.anchors["input"], linears)
+    else:  # a key may run without its query (cross attention's, once for a whole generation)
+        queries = consumers(program, site.anchors["input"])
+    return tuple(
+        {**one, "input": flow.input_of(query)} if query is not None else one
+        for one, query in zip_longest(places, list(queries)[: len(places)])
+    )
 
 
 def consumers(program: Program, weight: str) -> list[fx.Node]:
@@ -38,31 +66,38 @@ def consumers(program: Program, weight: str) -> list[fx.Node]:
     ]
 
 
-def _owners(program: Program, site: Site) -> Iterator[fx.Node]:
-    place = 0 if site.at == "embedding" else 2
+def _embeddings(program: Program, site: Site) -> Iterator[fx.Node]:
     for node in program.graph.nodes:
-        kinds = (aten.embedding.default, aten.layer_norm.default, aten.rms_norm.default)
-        if is_call(node, *kinds) and len(node.args) > place:
-            if program.parameter(node.args[place]) == site.anchors["W"]:
+        if is_call(node, aten.embedding.default):
+            if program.parameter(node.args[0]) == site.anchors["W"]:
                 yield node
 
 
-def _core_ports(core: flow.Core) -> Ports:
-    ports: dict[str, Port] = {"q": core.q, "k": core.k, "v": core.v, "h": Value(core.h)}
-    if core.mask is not None:
-        ports["mask"] = core.mask
+def _embedding_ports(node: fx.Node) -> Ports:
+    return {"ids": Read(node, 1), "h": Value(node), "W": Read(node, 0)}
+
+
+def _is(program: Program, norm: flow.Norm, site: Site) -> bool:
+    return program.parameter(norm.weight.node) == site.anchors["W"]
+
+
+def _norm_ports(norm: flow.Norm) -> Ports:
+    ports: dict[str, Port] = {"h": Value(norm.h), "W": norm.weight}
+    if norm.bias is not None:
+        ports["b"] = norm.bias
     return ports
+
+
+def _core(core: Core) -> Place:
+    ports: Ports = {"q": core.q, "k": core.k, "v": core.v, "h": Value(core.h)}
+    return Place(ports, Keys(core.masks, core.sized))
 
 
 def _between(program: Program, first: str, last: str) -> tuple[Ports, ...]:
     """Ports of a sub-layer that starts at one linear and ends at another."""
-    starts, ends = consumers(program, first), consumers(program, last)
-    if len(starts) != len(ends):
-        raise SiteError(
-            f"entry '{program.entry}': '{first}' runs {len(starts)} times but '{last}' {len(ends)} times"
-        )
     found = []
-    for start, end in zip(starts, ends, strict=True):
+    ends = consumers(program, last)
+    for start, end in zip(_starts(program, first, ends), ends, strict=True):
         ports: dict[str, Port] = {"x": flow.input_of(start), "h": Value(flow.result_of(end))}
         residual = flow.residual_add(end)
         if residual is not None:
@@ -71,12 +106,28 @@ def _between(program: Program, first: str, last: str) -> tuple[Ports, ...]:
     return tuple(found)
 
 
+def _starts(program: Program, first: str, ends: list[fx.Node]) -> Iterator[fx.Node]:
+    """For each end the earliest use of `first` since the end before: a query may also project positions."""
+    order = {node: i for i, node in enumerate(program.graph.nodes)}
+    starts, since = consumers(program, first), -1
+    for end in ends:
+        mine = [one for one in starts if since < order[one] <= order[end]]
+        if not mine:
+            raise SiteError(f"entry '{program.entry}': '{first}' does not run before {end.name}")
+        yield mine[0]
+        since = order[end]
+
+
 def _linear_ports(linear: fx.Node, site: Site) -> Ports:
-    result = flow.result_of(linear) if site.columns is None else part(linear, site.columns)
-    ports: dict[str, Port] = {"x": flow.input_of(linear), "h": Value(result)}
-    if site.columns is None:
-        transposed = linear.target is aten.addmm.default
-        ports["W"] = Read(linear, 2 if transposed else 1)
-        if flow.bias_of(linear) is not None:
-            ports["b"] = Read(linear, 0 if transposed else 2)
+    """x, h, W as [out, in] and b; of a slice of a fused projection, that slice of each."""
+    transposed = linear.target is aten.addmm.default
+    result, cut = Value(flow.result_of(linear)), site.columns
+    weight, bias = Read(linear, 2 if transposed else 1), Read(linear, 0 if transposed else 2)
+    ports: dict[str, Port] = {
+        "x": flow.input_of(linear),
+        "h": Part(result, -1, cut) if cut else result,
+    }
+    ports["W"] = Part(weight, 0, cut, transposed) if cut or transposed else weight
+    if flow.bias_of(linear) is not None:
+        ports["b"] = Part(bias, 0, cut) if cut else bias
     return ports

@@ -9,12 +9,13 @@ from math import prod
 
 from peftc import expr as ex
 from peftc.algebra import constant_form, port_shapes, shape_of
+from peftc.deltas import Deltas
 from peftc.edit import Edit, Parameter
 from peftc.errors import PeftcError, suggest
 from peftc.ports import SITES
 from peftc.program import Program
-from peftc.sites import Site, Stacks, find_sites
-from peftc.spec import Entry, Param, Spec
+from peftc.sites import Site, Stacks, find_sites, opaque_weights
+from peftc.spec import FORMULA, Entry, Param, Spec
 
 
 class PlanError(PeftcError):
@@ -88,7 +89,7 @@ def make_plan(
     `backbone` is the shape of each parameter by its canonical path. Raises PlanError with every
     problem: an entry without a site, a broken `expect`, shapes that do not fit.
     """
-    sites = find_sites(program, stacks)
+    sites, opaque = find_sites(program, stacks), opaque_weights(program)
     problems: list[str] = []
     edits: list[Edit] = []
     unfrozen: dict[str, Unfrozen] = {}
@@ -107,9 +108,10 @@ def make_plan(
         if taken & _paths(placed):  # the same method twice at one site
             placed, missed, broken = _edits(entry, f"{entry.method}_{index}", chosen)
         taken |= _paths(placed)
-        problems += broken or _unmatched(entry, len(placed), sites)
+        passed = list(_passed_by(entry, opaque))
+        problems += broken or _unmatched(entry, len(placed), sites, [*missed, *passed])
         edits += placed
-        misses += missed
+        misses += [*missed, *passed]
         matches.append(Match(entry, len(placed), _numel(placed)))
     if problems:
         raise PlanError("\n".join(problems))
@@ -134,24 +136,45 @@ def _unfrozen(
     entry: Entry, sites: Sequence[Site], backbone: Mapping[str, tuple[int, ...]]
 ) -> Iterator[Unfrozen]:
     """Parameters by the last component of their name (never by substring), of the chosen sites if any."""
-    owners = {f"{site.scope}." for site in sites}
+    owners = {owner for site in sites for owner in _owners(site)}
     for path, shape in backbone.items():
         owner, _, last = path.rpartition(".")
         if last not in entry.train:
             continue
-        if entry.at and f"{owner}." not in owners:
+        if entry.at and owner not in owners:
             continue
         if entry.scope and not entry.at and not fnmatch.fnmatchcase(owner, entry.scope):
             continue
         yield Unfrozen(path, prod(shape), entry.at)
 
 
-def _unmatched(entry: Entry, count: int, sites: Sequence[Site]) -> list[str]:
+def _owners(site: Site) -> set[str]:
+    """The modules whose parameters a site is made of; a slice of a fused one has none to itself."""
+    if site.columns is not None:
+        return set()
+    return {path.rpartition(".")[0] for path in site.weights}
+
+
+def _passed_by(entry: Entry, opaque: Mapping[str, str]) -> Iterator[Miss]:
+    """Matrices in the reach of an entry for linears that no linear reads (experts, fused kernels)."""
+    if entry.at != "linear" and not entry.at.startswith("ffn"):
+        return
+    for path, op in opaque.items():
+        if entry.scope is None or fnmatch.fnmatchcase(path.rpartition(".")[0], entry.scope):
+            yield Miss(entry.method, path, f"'{op}' reads this weight, and it is no linear")
+
+
+def _unmatched(
+    entry: Entry, count: int, sites: Sequence[Site], missed: Sequence[Miss] = ()
+) -> list[str]:
     what = f"'{entry.at or ', '.join(entry.train)}' of {entry.method}"
     if entry.expect is not None and count != entry.expect:
         return [f"{entry.place}: {what} matches {count} sites, expect: {entry.expect}"]
     if count:
         return []
+    if missed:
+        first = f"{missed[0].site}: {missed[0].reason}"
+        return [f"{entry.place}: {what} fits no site of this model ({len(missed)} missed); {first}"]
     return [f"{entry.place}: {what} matches no site of this model; {_advice(entry, sites)}"]
 
 
@@ -160,6 +183,10 @@ def _advice(entry: Entry, sites: Sequence[Site]) -> str:
     for site in sites:
         kinds[site.at] = kinds.get(site.at, 0) + 1
     same = [site for site in sites if site.at == entry.at]
+    if same and entry.train:
+        fused = any(site.columns is not None for site in same)
+        reason = "it is a slice of a fused projection" if fused else "none has a parameter so named"
+        return f"it has {len(same)} places but {reason}"
     if same:
         stacks = sorted(
             {f"stack: {s.stack}" + (f", kind: {s.kind}" if s.kind else "") for s in same}
@@ -168,7 +195,7 @@ def _advice(entry: Entry, sites: Sequence[Site]) -> str:
         span = f"; layers {layers[0]}-{layers[-1]}" if layers else ""
         scopes = "" if entry.scope is None else f"; scopes such as {same[0].scope}"
         return f"without `where` it has {len(same)}: " + " | ".join(stacks) + span + scopes
-    if entry.train:
+    if entry.train and not entry.at:
         return "no parameter's name ends so"
     found = ", ".join(f"{kind} ({n})" for kind, n in sorted(kinds.items()))
     return (suggest(entry.at, kinds) + " " if suggest(entry.at, kinds) else "") + f"found: {found}"
@@ -208,10 +235,12 @@ def _edits(
 def _unfit(entry: Entry, site: Site) -> str:
     ports = {port for port, _ in entry.assign}
     used = {name for _, expression in (*entry.let, *entry.assign) for name in ex.names(expression)}
+    if site.shared and ports & {"W", "b"}:
+        return f"'{site.shared}' reads this weight too"
+    if site.columns is not None and "x" in ports:
+        return "the input of a fused projection is read by its other parts too"
     if "b" in (ports | used) and "b" in SITES[entry.at].ports and "b" not in site.anchors:
         return "this linear has no bias"
-    if site.columns is not None and ports & {"W", "b"}:
-        return "a slice of a fused projection has no weight of its own"
     return ""
 
 
@@ -220,6 +249,8 @@ def _paths(edits: Iterable[Edit]) -> set[str]:
 
 
 def _parameter(param: Param, site: Site, entry: Entry, label: str) -> Parameter:
+    if hasattr(Deltas, param.name):
+        raise ex.ExprError(0, f"'{param.name}' is a name that torch's modules use; choose another")
     sizes = {**entry.arguments, **site.dims}
     shape = tuple(_size(dim, sizes, param) for dim in param.shape)
     group = {
@@ -229,6 +260,10 @@ def _parameter(param: Param, site: Site, entry: Entry, label: str) -> Parameter:
         "model": "shared.model",
     }[param.per]
     path = f"{group}.{label}.{param.name}"
+    if param.init.name == FORMULA:
+        values = {name: ex.Number(value) for name, value in sizes.items()}
+        formula = ex.substitute(param.init.args[0], values)
+        return Parameter(param.name, path, shape, FORMULA, (), param.trainable, formula)
     args = tuple(float(ex.number(arg, sizes)) for arg in param.init.args)
     return Parameter(param.name, path, shape, param.init.name, args, param.trainable)
 
@@ -244,6 +279,9 @@ def _check_shapes(edit: Edit) -> None:
     """The language's own shape rules, now with this site's numbers."""
     site, entry = edit.site, edit.entry
     ports = port_shapes(site)
+    for parameter in edit.parameters:
+        if parameter.formula is not None:
+            _check_formula(parameter, ports)
     lets: dict[str, ex.Shape] = {}
     for name, expression in entry.let:
         lets[name] = shape_of(expression, edit, lets)
@@ -255,6 +293,15 @@ def _check_shapes(edit: Edit) -> None:
             raise ex.ExprError(
                 0, f"'{port}' has the shape {_text(want)} but is assigned {_text(got)}", ""
             )
+
+
+def _check_formula(parameter: Parameter, ports: Mapping[str, ex.Shape]) -> None:
+    assert parameter.formula is not None
+    got = ex.infer(parameter.formula, ports)
+    if got != parameter.shape:
+        raise ex.ExprError(
+            0, f"'{parameter.name}' is {_text(parameter.shape)} but starts as {_text(got)}", ""
+        )
 
 
 def _text(shape: ex.Shape) -> str:

@@ -29,7 +29,14 @@ class SiteType:
 
 
 def _linear(name: str, doc: str, dims: tuple[str, ...] = _LINEAR_DIMS) -> SiteType:
-    return SiteType(name, _LINEAR, ("x", "h"), dims, doc)
+    return SiteType(name, _LINEAR, ("x", "h", "W", "b"), dims, doc)
+
+
+def _projection(side: str, what: str) -> SiteType:
+    """A linear of an attention sub-layer, which also sees that sub-layer's `input`."""
+    ports = {**_LINEAR, "input": ("...", "d")}
+    doc = f"the {what} projection; input is the sub-layer's"
+    return SiteType(f"attention.{side}", ports, ("x", "h", "W", "b"), _ATTENTION_DIMS, doc)
 
 
 _KEYS: Shape = ("...", "kv_heads", "keys", "head_dim")
@@ -43,7 +50,7 @@ _ROWS = (
         "a sub-layer: x its input, h the output projection's result, before dropout and residual",
     ),
     *(
-        _linear(f"attention.{side}", f"the {what} projection", _ATTENTION_DIMS)
+        _projection(side, what)
         for side, what in (("q", "query"), ("k", "key"), ("v", "value"), ("o", "output"))
     ),
     SiteType(
@@ -64,8 +71,20 @@ _ROWS = (
     _linear("ffn.gate", "the gating projection of a gated feed-forward"),
     _linear("ffn.down", "the last projection of a feed-forward"),
     SiteType("ffn.hidden", {"h": ("...", "out")}, ("h",), _LINEAR_DIMS, "after the activation"),
-    SiteType("embedding", {"h": ("...", "out")}, ("h",), _LINEAR_DIMS, "token embeddings"),
-    SiteType("norm", {"h": ("...", "out")}, ("h",), _LINEAR_DIMS, "a layer norm's result"),
+    SiteType(
+        "embedding",
+        {"ids": ("...",), "h": ("...", "out"), "W": ("vocab", "out")},
+        ("h", "W"),
+        (*_LINEAR_DIMS, "vocab"),
+        "token embeddings: h the rows of W that ids name",
+    ),
+    SiteType(
+        "norm",
+        {"h": ("...", "out"), "W": ("out",), "b": ("out",)},
+        ("h", "W", "b"),
+        _LINEAR_DIMS,
+        "a layer norm or RMS norm: its result, scale and shift",
+    ),
     _linear("head", "a linear of the task head: outside the pretrained body"),
     _linear("linear", "any linear, by {op: linear, scope: glob over module paths}"),
 )

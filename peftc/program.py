@@ -42,7 +42,60 @@ class Value:
     node: fx.Node
 
 
-Port = Read | Value
+@dataclass(frozen=True)
+class Columns:
+    """The features [start, stop) in each of `groups` groups of `period` features: a slice of a fused
+    projection, contiguous (one group) or interleaved by heads."""
+
+    groups: int
+    start: int
+    stop: int
+    period: int
+
+    @property
+    def count(self) -> int:
+        return self.groups * (self.stop - self.start)
+
+    def index(self) -> torch.Tensor:
+        """The features, in order."""
+        first = torch.arange(self.groups)[:, None] * self.period
+        return (first + torch.arange(self.start, self.stop)).flatten()
+
+
+@dataclass(frozen=True)
+class Part:
+    """A port inside another: some features of it along `axis` (0 or -1), of its transpose where it is `turned`."""
+
+    whole: Read | Value
+    axis: int
+    columns: Columns | None = None
+    turned: bool = False
+
+
+@dataclass(frozen=True)
+class Keys:
+    """What follows the number of keys of an attention: its masks, and the views that have it among their
+    sizes, at that place."""
+
+    masks: tuple[Read, ...]
+    sized: tuple[tuple[fx.Node, int], ...]
+
+
+Port = Read | Value | Part
+
+
+@dataclass(frozen=True)
+class Output:
+    """A field that a graph returns."""
+
+    user: fx.Node
+    index: int
+
+    @property
+    def node(self) -> fx.Node:
+        value = self.user.args[0][self.index]  # type: ignore[index]
+        assert isinstance(value, fx.Node)
+        return value
 
 
 @dataclass
@@ -66,9 +119,14 @@ class Program:
         return self.slots.get(node.name) if node.op == "placeholder" else None
 
     def parameter(self, node: object) -> str | None:
-        """The path of the backbone parameter that `node` is, or None."""
-        slot = self.slot(node) if isinstance(node, fx.Node) else None
-        return slot.name if slot and slot.kind == "parameter" else None
+        """The path of the backbone parameter that `node` is or stands for, or None."""
+        if not isinstance(node, fx.Node):
+            return None
+        slot = self.slot(node)
+        if slot is not None:
+            return slot.name if slot.kind == "parameter" else None
+        rewritten: str | None = node.meta.get("parameter")
+        return rewritten
 
     def current(self, node: fx.Node) -> fx.Node:
         """`node`, or what the latest edit put in its place."""
@@ -91,7 +149,7 @@ class Program:
         self.slots[added.name] = slot
         return added
 
-    def splice(self, port: Port, new: fx.Node, inserted: Sequence[fx.Node]) -> None:
+    def splice(self, port: Read | Value, new: fx.Node, inserted: Sequence[fx.Node]) -> None:
         """Put `new` where `port` was. The only function that changes edges of the graph."""
         if isinstance(port, Read):
             port.user.update_arg(port.index, new)
@@ -100,6 +158,12 @@ class Program:
         keep = set(inserted)
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in keep)
         self.replaced[old] = new
+
+    def output(self, name: str) -> Output | None:
+        """Where the graph returns the field `name`, if it does."""
+        returned = next(node for node in self.graph.nodes if node.op == "output")
+        fields = list(self.out_spec.context or ())
+        return Output(returned, fields.index(name)) if name in fields else None
 
     def finish(self) -> None:
         """Check the graph and compile it to code; call after edits."""

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import fx
 from transformers import PreTrainedModel
 
 from peftc import dataflow as flow
 from peftc import fused
-from peftc.program import Program, aten, is_call, scope_of
+from peftc.attention import Core, cores
+from peftc.program import Columns, Program, aten, is_call, scope_of
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,8 @@ class Site:
 
     `anchors` maps a role (`W` of a linear; `up`, `down` of a feed-forward; ...) to a weight path;
     `columns` is the slice of a fused projection; `dims` are the sizes that specs may use; `transposed`
-    says that the linear which produces `h` stores its weight as [in, out] (GPT-2's Conv1D).
+    says that the linear which produces `h` stores its weight as [in, out] (GPT-2's Conv1D); `shared` names
+    another op that reads its weight too (a tied embedding, a fused kernel).
     """
 
     at: str
@@ -30,12 +33,18 @@ class Site:
     layer: int | None
     dims: Mapping[str, int] = field(hash=False)
     anchors: Mapping[str, str] = field(hash=False)
-    columns: tuple[int, int] | None = None
+    columns: Columns | None = None
     transposed: bool = False
+    shared: str = ""
 
     @property
     def name(self) -> str:
         return f"{self.scope}:{self.at}"
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """The parameters that the site is made of; other anchors only help to find it."""
+        return tuple(path for role, path in self.anchors.items() if role not in ("input", "core"))
 
     @property
     def group(self) -> str:
@@ -72,7 +81,7 @@ class Stacks:
 
 def find_sites(program: Program, stacks: Stacks) -> tuple[Site, ...]:
     """Every site of a `forward` Program, in graph order within each kind of site."""
-    attention = [site for core in flow.cores(program) for site in _attention(program, core, stacks)]
+    attention = [site for core in cores(program) for site in _attention(program, core, stacks)]
     taken = {site.anchors["W"] for site in attention if "W" in site.anchors}
     linears = [n for n in program.graph.nodes if is_call(n, *flow.LINEAR) and _weight(program, n)]
     own = {n for n in linears if _weight(program, n) in taken}
@@ -95,7 +104,7 @@ def find_sites(program: Program, stacks: Stacks) -> tuple[Site, ...]:
 
 def _unique(sites: list[Site]) -> Iterator[Site]:
     """A module that runs several times (shared layers) is one site."""
-    seen: set[tuple[str, str, tuple[int, int] | None]] = set()
+    seen: set[tuple[str, str, Columns | None]] = set()
     for site in sites:
         key = (site.at, site.scope, site.columns)
         if key not in seen:
@@ -120,11 +129,11 @@ def _linear(
     stacks: Stacks,
     kind: str = "",
     dims: Mapping[str, int] | None = None,
-    columns: tuple[int, int] | None = None,
+    columns: Columns | None = None,
 ) -> Site:
     n_in, n_out = flow.features(linear)
     if columns:
-        n_out = columns[1] - columns[0]
+        n_out = columns.count
     bias = flow.bias_of(linear)
     anchors = {"W": _weight(program, linear) or ""}
     if bias is not None and program.parameter(bias):
@@ -132,12 +141,49 @@ def _linear(
     sizes = {**(dims or {}), "in": n_in, "out": n_out}
     sizes.setdefault("d", n_out)
     transposed = linear.target is aten.addmm.default
+    layer, shared = _layer(scope), _shared(flow.weight_of(linear), flow.LINEAR)
     return Site(
-        at, scope, stacks.of(scope), kind, _layer(scope), sizes, anchors, columns, transposed
+        at, scope, stacks.of(scope), kind, layer, sizes, anchors, columns, transposed, shared
     )
 
 
-def _attention(program: Program, core: flow.Core, stacks: Stacks) -> Iterator[Site]:
+def _shared(weight: fx.Node, own: tuple[Any, ...]) -> str:
+    """The op outside `own` that reads this weight, if there is one."""
+    return next((_name(user) for user in weight.users if not is_call(user, *own)), "")
+
+
+def _name(node: fx.Node) -> str:
+    """`grouped_mm` of `transformers.grouped_mm.default`."""
+    return str(node.target).partition(".")[2].partition(".")[0] or str(node.target)
+
+
+# Products of matrices that are no linear: experts in one batch, `x @ W` with W as it is.
+_PRODUCTS = ("matmul", "mm", "bmm", "baddbmm", "addmm", "einsum", "_grouped_mm")
+
+
+def opaque_weights(program: Program) -> dict[str, str]:
+    """Matrices that a product other than a linear reads, or an op from outside torch, and that op."""
+    found = {}
+    for node in program.graph.nodes:
+        path = program.parameter(node) if node.op == "placeholder" else None
+        if path and len(flow.static_shape(node)) > 1:
+            readers = [one for one in _readers(node) if not is_call(one, *flow.LINEAR)]
+            outside = [one for one in readers if not str(one.target).startswith("aten.")]
+            products = [one for one in readers if _name(one) in _PRODUCTS]
+            if outside or products:
+                found[path] = _name([*outside, *products][0])
+    return found
+
+
+def _readers(node: fx.Node) -> Iterator[fx.Node]:
+    for user in node.users:
+        if is_call(user, *flow.MOVE):
+            yield from _readers(user)
+        elif user.op == "call_function":
+            yield user
+
+
+def _attention(program: Program, core: Core, stacks: Stacks) -> Iterator[Site]:
     sides = {side: flow.projections(getattr(core, side).node) for side in ("q", "k", "v")}
     out = flow.next_linear(core.h)
     if any(len(found) != 1 for found in sides.values()) or out is None:
@@ -155,11 +201,14 @@ def _attention(program: Program, core: flow.Core, stacks: Stacks) -> Iterator[Si
     turned = out.target is aten.addmm.default
     yield Site("attention", scope, stack, kind, layer, sizes, weights, transposed=turned)
     yield Site("attention.heads", scope, stack, kind, layer, sizes, {"core": scope})
+    first = {"input": weights["q"]}
     for side, (linear,) in sides.items():
         columns = fused.columns(getattr(core, side).node, linear)
         if columns is not None or len(set(sides.values())) == 3:
-            yield _linear(program, linear, f"attention.{side}", scope, stacks, kind, dims, columns)
-    yield _linear(program, out, "attention.o", scope, stacks, kind, dims)
+            site = _linear(program, linear, f"attention.{side}", scope, stacks, kind, dims, columns)
+            yield replace(site, anchors={**site.anchors, **first})
+    last = _linear(program, out, "attention.o", scope, stacks, kind, dims)
+    yield replace(last, anchors={**last.anchors, **first})
 
 
 def _feed_forward(program: Program, found: flow.FeedForward, stacks: Stacks) -> Iterator[Site]:
@@ -177,8 +226,20 @@ def _feed_forward(program: Program, found: flow.FeedForward, stacks: Stacks) -> 
     yield Site("ffn", scope, stack, "", layer, sizes, names, transposed=turned)
     wide = {"in": hidden, "out": hidden, "d": n_out}
     yield Site("ffn.hidden", scope, stack, "", layer, wide, {"down": names["down"]})
-    for part, linear in parts.items():
-        yield _linear(program, linear, f"ffn.{part}", scope, stacks, "", {"d": n_out})
+    halves = fused.gated_halves(found.down, found.up) if found.gate is None else None
+    for part, linear, columns in _parts(parts, halves):
+        yield _linear(program, linear, f"ffn.{part}", scope, stacks, "", {"d": n_out}, columns)
+
+
+def _parts(
+    linears: Mapping[str, fx.Node], halves: tuple[Columns, Columns] | None
+) -> Iterator[tuple[str, fx.Node, Columns | None]]:
+    """(part, linear, its columns); `up` and `gate` may be halves of one linear."""
+    if halves is None:
+        yield from ((part, linear, None) for part, linear in linears.items())
+    else:
+        yield from zip(("up", "gate"), (linears["up"],) * 2, halves, strict=True)
+        yield "down", linears["down"], None
 
 
 def _common_scope(scopes: list[str]) -> str:
@@ -193,21 +254,32 @@ def _common_scope(scopes: list[str]) -> str:
 
 def _by_weight(program: Program, stacks: Stacks) -> Iterator[Site]:
     """Norms and token embeddings: ops that own a parameter and stand alone."""
+    for norm in flow.norms(program):
+        anchors = {"W": program.parameter(norm.weight.node) or ""}
+        if norm.bias is not None:
+            anchors["b"] = program.parameter(norm.bias.node) or ""
+        yield _owner(norm.h, "norm", anchors, stacks)
     for node in program.graph.nodes:
-        if is_call(node, aten.layer_norm.default, aten.rms_norm.default) and len(node.args) > 2:
-            weight = program.parameter(node.args[2])
-            if weight:
-                yield _owner(node, "norm", weight, stacks)
-        elif is_call(node, aten.embedding.default) and _is_token_input(program, node.args[1]):
+        if is_call(node, aten.embedding.default) and _is_token_input(program, node.args[1]):
             weight = program.parameter(node.args[0])
             if weight:
-                yield _owner(node, "embedding", weight, stacks)
+                table = node.args[0]
+                shared = _shared(table, (aten.embedding.default,))
+                vocab = flow.static_shape(table)[0]
+                yield _owner(node, "embedding", {"W": weight}, stacks, shared, vocab=vocab)
 
 
-def _owner(node: fx.Node, at: str, weight: str, stacks: Stacks) -> Site:
+def _owner(
+    node: fx.Node,
+    at: str,
+    anchors: Mapping[str, str],
+    stacks: Stacks,
+    shared: str = "",
+    **more: int,
+) -> Site:
     scope, size = scope_of(node), flow.static_shape(node)[-1]
-    dims = {"in": size, "out": size, "d": size}
-    return Site(at, scope, stacks.of(scope), "", _layer(scope), dims, {"W": weight})
+    dims = {"in": size, "out": size, "d": size, **more}
+    return Site(at, scope, stacks.of(scope), "", _layer(scope), dims, anchors, shared=shared)
 
 
 def _is_token_input(program: Program, node: object) -> bool:

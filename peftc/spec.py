@@ -13,11 +13,12 @@ from peftc import expr as ex
 from peftc.errors import PeftcError, Place, suggest
 
 Arguments = Mapping[str, float | int]
+FORMULA = "formula"  # the Init whose argument is an expression of the site's weight
 
 
 @dataclass(frozen=True)
 class Init:
-    """How a parameter starts; arguments are expressions over the site's dims."""
+    """How a parameter starts; arguments are expressions over the site's dims, a formula's also over W and b."""
 
     name: str
     args: tuple[ex.Expr, ...] = ()
@@ -48,7 +49,8 @@ class Entry:
     """One delta, resolved: `assign` has the expression of each port that it replaces.
 
     `delta` and `compose` are kept as written, for the design table. `train` names existing parameters to
-    unfreeze, by the last component of their name; then there is nothing to assign.
+    unfreeze, by the last component of their name; then there is nothing to assign. `penalty`, a number at
+    each site, is added to the loss while training.
     """
 
     method: str
@@ -64,6 +66,7 @@ class Entry:
     expect: int | None
     arguments: Arguments = field(hash=False)
     place: Place = field(compare=False)
+    penalty: ex.Expr | None = None
 
 
 @dataclass(frozen=True)
@@ -177,6 +180,7 @@ def _entry_data(entry: Entry) -> dict[str, Any]:
         "compose": None if entry.compose is None else ex.show(entry.compose),
         "train": list(entry.train),
         "expect": entry.expect,
+        **({} if entry.penalty is None else {"penalty": ex.show(entry.penalty)}),
         "arguments": dict(entry.arguments),
     }
 
@@ -210,6 +214,7 @@ def _entry(data: Mapping[str, Any]) -> Entry:
         expect=data["expect"],
         arguments=dict(data["arguments"]),
         place=Place("<deltas>", 1, 1),
+        penalty=optional(data.get("penalty")),
     )
 
 

@@ -13,7 +13,7 @@ from peftc import expr as ex
 from peftc.errors import PeftcError, SpecError, suggest
 from peftc.ops import OPS, agree, text
 from peftc.ports import SITES
-from peftc.spec import Arguments, Entry, Init, Param, Spec, Where, find
+from peftc.spec import FORMULA, Arguments, Entry, Init, Param, Spec, Where, find
 from peftc.yaml_source import Item, Source, compose
 
 TOP = ("name", "with", "deltas")
@@ -25,6 +25,7 @@ ENTRY = (
     "delta",
     "compose",
     "rewrite",
+    "penalty",
     "train",
     "use",
     "with",
@@ -42,6 +43,7 @@ INITS = {
     "uniform": (1, 1),
     "linear": (1, 1),
     "kaiming_uniform": (0, 0),
+    "identity": (0, 0),
 }
 MAX_USES, MAX_LAYER = 8, 10_000
 
@@ -65,7 +67,7 @@ def read(source_text: str, path: str, overrides: Arguments, using: tuple[str, ..
             entries += reader.entry(node, name or "", arguments)
     reader.check_unused(top, arguments)
     if source.problems:
-        raise SpecError(source.problems)
+        raise SpecError(dict.fromkeys(source.problems))
     title = next(
         (line[1:].strip() for line in source_text.splitlines() if line.startswith("#")), ""
     )
@@ -139,9 +141,22 @@ class Reader:
             return []
         if "use" in items:
             return self.use(items, arguments)
-        if "train" in items:
-            return self.train(node, items, method, arguments)
-        return self.delta(node, items, method, arguments)
+        read = self.train if "train" in items else self.delta
+        return [
+            entry for one in self.each_site(items) for entry in read(node, one, method, arguments)
+        ]
+
+    def each_site(self, items: Mapping[str, Item]) -> list[Mapping[str, Item]]:
+        """`at: [attention.q, attention.v]` is the same delta at each."""
+        if "at" not in items or not isinstance(items["at"][1], yaml.SequenceNode):
+            return [items]
+        key, node = items["at"]
+        found: list[Mapping[str, Item]] = [
+            {**items, "at": (key, one)} for one in self.source.items(node, "'at'")
+        ]
+        if not found:
+            self.source.fail(node, "'at' names no site")
+        return found
 
     def use(self, items: Mapping[str, Item], arguments: Arguments) -> list[Entry]:
         """The entries of another spec, with arguments of its own and, if given, a narrower `where`."""
@@ -214,6 +229,7 @@ class Reader:
         else:
             self._only(items, tuple(k for k in ENTRY if k != "compose"), "'rewrite'")
             assign = self.rewrite(items, names, at)
+        penalty = self.penalty(items, names)
         for key, (place, _) in self._named(items, "params") + self._named(items, "let"):
             if key not in names.read and not self.source.problems:
                 self.source.fail(place, f"'{key}' is never used")
@@ -234,6 +250,7 @@ class Reader:
                 expect,
                 arguments,
                 place_,
+                penalty,
             )
         ]
 
@@ -299,7 +316,8 @@ class Reader:
         for name, (key, node) in self.source.mapping(items["params"][1], "'params'").items():
             if not self.fresh(key, name, names):
                 continue
-            param = self.param(name, node, names, {*arguments, *SITES[at].dims})
+            weights = {port for port in ("W", "b") if port in SITES[at].ports}
+            param = self.param(name, node, names, {*arguments, *SITES[at].dims}, weights)
             names.shapes[name] = tuple(_symbol(dim) for dim in param.shape)
             found.append(param)
         return tuple(found)
@@ -313,7 +331,9 @@ class Reader:
             return True
         return False
 
-    def param(self, name: str, node: yaml.Node, names: Scope, sizes: set[str]) -> Param:
+    def param(
+        self, name: str, node: yaml.Node, names: Scope, sizes: set[str], weights: set[str]
+    ) -> Param:
         items = self.source.mapping(node, f"'{name}'", PARAM)
         shape = [
             one
@@ -323,7 +343,9 @@ class Reader:
         for key in ("shape", "init"):
             if items and key not in items:
                 self.source.fail(node, f"parameter '{name}' has no '{key}'")
-        init = self.init(items["init"][1], names, sizes) if "init" in items else Init("zeros")
+        init = (
+            self.init(items["init"][1], names, sizes, weights) if "init" in items else Init("zeros")
+        )
         per = self.source.choice(items["per"][1], "'per'", PER) if "per" in items else "site"
         word = "true"
         if "trainable" in items:
@@ -346,29 +368,49 @@ class Reader:
             self.source.fail(node, f"'{expression.value}' is not a size")
         return expression
 
-    def init(self, node: yaml.Node, names: Scope, sizes: set[str]) -> Init:
+    def init(self, node: yaml.Node, names: Scope, sizes: set[str], weights: set[str]) -> Init:
+        """An initialiser, or a formula of the site's own weight such as `norm(W)`."""
         expression = self.expression(node, "'init'")
         if expression is None:
             return Init("zeros")
-        name, args = (
-            (expression.op, expression.args)
-            if isinstance(expression, ex.Call)
-            else (ex.show(expression), ())
-        )
-        if name not in INITS:
-            fix = suggest(name, INITS) or f"one of: {', '.join(INITS)}"
-            self.source.fail(node, f"unknown init '{name}'", fix)
-        elif not INITS[name][0] <= len(args) <= INITS[name][1]:
-            self.source.fail(
-                node, f"init '{name}' takes {INITS[name][1]} arguments, not {len(args)}"
+        read = ex.leaves(expression)
+        if any(leaf.id in weights for leaf in read):
+            init, known = Init(FORMULA, (expression,)), sizes | weights
+        else:
+            call = isinstance(expression, ex.Call)
+            init = (
+                Init(expression.op, expression.args)
+                if isinstance(expression, ex.Call)
+                else Init(ex.show(expression))
             )
-        for leaf in (leaf for arg in args for leaf in ex.leaves(arg)):
-            if leaf.id not in sizes:
-                self.source.fail(
-                    node, f"unknown size '{leaf.id}'", suggest(leaf.id, sizes), leaf.column
-                )
-        names.read |= {n for arg in args for n in ex.names(arg)}
-        return Init(name, args)
+            self.known_init(node, init)
+            read, known = read if call else (), sizes
+        for leaf in read:
+            if leaf.id not in known:
+                fix = suggest(leaf.id, known)
+                self.source.fail(node, f"unknown size '{leaf.id}'", fix, leaf.column)
+        names.read |= {leaf.id for leaf in read}
+        return init
+
+    def known_init(self, node: yaml.Node, init: Init) -> None:
+        if init.name not in INITS:
+            fix = suggest(init.name, INITS) or f"one of: {', '.join(INITS)}, or a formula of W"
+            self.source.fail(node, f"unknown init '{init.name}'", fix)
+        elif not INITS[init.name][0] <= len(init.args) <= INITS[init.name][1]:
+            most = INITS[init.name][1]
+            self.source.fail(
+                node, f"init '{init.name}' takes {most} arguments, not {len(init.args)}"
+            )
+
+    def penalty(self, items: Mapping[str, Item], names: Scope) -> ex.Expr | None:
+        """A number at each site, of parameters alone."""
+        if "penalty" not in items:
+            return None
+        node = items["penalty"][1]
+        expression, shape = self.checked(node, names)
+        if expression is not None and shape != ():
+            self.source.fail(node, f"'penalty' is {text(shape)}, not a number", "sum(...) it")
+        return expression
 
     def let(self, items: Mapping[str, Item], names: Scope) -> tuple[tuple[str, ex.Expr], ...]:
         if "let" not in items:

@@ -19,13 +19,14 @@ def json_schema() -> dict[str, Any]:
         "type": "object",
         "additionalProperties": False,
         "properties": {
-            "at": {"oneOf": [_sites(), _linear()]},
+            "at": {"oneOf": [_place(), {"type": "array", "items": _place(), "minItems": 1}]},
             "where": _where(),
             "params": {"type": "object", "additionalProperties": _param()},
             "let": _FORMULAS,
             "delta": _FORMULA,
             "compose": {**_FORMULA, "default": "h + delta"},
             "rewrite": _FORMULAS,
+            "penalty": {**_FORMULA, "description": "a number at each site, added to the loss"},
             "train": {"type": "array", "items": {"type": "string"}, "minItems": 1},
             "use": {"type": "string", "description": "a shipped spec, or a path"},
             "with": _VALUES,
@@ -50,6 +51,10 @@ def json_schema() -> dict[str, Any]:
             "deltas": {"type": "array", "items": entry, "minItems": 1},
         },
     }
+
+
+def _place() -> dict[str, Any]:
+    return {"oneOf": [_sites(), _linear()]}
 
 
 def _sites() -> dict[str, Any]:
@@ -88,7 +93,7 @@ def _param() -> dict[str, Any]:
         "required": ["shape", "init"],
         "properties": {
             "shape": {"type": "array", "items": {"type": ["string", "integer"]}},
-            "init": {"type": "string", "description": ", ".join(INITS)},
+            "init": {"type": "string", "description": ", ".join(INITS) + ", or a formula of W"},
             "per": {"enum": list(PER), "default": "site"},
             "trainable": {"type": "boolean", "default": True},
         },

@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification, BertTokenizer, PreT
 
 import peftc
 from peftc import cli
+from peftc.inputs import dummy_inputs
 
 transformers.logging.set_verbosity_error()
 
@@ -41,17 +42,114 @@ ENCODER = dict(
 GPT2 = dict(
     vocab_size=120, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=2
 )
+T5 = dict(vocab_size=120, d_model=32, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0)
+SPEECH = dict(
+    vocab_size=120,
+    d_model=32,
+    encoder_layers=2,
+    decoder_layers=2,
+    encoder_ffn_dim=64,
+    decoder_ffn_dim=64,
+    encoder_attention_heads=4,
+    decoder_attention_heads=4,
+    max_source_positions=30,
+    max_target_positions=30,
+    num_mel_bins=8,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+    decoder_start_token_id=3,
+    suppress_tokens=None,
+    begin_suppress_tokens=None,
+)
+DECODER = dict(
+    vocab_size=120,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=64,
+    max_position_embeddings=66,
+    pad_token_id=0,
+)
+GROUPED = dict(**DECODER, num_key_value_heads=2)
+DISENTANGLED = dict(
+    relative_attention=True, pos_att_type=["c2p", "p2c"], position_buckets=8, share_att_key=True
+)
 FAMILIES: dict[str, tuple[str, str, dict[str, object]]] = {
     "bart": ("BartConfig", "BartForConditionalGeneration", SEQ2SEQ),
     "mbart": ("MBartConfig", "MBartForConditionalGeneration", SEQ2SEQ),
     "roberta": ("RobertaConfig", "RobertaForSequenceClassification", ENCODER),
     "bert": ("BertConfig", "BertForSequenceClassification", ENCODER),
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", GPT2),
+    "distilbert": (
+        "DistilBertConfig",
+        "DistilBertForSequenceClassification",
+        dict(vocab_size=120, dim=32, n_layers=2, n_heads=4, hidden_dim=64, num_labels=3),
+    ),
+    "deberta": (
+        "DebertaV2Config",
+        "DebertaV2ForSequenceClassification",
+        {**ENCODER, **DISENTANGLED, "position_biased_input": False, "type_vocab_size": 0},
+    ),
+    "t5": ("T5Config", "T5ForConditionalGeneration", dict(**T5, d_kv=8)),
+    "t5_gated": (
+        "T5Config",
+        "T5ForConditionalGeneration",
+        dict(**T5, d_kv=6, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+    ),
+    "neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", DECODER),
+    "llama": ("LlamaConfig", "LlamaForCausalLM", GROUPED),
+    "mixtral": (
+        "MixtralConfig",
+        "MixtralForCausalLM",
+        dict(**GROUPED, num_local_experts=4, num_experts_per_tok=2),
+    ),
+    "vit": (
+        "ViTConfig",
+        "ViTForImageClassification",
+        {k: v for k, v in ENCODER.items() if k not in ("vocab_size", "max_position_embeddings")}
+        | dict(image_size=16, patch_size=4),
+    ),
+    "whisper": ("WhisperConfig", "WhisperForConditionalGeneration", SPEECH),
+    "mamba": (
+        "MambaConfig",
+        "MambaForCausalLM",
+        dict(vocab_size=120, hidden_size=32, num_hidden_layers=2, state_size=4),
+    ),
+    # Families that nothing here was written for.
+    "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", dict(**GROUPED, head_dim=8)),
+    "phi3": ("Phi3Config", "Phi3ForCausalLM", GROUPED),
+    "bloom": (
+        "BloomConfig",
+        "BloomForCausalLM",
+        dict(vocab_size=120, hidden_size=32, n_layer=2, n_head=4),
+    ),
+    "mpt": (
+        "MptConfig",
+        "MptForCausalLM",
+        dict(vocab_size=120, d_model=32, n_heads=4, n_layers=2, max_seq_len=64),
+    ),
+    "modernbert": (
+        "ModernBertConfig",
+        "ModernBertForSequenceClassification",
+        dict(
+            **ENCODER,
+            pad_token_id=0,
+            bos_token_id=1,
+            cls_token_id=1,
+            eos_token_id=2,
+            sep_token_id=2,
+        ),
+    ),
 }
+EAGER = ("deberta", "mamba", "gemma2", "bloom", "mpt")  # have no SDPA
 
 
-def tiny(family: str, attention: str = "sdpa", seed: int = 0, **changes: object) -> PreTrainedModel:
+def tiny(
+    family: str, attention: str | None = None, seed: int = 0, **changes: object
+) -> PreTrainedModel:
     """A two-layer model with weights wide enough that every part of it matters."""
+    attention = attention or ("eager" if family in EAGER else "sdpa")
     config_name, model_name, sizes = FAMILIES[family]
     torch.manual_seed(seed)
     config = getattr(transformers, config_name)(
@@ -70,8 +168,16 @@ def tiny(family: str, attention: str = "sdpa", seed: int = 0, **changes: object)
 def batch(
     model: PreTrainedModel, padding: str = "none", size: int = 3, length: int = 11, seed: int = 1
 ) -> dict[str, torch.Tensor]:
-    """Token ids with a mask; `padding` is none, left or right and reaches 4 tokens into some rows."""
+    """Token ids with a mask; `padding` is none, left or right and reaches 4 tokens into some rows.
+    Images and spectrograms have none."""
     torch.manual_seed(seed)
+    if model.main_input_name != "input_ids":
+        inputs = {
+            k: torch.randn(v.shape) for k, v in dummy_inputs(model).items() if v.is_floating_point()
+        }
+        if model.config.is_encoder_decoder:
+            inputs["decoder_input_ids"] = torch.randint(4, 120, (size, 7))
+        return inputs
     ids = torch.randint(4, 120, (size, length))
     mask = torch.ones_like(ids)
     if padding == "left":
@@ -101,6 +207,34 @@ def logits(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Ten
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--accept", action="store_true", help="write the goldens anew")
+    parser.addoption("--matrix", help="write the table of methods x families to this file")
+
+
+_CELLS: dict[tuple[str, str], str] = {}
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Remember how each cell of the matrix ended."""
+    name = report.nodeid.partition("::test_cell[")[2].rstrip("]")
+    if name and (report.when == "call" or report.failed):
+        method, _, family = name.partition("-")
+        _CELLS[method, family] = {"passed": "✓", "skipped": "·"}.get(report.outcome, "✗")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    path = session.config.getoption("--matrix")
+    if path and _CELLS:
+        Path(path).write_text(_table())
+
+
+def _table() -> str:
+    methods = sorted({method for method, _ in _CELLS})
+    families = [family for family in FAMILIES if any(f == family for _, f in _CELLS)]
+    lines = ["| | " + " | ".join(families) + " |", "|---" * (len(families) + 1) + "|"]
+    for method in methods:
+        cells = " | ".join(_CELLS.get((method, family), " ") for family in families)
+        lines.append(f"| {method} | {cells} |")
+    return "\n".join(lines) + "\n"
 
 
 @pytest.fixture

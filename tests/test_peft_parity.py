@@ -11,27 +11,30 @@ from conftest import batch, stir, tiny
 from transformers import PreTrainedModel
 
 import peftc
+from peftc.edit import Edit
 
 # family -> (PEFT's names of the query and value projections)
-TARGETS = {"bart": ["q_proj", "v_proj"], "roberta": ["query", "value"], "gpt2": ["c_attn"]}
+TARGETS = {
+    "bart": ["q_proj", "v_proj"],
+    "roberta": ["query", "value"],
+    "gpt2": ["c_attn"],
+    "neox": ["query_key_value"],  # heads interleave: q, k, v of the first head, then of the second
+    "llama": ["q_proj", "v_proj"],
+}
+FUSED = ("gpt2", "neox")
 
 
-def pairs(model: PreTrainedModel) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """(down, up) by the module path of the projection; a fused projection has one entry for each slice."""
-    values = model.deltas.values()
-    return {
-        f"{e.site.anchors['W'].removesuffix('.weight')}#{e.site.columns}": (
-            values[f"{e.path}.down"],
-            values[f"{e.path}.up"],
-        )
-        for e in model.plan.edits
-    }
+def rows(edit: Edit) -> slice:
+    """One rank-8 pair over a fused matrix holds the two rank-4 pairs of its slices."""
+    if edit.site.columns is None:
+        return slice(None)
+    return slice(0, 4) if edit.site.at == "attention.q" else slice(4, 8)
 
 
 def peft_model(backbone: PreTrainedModel, family: str, model: PreTrainedModel) -> PreTrainedModel:
     config = peft.LoraConfig(
-        r=4 if family != "gpt2" else 8,
-        lora_alpha=8 if family != "gpt2" else 16,
+        r=8 if family in FUSED else 4,
+        lora_alpha=16 if family in FUSED else 8,
         target_modules=TARGETS[family],
         fan_in_fan_out=family == "gpt2",
     )
@@ -45,17 +48,13 @@ def peft_model(backbone: PreTrainedModel, family: str, model: PreTrainedModel) -
         for layer in layers.values():
             layer.lora_A["default"].weight.zero_()
             layer.lora_B["default"].weight.zero_()
-        for key, (down, up) in pairs(model).items():
-            path, _, columns = key.partition("#")
-            a, b = layers[path].lora_A["default"].weight, layers[path].lora_B["default"].weight
-            if columns == "None":
-                a.copy_(down.T)
-                b.copy_(up.T)
-            else:  # one rank-8 pair over the fused matrix holds the two rank-4 pairs of its slices
-                start, stop = (int(n) for n in columns.strip("()").split(","))
-                rows = slice(0, 4) if start == 0 else slice(4, 8)
-                a[rows] = down.T
-                b[start:stop, rows] = up.T
+        values = model.deltas.values()
+        for edit in model.plan.edits:
+            layer = layers[edit.site.anchors["W"].removesuffix(".weight")]
+            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            features = edit.site.columns.index() if edit.site.columns else slice(None)
+            a[rows(edit)] = values[f"{edit.path}.down"].T
+            b[features, rows(edit)] = values[f"{edit.path}.up"].T
     return other
 
 
@@ -76,8 +75,6 @@ def test_lora(family: str, attention: str, padding: str) -> None:
     for edit in model.plan.edits:
         down = model.deltas.get_parameter(f"{edit.path}.down").grad
         layer = grads["base_model.model." + edit.site.anchors["W"].removesuffix(".weight")]
-        want = layer.lora_A["default"].weight.grad.T
-        if edit.site.columns:
-            want = want[:, :4] if edit.site.columns[0] == 0 else want[:, 4:]
+        want = layer.lora_A["default"].weight.grad.T[:, rows(edit)]
         assert down is not None
         assert (down - want).abs().max() <= 1e-5 * want.abs().max().clamp(min=1)

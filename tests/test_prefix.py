@@ -71,6 +71,9 @@ def oracle(
             )
         scale = q.shape[-1] ** -0.5 if scaling is None else scaling
         pk, pv = found[scopes[id(module)]]
+        groups = q.shape[1] // k.shape[1]  # grouped queries share keys, values and prefixes
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        pk, pv = pk.repeat_interleave(groups, 0), pv.repeat_interleave(groups, 0)
         return gated_attention(q, k, v, mask, pk, pv, scale).transpose(1, 2), None
 
     original = ALL_ATTENTION_FUNCTIONS["sdpa"]
@@ -91,9 +94,14 @@ def compiled(family: str, attention: str) -> tuple[PreTrainedModel, PreTrainedMo
     return backbone, stir(peftc.compile(backbone, peftc.load_spec("prefix_tuning", l=5, m=6)), 0.6)
 
 
+def bound(family: str, attention: str) -> float:
+    """float64 through two layers; the eager code of some families takes its softmax in float32."""
+    return 1e-6 if attention == "eager" and family in ("llama", "neox") else 1e-12
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
-@pytest.mark.parametrize("family", ["bart", "roberta", "gpt2", "mbart"])
+@pytest.mark.parametrize("family", ["bart", "roberta", "gpt2", "mbart", "llama", "neox"])
 def test_prefix_is_the_gated_form(family: str, attention: str, padding: str) -> None:
     backbone, model = compiled(family, attention)
     inputs = batch(model, padding)
@@ -105,12 +113,15 @@ def test_prefix_is_the_gated_form(family: str, attention: str, padding: str) -> 
         if model.config.is_encoder_decoder or got.ndim == 2
         else inputs["attention_mask"].bool()
     )
-    assert (got - want)[real].abs().max() < 1e-12  # float64, two layers
-    assert (got - logits(backbone, inputs)).abs().max() > 1e-2  # and the prefix does something
+    assert (got - want)[real].abs().max() < bound(family, attention)
+    moved = (got - logits(backbone, inputs))[
+        real
+    ]  # causal eager code makes nan of rows that see nothing
+    assert moved.abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("family", ["bart", "gpt2"])
+@pytest.mark.parametrize("family", ["bart", "gpt2", "llama"])
 def test_without_a_mask(family: str, attention: str) -> None:
     """No mask at all: a causal model then relies on `is_causal`, which the prefix must replace."""
     backbone, model = compiled(family, attention)
@@ -118,11 +129,11 @@ def test_without_a_mask(family: str, attention: str) -> None:
     del inputs["attention_mask"]
     with oracle(backbone, prefixes(model)):
         want = logits(backbone, inputs)
-    assert (logits(model, inputs) - want).abs().max() < 1e-12
+    assert (logits(model, inputs) - want).abs().max() < bound(family, attention)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("family", ["bart", "gpt2"])
+@pytest.mark.parametrize("family", ["bart", "gpt2", "llama"])
 def test_token_by_token_through_the_cache(family: str, attention: str) -> None:
     """The cache never holds the prefix: its length, and so the positions, do not move."""
     _, model = compiled(family, attention)
@@ -140,7 +151,7 @@ def test_token_by_token_through_the_cache(family: str, attention: str) -> None:
         cache = out.past_key_values
         assert cache.get_seq_length() == i + 1
         steps.append(out.logits)
-    assert (torch.cat(steps, 1) - whole).abs().max() < 1e-12
+    assert (torch.cat(steps, 1) - whole).abs().max() < bound(family, attention)
 
 
 def test_hand_example() -> None:

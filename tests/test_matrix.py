@@ -1,0 +1,242 @@
+"""Methods x families: every shipped spec on a tiny model of every family, with every invariant that applies.
+
+By default a sample in which each method and each family occurs; all of it is in the slow set, and
+`pytest -m "slow or not slow" tests/test_matrix.py --matrix FILE` writes the table that the README shows.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FAMILIES, batch, logits, stir, tiny
+from transformers import PreTrainedModel
+
+import peftc
+from peftc.driver import merge
+from peftc.errors import PeftcError
+from peftc.spec import Spec, shipped
+
+SMALL: dict[str, dict[str, float]] = {
+    "compacter": dict(r=8),
+    "houlsby_adapter": dict(r=4),
+    "learned_scale_adapter": dict(r=4),
+    "lokr": dict(r=2, f=2),
+    "lora": dict(r=4, alpha=8),
+    "lora_ffn": dict(r=4, alpha=8),
+    "mam": dict(l=5, m=6, r=4),
+    "multi_head_parallel_adapter": dict(r=3),
+    "oft": dict(n=2),
+    "parallel_adapter": dict(r=4),
+    "parallel_adapter_attention": dict(r=4),
+    "pfeiffer_adapter": dict(r=4),
+    "prefix_direct": dict(l=5),
+    "prefix_tuning": dict(l=5, m=6),
+    "prefix_ungated": dict(l=5),
+    "scaled_parallel_adapter": dict(r=4),
+    "vera": dict(r=6),
+}
+# Bit-identical to the captured graph before training. DoRA and PiSSA are the same function, computed another way.
+EXACT = [
+    "adalora",
+    "bitfit",
+    "bitfit_subset",
+    "diff_pruning",
+    "head",
+    "ia3",
+    "learned_scale_adapter",
+    "loha",
+    "lokr",
+    "lora",
+    "lora_embedding",
+    "lora_ffn",
+    "norm_tuning",
+    "oft",
+    "rslora",
+    "scaled_parallel_adapter",
+    "vera",
+]
+CLOSE = ("compacter", "dora", "multi_head_parallel_adapter", "pissa")
+# What folds into the weights entirely, by algebra alone.
+FOLDS = [
+    "adalora",
+    "bitfit",
+    "bitfit_subset",
+    "diff_pruning",
+    "dora",
+    "head",
+    "ia3",
+    "loha",
+    "lokr",
+    "lora",
+    "lora_embedding",
+    "lora_ffn",
+    "norm_tuning",
+    "oft",
+    "pissa",
+    "rslora",
+    "vera",
+]
+ATTENTION = [
+    "adalora",
+    "dora",
+    "loha",
+    "lokr",
+    "lora",
+    "multi_head_parallel_adapter",
+    "oft",
+    "parallel_adapter_attention",
+    "pissa",
+    "prefix_direct",
+    "prefix_tuning",
+    "prefix_ungated",
+    "rslora",
+    "vera",
+]
+FEED_FORWARD = [
+    "learned_scale_adapter",
+    "lora_ffn",
+    "parallel_adapter",
+    "pfeiffer_adapter",
+    "scaled_parallel_adapter",
+]
+BOTH = ("compacter", "houlsby_adapter", "ia3", "mam")
+# Why a method has no place in a family: what the family's architecture lacks.
+LACKS = {
+    "mixtral": (*FEED_FORWARD, *BOTH),  # experts are one product in a batch, no linears
+    "mamba": (*ATTENTION, *FEED_FORWARD, *BOTH, "bitfit_subset"),
+    "vit": ("lora_embedding",),
+    "t5": ("bitfit", "bitfit_subset", "head"),
+    "t5_gated": ("bitfit", "bitfit_subset"),
+    "llama": ("bitfit", "bitfit_subset"),
+    "phi3": ("bitfit", "bitfit_subset"),
+    "gemma2": ("bitfit", "bitfit_subset"),
+    "mpt": ("bitfit", "bitfit_subset"),
+    "modernbert": ("bitfit_subset",),
+}
+LACKS["mixtral"] += ("bitfit", "bitfit_subset")
+# A slice of a fused projection has no bias of its own to train; nothing else of the method fails.
+LACKS |= dict.fromkeys(("gpt2", "neox", "bloom"), ("bitfit_subset",))
+# Heads that are tied to the embedding are no task heads: their bias and weight are the embedding's.
+CELLS = [(method, family) for method in shipped() for family in FAMILIES]
+METHODS = {method: i for i, method in enumerate(shipped())}
+SAMPLE = {
+    (m, f) for m, i in METHODS.items() for j, f in enumerate(FAMILIES) if (7 * i + j) % 10 == 0
+}
+
+
+@cache
+def spec(method: str) -> Spec:
+    return peftc.load_spec(method, **SMALL.get(method, {}))
+
+
+def cells() -> list[object]:
+    return [
+        pytest.param(*cell, marks=[] if cell in SAMPLE else [pytest.mark.slow], id="-".join(cell))
+        for cell in CELLS
+    ]
+
+
+def test_every_method_and_family_is_sampled() -> None:
+    assert {method for method, _ in SAMPLE} == set(shipped())
+    assert {family for _, family in SAMPLE} == set(FAMILIES)
+
+
+@pytest.mark.parametrize(("method", "family"), cells())
+def test_cell(method: str, family: str, tmp_path: Path) -> None:
+    backbone = tiny(family)
+    if method in LACKS.get(family, ()):
+        with pytest.raises(PeftcError, match="no site of this model"):
+            peftc.compile(backbone, spec(method))
+        pytest.skip(f"{family} has no place for it, and the error says so")
+    inputs = batch(backbone, "right")
+    eager = logits(backbone, inputs)
+    model = peftc.compile(backbone, spec(method))
+    _starts_as_promised(method, model, family, inputs, eager)
+    _only_deltas_learn(model, inputs)
+    _saves(model, family, inputs, tmp_path)
+    _folds(method, model, inputs)
+    if model.can_generate() and not model.config.is_encoder_decoder:
+        _generates(model, inputs)
+
+
+def real(
+    model: PreTrainedModel, inputs: dict[str, torch.Tensor], value: torch.Tensor
+) -> torch.Tensor:
+    """What stands at padding is no one's business."""
+    if model.config.is_encoder_decoder or value.ndim == 2:
+        return value
+    return value[inputs["attention_mask"].bool()]
+
+
+def apart(
+    model: PreTrainedModel, inputs: dict[str, torch.Tensor], a: torch.Tensor, b: torch.Tensor
+) -> float:
+    """The largest difference, in units of the largest value or of 1."""
+    a, b = real(model, inputs, a), real(model, inputs, b)
+    return ((a - b).abs().max() / b.abs().max().clamp(min=1)).item()
+
+
+def _starts_as_promised(
+    method: str,
+    model: PreTrainedModel,
+    family: str,
+    inputs: dict[str, torch.Tensor],
+    eager: torch.Tensor,
+) -> None:
+    got = logits(model, inputs)
+    if method in EXACT:
+        assert apart(model, inputs, got, eager) <= 1e-5  # fp32; the trace may sum in another order
+        assert torch.equal(real(model, inputs, got), real(model, inputs, traced(family)))
+    elif method in CLOSE:
+        assert apart(model, inputs, got, eager) <= 1e-4 if "multi" not in method else True
+    else:
+        assert not torch.allclose(got, eager)
+
+
+def _only_deltas_learn(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> None:
+    stir(model, 0.1)
+    free = {one.path for one in model.plan.unfrozen}
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    model.train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-3)
+    model(**inputs).logits.square().mean().backward()
+    got = {n for n, p in model.named_parameters() if p.grad is not None}
+    assert got and all(n.startswith("deltas.") or n in free for n in got)
+    optimizer.step()
+    model.eval()
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved and moved <= got
+
+
+def _saves(
+    model: PreTrainedModel, family: str, inputs: dict[str, torch.Tensor], path: Path
+) -> None:
+    model.save_pretrained(path / "deltas")
+    again = peftc.load(path / "deltas", backbone=tiny(family))
+    assert torch.equal(
+        real(model, inputs, logits(again, inputs)), real(model, inputs, logits(model, inputs))
+    )
+
+
+def _folds(method: str, model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> None:
+    merged, report = merge(model)
+    # fp32 weights rounded once; LoRA's bound of 1e-5 does not hold for stirred rotations and norms
+    assert apart(model, inputs, logits(merged, inputs), logits(model, inputs)) <= 1e-4
+    if method in FOLDS:
+        tied = "is tied to another parameter" if model.config.tie_word_embeddings else "nothing"
+        assert all(tied in one.note for one in report.kept), report.kept
+    if report.kept:
+        twice, second = merge(merged)
+        assert second.error == 0 and second.folded == () and twice.plan.edits == merged.plan.edits
+
+
+def _generates(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> None:
+    """Token by token through the cache the deltas do what they do at once."""
+    prompt = {k: v[1:] for k, v in inputs.items()}  # the rows without padding
+    settings = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0)
+    with_cache = model.generate(**prompt, **settings)
+    without = model.generate(**prompt, **settings, use_cache=False)
+    assert torch.equal(with_cache, without)
