@@ -58,7 +58,7 @@ EXACT = [
     "scaled_parallel_adapter",
     "vera",
 ]
-CLOSE = ("compacter", "dora", "multi_head_parallel_adapter", "pissa")
+CLOSE = ("compacter", "dora", "pissa")
 # What folds into the weights entirely, by algebra alone.
 FOLDS = [
     "adalora",
@@ -162,6 +162,13 @@ def test_cell(method: str, family: str, tmp_path: Path) -> None:
         _generates(model, inputs)
 
 
+@cache
+def traced(family: str) -> torch.Tensor:
+    """What the captured graph gives with nothing inserted."""
+    base = peftc.compile(tiny(family), "norm_tuning")
+    return logits(base, batch(base, "right"))
+
+
 def real(
     model: PreTrainedModel, inputs: dict[str, torch.Tensor], value: torch.Tensor
 ) -> torch.Tensor:
@@ -191,7 +198,7 @@ def _starts_as_promised(
         assert apart(model, inputs, got, eager) <= 1e-5  # fp32; the trace may sum in another order
         assert torch.equal(real(model, inputs, got), real(model, inputs, traced(family)))
     elif method in CLOSE:
-        assert apart(model, inputs, got, eager) <= 1e-4 if "multi" not in method else True
+        assert apart(model, inputs, got, eager) <= 1e-4  # fp32, two layers
     else:
         assert not torch.allclose(got, eager)
 
