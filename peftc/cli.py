@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import typer
 from typer.exceptions import TyperException
 
-from peftc.commands import compiling, exporting, language, merging, planning, training, verifying
+from peftc.commands import (
+    compiling,
+    exporting,
+    language,
+    merging,
+    peft,
+    planning,
+    training,
+    verifying,
+)
 from peftc.errors import PeftcError
 
 DONE, YOURS, OURS = 0, 1, 2
 
-COMMANDS = (
+COMMANDS: tuple[Callable[..., None], ...] = (
     planning.plan,
     compiling.compile,
     training.train,
@@ -23,7 +32,10 @@ COMMANDS = (
     exporting.run,
     verifying.verify,
     language.specs,
+    language.new,
     language.schema,
+    peft.import_,
+    peft.export_peft,
 )
 
 _HELP = """A compiler for parameter-efficient fine-tuning: a method is a YAML file.
@@ -37,6 +49,11 @@ peftc run bundle "some text"
 """
 
 
+def name_of(command: Callable[..., None]) -> str:
+    """What is typed: `export-peft`, and `import` for a function that Python will not let be called so."""
+    return command.__name__.rstrip("_").replace("_", "-")
+
+
 def app() -> typer.Typer:
     """The commands as one program; help is plain text when it goes to a pipe."""
     one = typer.Typer(
@@ -48,7 +65,7 @@ def app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
     )
     for command in COMMANDS:
-        one.command()(command)
+        one.command(name_of(command))(command)
     return one
 
 
@@ -73,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _usage(arguments: Sequence[str]) -> str:
-    names = {command.__name__ for command in COMMANDS}
+    names = {name_of(command) for command in COMMANDS}
     named = [one for one in arguments if one in names][:1]
     return f" (see: {' '.join(['peftc', *named, '--help'])})"
 

@@ -14,14 +14,15 @@ from transformers import PreTrainedModel
 import passes
 from peftc import backbones, delta, verify
 from peftc.algebra import constant_form
+from peftc.budget import BudgetError, Solved, solve
 from peftc.capture import capture
 from peftc.folding import Folding, Report
 from peftc.inputs import dummy_inputs, forward_flags
 from peftc.model import CompiledModel, attach
 from peftc.pipeline import PassResult, Pipeline
-from peftc.planning import Plan, make_plan
+from peftc.planning import Plan, Survey, make_plan
 from peftc.program import Program
-from peftc.sites import Stacks
+from peftc.sites import Site, Stacks, find_sites
 from peftc.spec import Spec, combine, load_spec
 
 SpecLike = Spec | str | Path | Sequence[Spec | str | Path]
@@ -83,8 +84,34 @@ def _captured(
 
 
 def _plan(model: PreTrainedModel, spec: Spec, captured: Captured) -> Plan:
+    planner = _planner(model, captured)
+    if spec.auto is None:
+        return planner(spec)
+    if spec.budget is None:
+        raise BudgetError(
+            f"'{spec.auto}' of {spec.name} is auto: set it, or give the spec a budget"
+        )
+    return solve(spec, spec.budget, planner).plan
+
+
+def _planner(model: PreTrainedModel, captured: Captured) -> Callable[[Spec], Plan]:
     backbone = {path: tuple(weight.shape) for path, weight in model.named_parameters()}
-    return make_plan(spec, captured.program, Stacks.read(model), backbone)
+    found = Survey.of(captured.program, Stacks.read(model))
+    return lambda spec: make_plan(spec, found, backbone)
+
+
+def within(model: PreTrainedModel, specs: Sequence[Spec], budget: str) -> list[Solved]:
+    """Each spec at the largest size that the budget allows. Works on the meta device."""
+    planner = _planner(model, _captured(model, None, Trace()))
+    return [solve(spec, budget, planner) for spec in specs]
+
+
+def survey(
+    model: PreTrainedModel, *, example: Mapping[str, torch.Tensor] | None = None
+) -> tuple[Site, ...]:
+    """Every site of a model, in the order of the kinds of sites. Works on the meta device."""
+    program = _captured(model, example, Trace()).program
+    return find_sites(program, Stacks.read(model))
 
 
 def compile(  # the name that users of torch expect

@@ -248,8 +248,8 @@ def _spec(
     for path in whole:
         owner, _, last = path.rpartition(".")
         owners.setdefault(owner, []).append(last)
-    for owner, last in owners.items():
-        lines += [f"  - at: {{op: linear, scope: {owner}}}", f"    train: [{', '.join(last)}]"]
+    for owner, own in owners.items():
+        lines += [f"  - at: {{op: linear, scope: {owner}}}", f"    train: [{', '.join(own)}]"]
     return parse_spec("\n".join(lines) + "\n", kind)
 
 

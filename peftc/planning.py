@@ -81,15 +81,25 @@ class Plan:
         return {kind: len(scopes) for kind, scopes in counts.items()}
 
 
-def make_plan(
-    spec: Spec, program: Program, stacks: Stacks, backbone: Mapping[str, tuple[int, ...]]
-) -> Plan:
-    """Match every entry of `spec` to the sites of `program`.
+@dataclass(frozen=True)
+class Survey:
+    """What a model has to offer: its sites, and the weights out of reach with the op that reads each."""
+
+    sites: tuple[Site, ...]
+    opaque: Mapping[str, str]
+
+    @staticmethod
+    def of(program: Program, stacks: Stacks) -> Survey:
+        return Survey(find_sites(program, stacks), opaque_weights(program))
+
+
+def make_plan(spec: Spec, survey: Survey, backbone: Mapping[str, tuple[int, ...]]) -> Plan:
+    """Match every entry of `spec` to the sites of a model.
 
     `backbone` is the shape of each parameter by its canonical path. Raises PlanError with every
     problem: an entry without a site, a broken `expect`, shapes that do not fit.
     """
-    sites, opaque = find_sites(program, stacks), opaque_weights(program)
+    sites = survey.sites
     problems: list[str] = []
     edits: list[Edit] = []
     unfrozen: dict[str, Unfrozen] = {}
@@ -108,7 +118,7 @@ def make_plan(
         if taken & _paths(placed):  # the same method twice at one site
             placed, missed, broken = _edits(entry, f"{entry.method}_{index}", chosen)
         taken |= _paths(placed)
-        passed = list(_passed_by(entry, opaque))
+        passed = list(_passed_by(entry, survey.opaque))
         problems += broken or _unmatched(entry, len(placed), sites, [*missed, *passed])
         edits += placed
         misses += [*missed, *passed]

@@ -71,7 +71,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Spec:
-    """A method: entries in the order in which they act."""
+    """A method: entries in the order in which they act. `auto` is the argument that `budget` decides."""
 
     name: str
     title: str
@@ -79,6 +79,8 @@ class Spec:
     entries: tuple[Entry, ...]
     text: str = field(default="", repr=False, compare=False)
     path: str = field(default="", compare=False)
+    budget: str | None = None
+    auto: str | None = None
 
     def digest(self) -> str:
         """SHA-256 of what the spec says, whatever its comments and layout."""

@@ -16,7 +16,7 @@ from peftc.ports import SITES
 from peftc.spec import FORMULA, Arguments, Entry, Init, Param, Spec, Where, find
 from peftc.yaml_source import Item, Source, compose
 
-TOP = ("name", "with", "deltas")
+TOP = ("name", "with", "budget", "deltas")
 ENTRY = (
     "at",
     "where",
@@ -45,6 +45,7 @@ INITS = {
     "kaiming_uniform": (0, 0),
     "identity": (0, 0),
 }
+AUTO = "auto"
 MAX_USES, MAX_LAYER = 8, 10_000
 
 
@@ -56,6 +57,9 @@ def read(source_text: str, path: str, overrides: Arguments, using: tuple[str, ..
     top = source.mapping(root, "a spec", TOP)
     name = source.text(top["name"][1], "'name'") if "name" in top else Path(path).stem
     arguments = reader.arguments(top, overrides)
+    budget = source.text(top["budget"][1], "'budget'") if "budget" in top else None
+    if budget is not None and reader.auto is None and not overrides:
+        source.fail(top["budget"][0], "'budget' decides one argument", "set it to auto in 'with'")
     entries: list[Entry] = []
     if "deltas" not in top:
         source.fail(root, "'deltas' is missing", "a spec lists its deltas")
@@ -71,7 +75,9 @@ def read(source_text: str, path: str, overrides: Arguments, using: tuple[str, ..
     title = next(
         (line[1:].strip() for line in source_text.splitlines() if line.startswith("#")), ""
     )
-    return Spec(name or "", title, arguments, tuple(entries), source_text, path)
+    return Spec(
+        name or "", title, arguments, tuple(entries), source_text, path, budget, reader.auto
+    )
 
 
 @dataclass
@@ -89,11 +95,16 @@ class Reader:
         self.source = source
         self.using = using
         self.used: set[str] = set()
+        self.auto: str | None = None
 
     def arguments(self, top: Mapping[str, Item], overrides: Arguments) -> dict[str, float | int]:
         values: dict[str, float | int] = {}
         if "with" in top:
             for name, (_, node) in self.source.mapping(top["with"][1], "'with'").items():
+                if isinstance(node, yaml.ScalarNode) and node.value == AUTO:
+                    self.decide(name, node, overrides)
+                    values[name] = 1
+                    continue
                 value = self.number(node, values)
                 values[name] = 0 if value is None else value
         unknown = [name for name in overrides if name not in values]
@@ -106,6 +117,13 @@ class Reader:
         if odd:
             raise PeftcError(f"{self.source.file}: argument '{odd[0]}' must be a number")
         return {**values, **overrides}
+
+    def decide(self, name: str, node: yaml.Node, overrides: Arguments) -> None:
+        """An argument that is left to the budget, unless it is given."""
+        if self.auto is not None:
+            self.source.fail(node, f"'{self.auto}' is auto already; a budget decides one argument")
+        elif name not in overrides:
+            self.auto = name
 
     def check_unused(self, top: Mapping[str, Item], arguments: Arguments) -> None:
         if self.source.problems or "with" not in top:

@@ -48,6 +48,7 @@ def json_schema() -> dict[str, Any]:
         "properties": {
             "name": {"type": "string"},
             "with": {**_VALUES, "description": "arguments and their defaults"},
+            "budget": {"type": ["string", "integer"], "examples": ["6.7%"]},
             "deltas": {"type": "array", "items": entry, "minItems": 1},
         },
     }

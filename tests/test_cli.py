@@ -250,7 +250,7 @@ def test_specs_and_schema(run: Run) -> None:
     assert json.loads(run("schema")[1])["type"] == "object"
 
 
-@pytest.mark.parametrize("command", [command.__name__ for command in cli.COMMANDS])
+@pytest.mark.parametrize("command", [cli.name_of(command) for command in cli.COMMANDS])
 def test_help_teaches_by_example(run: Run, command: str) -> None:
     code, out, _ = run(command, "--help")
     assert code == 0

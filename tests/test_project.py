@@ -122,7 +122,7 @@ def readme_commands(heading: str = "") -> list[str]:
 
 def test_readme_commands_exist() -> None:
     """Every `make` target, `peftc` command, shipped spec and option that the README types is there."""
-    known = {command.__name__ for command in cli.COMMANDS}
+    known = {cli.name_of(command) for command in cli.COMMANDS}
     for line in readme_commands():
         program, *words = line.split()
         if program == "make":

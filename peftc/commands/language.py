@@ -1,13 +1,15 @@
-"""`peftc specs` and `peftc schema`: the language and what is written in it; no torch."""
+"""`peftc specs`, `peftc new` and `peftc schema`: the language and what is written in it; no torch."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from peftc.commands.console import raw
+from peftc.errors import PeftcError
 
 
 def specs(
@@ -31,6 +33,53 @@ def specs(
             f"{one.name:<{width}}  {one.title}"
             + (f"\n{'':<{width}}  {arguments}" if arguments else "")
         )
+
+
+SKELETON = """# NAME: one line on what it is (authors, year, equation)
+name: NAME
+with: {r: 8, s: 1.0}  # arguments; --set r=16 overrides one
+deltas:
+  # Where: attention, attention.q .k .v .o, attention.heads, ffn, ffn.up .gate .down .hidden, embedding,
+  # norm, head, {op: linear, scope: "*.dense"}, or a list of these. `peftc plan --sites` lists a model's own.
+  - at: ffn
+    # where: {stack: decoder, kind: cross, layers: "0-5,11"}
+    # expect: 24  # how many sites must match
+    params:  # sizes: in, out, d, heads, head_dim, kv and your arguments; per: site, kind, shape or model
+      down: {shape: [in, r],  init: kaiming_uniform}
+      up:   {shape: [r, out], init: zeros}
+    # let: {name: formula}
+    delta: relu(x @ down) @ up  # reads x: parallel; reads h: sequential
+    compose: h + s * delta      # this is h + delta where it is left out
+    # instead of delta and compose: rewrite: {W: W + transpose(down @ up)}
+    # penalty: a number at each site that is added to the loss
+  # - train: [bias]  # existing parameters, by the last part of their name
+  # - use: lora      # another spec
+  #   with: {r: 4}
+"""
+
+
+def new(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Of the method.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Instead of NAME.yaml.")
+    ] = None,
+) -> None:
+    """Write a commented skeleton of a spec to NAME.yaml.
+
+    \b
+    peftc new my_method
+    peftc plan my_method.yaml --model ./bert
+    """
+    if not name.isidentifier():
+        raise PeftcError(f"'{name}' is not a name: letters, digits and _")
+    path = output or Path(f"{name}.yaml")
+    try:
+        with path.open("x") as file:
+            file.write(SKELETON.replace("NAME", name))
+    except OSError as error:
+        reason = "exists already" if isinstance(error, FileExistsError) else str(error.strerror)
+        raise PeftcError(f"{path}: {reason}") from error
+    raw(f"wrote {path}: edit it, then peftc plan {path} --model MODEL")
 
 
 def schema() -> None:

@@ -19,6 +19,10 @@ Specs = Annotated[
     list[str],
     typer.Argument(metavar="SPEC...", help="Shipped names or YAML files; several act as one."),
 ]
+OptionalSpecs = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[SPEC]...", help="Shipped names or YAML files; several act as one."),
+]
 Model = Annotated[
     str,
     typer.Option(

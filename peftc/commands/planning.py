@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from peftc.commands import options
 from peftc.commands.console import console, raw, say, step
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 def plan(
-    specs: options.Specs,
     model: options.Model,
+    specs: options.OptionalSpecs = None,
     random_weights: options.RandomWeights = False,
     task: options.Task = None,
     num_labels: options.NumLabels = None,
     sets: options.Set = None,
     as_json: options.Json = False,
     sites: Annotated[
-        bool, typer.Option("--sites", help="List every site and its tensors.")
+        bool, typer.Option("--sites", help="List the model's sites, or those that a spec changes.")
     ] = False,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            "--budget", metavar="6.7%", help="Solve each spec's size for a share, or a number."
+        ),
+    ] = None,
 ) -> None:
     """Show what a spec does to a model, without building weights.
 
@@ -30,11 +39,25 @@ def plan(
     \b
     peftc plan mam --model facebook/bart-large --random-weights
     peftc plan lora --set r=16 --model ./my-bert --json
+    peftc plan --sites --model ./my-bert
+    peftc plan lora mam --budget 1% --model ./my-bert
     """
-    spec = options.spec(specs, sets)
+    if not specs and not sites:
+        raise options.OptionError("name a spec, or ask for --sites")
+    spec = options.spec(specs, sets) if specs and not budget else None
     built = options.backbone(model, random_weights, meta=True, task=task, num_labels=num_labels)
     from peftc import driver, table
 
+    if budget is not None:
+        return _budgets(built, specs or [], sets, budget, as_json)
+    if spec is None:
+        with step("tracing"):
+            places = driver.survey(built)
+        return (
+            raw(json.dumps(table.places_data(places), indent=2))
+            if as_json
+            else say(table.places(places))
+        )
     with step("tracing and planning"):
         found = driver.plan(built, spec)
     if as_json:
@@ -42,3 +65,20 @@ def plan(
     say(table.render(found, console().width))
     if sites:
         say(table.site_list(found))
+
+
+def _budgets(
+    model: PreTrainedModel, names: list[str], sets: list[str] | None, budget: str, as_json: bool
+) -> None:
+    """What each method gets for the budget: one line each."""
+    from peftc import driver, table
+    from peftc.spec import load_spec
+
+    if not names or sets:
+        raise options.OptionError("--budget sizes specs one by one, as they are: no --set")
+    with step(f"fitting {len(names)} specs to {budget}"):
+        found = driver.within(model, [load_spec(name) for name in names], budget)
+    rows = table.budget_rows(found)
+    if as_json:
+        return raw(json.dumps(rows, indent=2))
+    say(table.columns(rows))
