@@ -52,6 +52,11 @@ class CompiledModel(PreTrainedModel):
         output = self._cached(wanted) if wanted.get("use_cache") else self._plain(wanted)
         return output if return_dict else output.to_tuple()
 
+    def train(self, mode: bool = True) -> Any:
+        """Switch the mode of the deltas and of the backbone, whose modules are shared."""
+        self._backbone.training = mode
+        return super().train(mode)
+
     def get_encoder(self, modality: str | None = None) -> nn.Module:
         """The encoder with its deltas, as `generate` wants it."""
         return _Encoder(self) if modality is None else super().get_encoder(modality)
@@ -67,7 +72,6 @@ class CompiledModel(PreTrainedModel):
         """The rewritten graph for an entry and this kind of inputs, captured when first asked for."""
         key = self._key(entry, inputs, flags, self.training)
         if key not in self._programs:
-            self._backbone.training = self.training
             program = capture(self._backbone, entry, inputs, flags)
             self._transform(program)
             self._programs[key] = program

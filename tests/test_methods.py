@@ -170,3 +170,14 @@ def test_every_pass_is_timed_and_seen() -> None:
     assert seen[:3] == ["normalize", "normalize", "insert"]  # for planning, then for training
     assert {"fold_constants", "fold_affine"} <= set(seen)
     assert len(trace.results) == len(seen)
+
+
+def test_modes_stay_together() -> None:
+    """The backbone's modules are shared: what runs it alone must not leave them in another mode."""
+    backbone = tiny("gpt2")
+    model = stir(peftc.compile(backbone, "lora"), 0.1)
+    model.train()
+    model(**batch(model)).logits.sum().backward()
+    model.eval()
+    merge(model)
+    assert not any(module.training for module in (*model.modules(), *backbone.modules()))
