@@ -100,6 +100,12 @@ def _planner(model: PreTrainedModel, captured: Captured) -> Callable[[Spec], Pla
     return lambda spec: make_plan(spec, found, backbone)
 
 
+def plans(model: PreTrainedModel, specs: Sequence[SpecLike]) -> list[Plan]:
+    """`plan` for several specs, each on its own; the model is traced once."""
+    planner = _planner(model, _captured(model, None, Trace()))
+    return [planner(as_spec(spec)) for spec in specs]
+
+
 def within(model: PreTrainedModel, specs: Sequence[Spec], budget: str) -> list[Solved]:
     """Each spec at the largest size that the budget allows. Works on the meta device."""
     planner = _planner(model, _captured(model, None, Trace()))

@@ -70,6 +70,7 @@ _ROWS = (
     _linear("ffn.up", "the first projection of a feed-forward"),
     _linear("ffn.gate", "the gating projection of a gated feed-forward"),
     _linear("ffn.down", "the last projection of a feed-forward"),
+    _linear("ffn.linear", "every projection of a feed-forward, two or three"),
     SiteType("ffn.hidden", {"h": ("...", "out")}, ("h",), _LINEAR_DIMS, "after the activation"),
     SiteType(
         "embedding",

