@@ -46,10 +46,10 @@ def _fold(edit: Edit, weight: str, folding: Folding, blocked: bool) -> None:
     if not weight or not (ports <= {"W", "b"} or ports in ({"h"}, {"x"})):
         op = next((one.op for one in assigned.values() if hasattr(one, "op")), "it")
         raise NotAffine(f"'{op}' rewrites '{', '.join(assigned)}', which is no linear's result")
-    if blocked:
-        raise NotAffine("an earlier delta of the same linear stays")
     if weight in folding.tied:
         raise NotAffine(f"'{weight}' is tied to another parameter")
+    if blocked:
+        raise NotAffine("an earlier delta of the same linear stays")
     env = {p.name: folding.tensors[p.path] for p in edit.parameters}
     base, read = _base(edit, weight, folding), (env, numbers(edit))
     if ports <= {"W", "b"}:

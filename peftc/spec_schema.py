@@ -6,7 +6,7 @@ from typing import Any
 
 from peftc.ops import OPS
 from peftc.ports import SITES
-from peftc.spec_reader import INITS, PER
+from peftc.spec_fields import INITS, PER
 
 _FORMULA = {"type": ["string", "number"], "description": "ops: " + ", ".join(OPS)}
 _FORMULAS = {"type": "object", "additionalProperties": _FORMULA, "minProperties": 1}

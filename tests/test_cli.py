@@ -294,3 +294,45 @@ def test_the_language_needs_no_torch() -> None:
         "import sys; from peftc.cli import main; main(['specs']); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
+
+
+def test_plan_lists_the_sites_of_a_model(run: Run, folder: Path) -> None:
+    code, out, _ = run("plan", "--sites", "--model", folder)
+    assert code == 0
+    assert "attention.q" in out and "W[32, 32]" in out and "such as" in out
+    found = json.loads(run("plan", "--sites", "--model", folder, "--json")[1])
+    assert {"at", "scope", "stack", "kind", "layer", "ports", "dims", "slice"} == set(found[0])
+    code, _, err = run("plan", "--model", folder)
+    assert code == 1 and "name a spec, or ask for --sites" in err
+
+
+def test_plan_fits_methods_to_a_budget(run: Run, folder: Path) -> None:
+    code, out, _ = run("plan", "lora", "lora_ffn", "--budget", "10%", "--model", folder, "--json")
+    assert code == 0
+    rows = json.loads(out)
+    assert [row["method"] for row in rows] == ["lora", "lora_ffn"]
+    assert all(9 < row["percent"] <= 10 for row in rows)
+    assert "argument" in run("plan", "lora", "--budget", "10%", "--model", folder)[1]
+
+
+def test_new_writes_a_spec_that_plans(run: Run, folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    assert run("new", "mine", "-o", path)[0] == 0
+    assert run("plan", path, "--model", folder)[0] == 0
+    code, _, err = run("new", "mine", "-o", path)
+    assert code == 1 and "exists already" in err
+    assert run("new", "no-name")[0] == 1
+
+
+def test_peft_adapters_go_out_and_come_in(
+    run: Run, folder: Path, lora: Path, tmp_path: Path
+) -> None:
+    adapter, again = tmp_path / "adapter", tmp_path / "again"
+    assert run("export-peft", lora, "-o", adapter)[0] == 0
+    code, out, _ = run(
+        "import", adapter, "-m", folder, "--task", "classification", "--num-labels", 3, "-o", again
+    )
+    assert code == 0 and "saved deltas" in out
+    assert run("verify", again)[0] == 0
+    code, _, err = run("export-peft", lora, "-o", adapter)
+    assert code == 1 and "is not empty" in err
