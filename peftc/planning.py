@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from math import prod
 
 from peftc import expr as ex
-from peftc.algebra import constant_form, port_shapes, shape_of
+from peftc.algebra import port_shapes, shape_of
+from peftc.counts import Counts, Unfrozen, count, numel
 from peftc.deltas import Deltas
 from peftc.edit import Edit, Parameter
 from peftc.errors import PeftcError, suggest
@@ -20,15 +21,6 @@ from peftc.spec import FORMULA, Entry, Param, Spec
 
 class PlanError(PeftcError):
     """A spec that does not fit this model: one line for each problem."""
-
-
-@dataclass(frozen=True)
-class Unfrozen:
-    """A backbone parameter that trains (BitFit, the task head)."""
-
-    path: str
-    numel: int
-    at: str
 
 
 @dataclass(frozen=True)
@@ -47,17 +39,6 @@ class Match:
     entry: Entry
     sites: int
     parameters: int
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Elements. `weights` as the paper counts (no biases, no head, no reparametrising MLP), `stored` with
-    biases after constant folding, `training` all that trains."""
-
-    backbone: int
-    weights: int
-    stored: int
-    training: int
 
 
 @dataclass(frozen=True)
@@ -122,10 +103,10 @@ def make_plan(spec: Spec, survey: Survey, backbone: Mapping[str, tuple[int, ...]
         problems += broken or _unmatched(entry, len(placed), sites, [*missed, *passed])
         edits += placed
         misses += [*missed, *passed]
-        matches.append(Match(entry, len(placed), _numel(placed)))
+        matches.append(Match(entry, len(placed), numel(placed)))
     if problems:
         raise PlanError("\n".join(problems))
-    counts = _counts(edits, list(unfrozen.values()), backbone)
+    counts = count(edits, list(unfrozen.values()), backbone)
     return Plan(
         spec, tuple(edits), tuple(unfrozen.values()), tuple(misses), tuple(matches), counts, sites
     )
@@ -316,32 +297,3 @@ def _check_formula(parameter: Parameter, ports: Mapping[str, ex.Shape]) -> None:
 
 def _text(shape: ex.Shape) -> str:
     return "[" + ", ".join(map(str, shape)) + "]"
-
-
-def _numel(edits: Iterable[Edit]) -> int:
-    unique = {p.path: p.numel for edit in edits for p in edit.parameters if p.trainable}
-    return sum(unique.values())
-
-
-def _counts(
-    edits: Sequence[Edit], unfrozen: Sequence[Unfrozen], backbone: Mapping[str, tuple[int, ...]]
-) -> Counts:
-    stored = [constant_form(edit) for edit in edits]
-    free = sum(one.numel for one in unfrozen)
-    headless = sum(one.numel for one in unfrozen if one.at != "head")
-    return Counts(
-        backbone=sum(prod(shape) for shape in backbone.values()),
-        weights=headless + _matrices(stored),
-        stored=free + _numel(stored),
-        training=free + _numel(edits),
-    )
-
-
-def _matrices(edits: Sequence[Edit]) -> int:
-    """Matrices alone, except for an entry that has none (IA3): there the vectors are the method."""
-    counted: dict[str, int] = {}
-    for edit in edits:
-        mine = [p for p in edit.parameters if p.trainable]
-        matrices = [p for p in mine if len(p.shape) > 1]
-        counted |= {p.path: p.numel for p in matrices or mine}
-    return sum(counted.values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,11 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from peftc import expr as ex
-from peftc.algebra import constant_form, port_shapes
-from peftc.budget import Solved
+from peftc.algebra import constant_form
+from peftc.counts import numel
 from peftc.edit import Edit
 from peftc.planning import Match, Plan
-from peftc.sites import Site
 from peftc.spec import Entry, Where
 
 # The composition of a prepended prefix, from section 3.1 of the paper.
@@ -63,17 +62,13 @@ def _row(key: tuple[str, ...], matches: Sequence[Match], plan: Plan) -> Row:
         inserted,
         composed,
         sum(match.sites for match in matches),
-        free + _numel(edits),
-        free + _numel(constant_form(edit) for edit in edits),
+        free + numel(edits),
+        free + numel(constant_form(edit) for edit in edits),
     )
 
 
 def _edits(match: Match, plan: Plan) -> Iterator[Edit]:
     yield from (edit for edit in plan.edits if edit.entry is match.entry)
-
-
-def _numel(edits: Iterable[Edit]) -> int:
-    return sum({p.path: p.numel for e in edits for p in e.parameters if p.trainable}.values())
 
 
 def form(entry: Entry) -> str:
@@ -274,70 +269,3 @@ def site_list(plan: Plan) -> RenderableType:
         lines += [f"    {p.name} {list(p.shape)}" for p in edit.parameters]
     lines += [f"{one.path} {one.numel:,}" for one in plan.unfrozen]
     return Text("\n".join(lines))
-
-
-def budget_rows(found: Sequence[Solved]) -> list[dict[str, Any]]:
-    """One row for each method: the size it gets, and what that weighs."""
-    return [
-        {
-            "method": one.plan.spec.name,
-            "argument": one.argument,
-            "value": one.value,
-            "weights": one.plan.parameters.weights,
-            "percent": round(100 * one.plan.parameters.weights / one.plan.parameters.backbone, 3),
-        }
-        for one in found
-    ]
-
-
-def places_data(sites: Sequence[Site]) -> list[dict[str, Any]]:
-    """Every site with its ports and their shapes."""
-    return [
-        {
-            "at": site.at,
-            "scope": site.scope,
-            "stack": site.stack,
-            "kind": site.kind,
-            "layer": site.layer,
-            "ports": {port: list(shape) for port, shape in port_shapes(site).items()},
-            "dims": dict(site.dims),
-            "slice": asdict(site.columns) if site.columns else None,
-        }
-        for site in sites
-    ]
-
-
-def places(sites: Sequence[Site]) -> RenderableType:
-    """The answer to what a spec can name: each kind of site once, with its ports and an example's scope."""
-    groups: dict[tuple[str, str, tuple[str, ...]], list[Site]] = {}
-    for site in sites:
-        groups.setdefault((site.at, site.group, _ports(site)), []).append(site)
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for name in ("at", "where", "sites", "ports"):
-        table.add_column(
-            name, justify="right" if name == "sites" else "left", no_wrap=name != "ports"
-        )
-    for (at, group, ports), found in groups.items():
-        cell = " ".join(ports) + f"\nsuch as {found[0].scope}"
-        table.add_row(at, group.replace("_", " "), str(len(found)), cell)
-    return table
-
-
-def _ports(site: Site) -> tuple[str, ...]:
-    """`x[..., 1024]` for each port; a bias that the linear lacks is none."""
-    absent = {"b"} if "b" not in site.anchors else set()
-    return tuple(
-        f"{port}[{', '.join(map(str, shape))}]"
-        for port, shape in port_shapes(site).items()
-        if port not in absent
-    )
-
-
-def columns(rows: Sequence[dict[str, Any]]) -> Table:
-    """Rows of data as a table; numbers to the right."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for name, value in rows[0].items():
-        table.add_column(name, justify="left" if isinstance(value, str) else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*(f"{v:,}" if isinstance(v, int) else str(v) for v in row.values()))
-    return table

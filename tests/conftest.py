@@ -44,14 +44,7 @@ GPT2 = dict(
 )
 T5 = dict(vocab_size=120, d_model=32, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0)
 SPEECH = dict(
-    vocab_size=120,
-    d_model=32,
-    encoder_layers=2,
-    decoder_layers=2,
-    encoder_ffn_dim=64,
-    decoder_ffn_dim=64,
-    encoder_attention_heads=4,
-    decoder_attention_heads=4,
+    **SEQ2SEQ,
     max_source_positions=30,
     max_target_positions=30,
     num_mel_bins=8,

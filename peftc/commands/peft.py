@@ -54,7 +54,7 @@ def export_peft(
     """
     options.new_directory(output)
     compiled = merging.load(deltas, model)
-    from peftc import interchange
+    from peftc.peft_export import export_peft as write
 
-    modules = interchange.export_peft(compiled, output)
+    modules = write(compiled, output)
     say(f"wrote {output}: a LoRA adapter at {len(modules)} modules")

@@ -46,7 +46,7 @@ def plan(
         raise options.OptionError("name a spec, or ask for --sites")
     spec = options.spec(specs, sets) if specs and not budget else None
     built = options.backbone(model, random_weights, meta=True, task=task, num_labels=num_labels)
-    from peftc import driver, table
+    from peftc import driver, listing, table
 
     if budget is not None:
         return _budgets(built, specs or [], sets, budget, as_json)
@@ -54,9 +54,9 @@ def plan(
         with step("tracing"):
             places = driver.survey(built)
         return (
-            raw(json.dumps(table.places_data(places), indent=2))
+            raw(json.dumps(listing.places_data(places), indent=2))
             if as_json
-            else say(table.places(places))
+            else say(listing.places(places))
         )
     with step("tracing and planning"):
         found = driver.plan(built, spec)
@@ -71,14 +71,14 @@ def _budgets(
     model: PreTrainedModel, names: list[str], sets: list[str] | None, budget: str, as_json: bool
 ) -> None:
     """What each method gets for the budget: one line each."""
-    from peftc import driver, table
+    from peftc import driver, listing
     from peftc.spec import load_spec
 
     if not names or sets:
         raise options.OptionError("--budget sizes specs one by one, as they are: no --set")
     with step(f"fitting {len(names)} specs to {budget}"):
         found = driver.within(model, [load_spec(name) for name in names], budget)
-    rows = table.budget_rows(found)
+    rows = listing.budget_rows(found)
     if as_json:
         return raw(json.dumps(rows, indent=2))
-    say(table.columns(rows))
+    say(listing.columns(rows))
