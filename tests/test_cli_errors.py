@@ -9,7 +9,7 @@ from conftest import Run, tiny
 
 HUB = "is no local folder, not in the Hugging Face cache, and"
 WRONG = {
-    "no arguments": (["plan"], "Missing argument 'SPEC...'"),
+    "no arguments": (["plan"], "Missing option '--model'"),
     "no such option": (["plan", "mam", "--modle", "x"], "No such option: --modle"),
     "no such command": (["pln"], "No such command 'pln'"),
     "no such spec": (["plan", "lorra", "-m", "{model}"], "no spec 'lorra'"),

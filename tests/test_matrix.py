@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, batch, logits, stir, tiny
+from conftest import EAGER, FAMILIES, batch, logits, stir, tiny
 from torch import fx
 from transformers import PreTrainedModel
 
@@ -128,6 +128,25 @@ LACKS |= dict.fromkeys(("gpt2", "neox", "bloom"), ("bitfit_subset",))
 CELLS = [(method, family) for method in shipped() for family in FAMILIES]
 
 
+@dataclass(frozen=True)
+class Variant:
+    """How a cell runs: eager or SDPA, full or padded batches, so that each pair occurs with each method
+    and each family."""
+
+    family: str
+    attention: str
+    padding: str
+
+    @staticmethod
+    def of(method: str, family: str) -> Variant:
+        turn = shipped().index(method) + list(FAMILIES).index(family)
+        attention = "eager" if family in EAGER or turn % 2 else "sdpa"
+        return Variant(family, attention, ("right", "none")[turn // 2 % 2])
+
+    def backbone(self) -> PreTrainedModel:
+        return tiny(self.family, self.attention)
+
+
 @cache
 def spec(method: str) -> Spec:
     return peftc.load_spec(method, **SMALL.get(method, {}))
@@ -136,14 +155,14 @@ def spec(method: str) -> Spec:
 @pytest.fixture
 def traces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trace a family once for all methods: what is traced is the bare backbone, the same each time."""
-    family = request.node.callspec.params["family"]
+    variant = Variant.of(**request.node.callspec.params)
 
     def capture(
         model: PreTrainedModel, entry: str, inputs: Mapping[str, torch.Tensor], flags: object = None
     ) -> Program:
         signature = tuple((k, v.dtype, v.ndim) for k, v in sorted(inputs.items()))
         modes = tuple(one.training for one in model.modules())
-        key = (family, entry, signature, repr(flags), modes)
+        key = (variant.family, variant.attention, entry, signature, repr(flags), modes)
         if key not in _TRACES:
             _TRACES[key] = real_capture(model, entry, inputs, flags)  # type: ignore[arg-type]
         one = _TRACES[key]
@@ -160,17 +179,18 @@ _TRACES: dict[object, Program] = {}
 @pytest.mark.usefixtures("traces")
 @pytest.mark.parametrize(("method", "family"), CELLS, ids="-".join)
 def test_cell(method: str, family: str, tmp_path: Path) -> None:
-    backbone = tiny(family)
+    variant = Variant.of(method, family)
+    backbone = variant.backbone()
     if method in LACKS.get(family, ()):
         with pytest.raises(PeftcError, match="no site of this model"):
             peftc.compile(backbone, spec(method))
         pytest.skip(f"{family} has no place for it, and the error says so")
-    inputs = batch(backbone, "right")
+    inputs = batch(backbone, variant.padding)
     model = peftc.compile(backbone, spec(method))
     eager = logits(backbone, inputs)  # frozen, as inside: Mamba picks its kernel by requires_grad
-    _starts_as_promised(method, model, family, inputs, eager)
+    _starts_as_promised(method, model, variant, inputs, eager)
     _only_deltas_learn(model, inputs)
-    _saves(model, family, inputs, tmp_path)
+    _saves(model, variant, inputs, tmp_path)
     _folds(method, model, inputs)
     if model.can_generate() and not model.config.is_encoder_decoder:
         if family == "mamba":  # its state is no cache of keys and values
@@ -181,10 +201,10 @@ def test_cell(method: str, family: str, tmp_path: Path) -> None:
 
 
 @cache
-def traced(family: str) -> torch.Tensor:
+def traced(variant: Variant) -> torch.Tensor:
     """What the captured graph gives with nothing inserted."""
-    base = peftc.compile(tiny(family), "norm_tuning")
-    return logits(base, batch(base, "right"))
+    base = peftc.compile(variant.backbone(), "norm_tuning")
+    return logits(base, batch(base, variant.padding))
 
 
 def real(
@@ -207,14 +227,14 @@ def apart(
 def _starts_as_promised(
     method: str,
     model: PreTrainedModel,
-    family: str,
+    variant: Variant,
     inputs: dict[str, torch.Tensor],
     eager: torch.Tensor,
 ) -> None:
     got = logits(model, inputs)
     if method in EXACT:
         assert apart(model, inputs, got, eager) <= 1e-5  # fp32; the trace may sum in another order
-        assert torch.equal(real(model, inputs, got), real(model, inputs, traced(family)))
+        assert torch.equal(real(model, inputs, got), real(model, inputs, traced(variant)))
     elif method in CLOSE:
         assert apart(model, inputs, got, eager) <= 1e-4  # fp32, two layers
     else:
@@ -237,10 +257,10 @@ def _only_deltas_learn(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) 
 
 
 def _saves(
-    model: PreTrainedModel, family: str, inputs: dict[str, torch.Tensor], path: Path
+    model: PreTrainedModel, variant: Variant, inputs: dict[str, torch.Tensor], path: Path
 ) -> None:
     model.save_pretrained(path / "deltas")
-    again = peftc.load(path / "deltas", backbone=tiny(family))
+    again = peftc.load(path / "deltas", backbone=variant.backbone())
     assert torch.equal(
         real(model, inputs, logits(again, inputs)), real(model, inputs, logits(model, inputs))
     )
