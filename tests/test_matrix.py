@@ -177,7 +177,7 @@ _TRACES: dict[object, Program] = {}
 
 
 @pytest.mark.usefixtures("traces")
-@pytest.mark.parametrize(("method", "family"), CELLS, ids="-".join)
+@pytest.mark.parametrize(("method", "family"), CELLS, ids=["-".join(cell) for cell in CELLS])
 def test_cell(method: str, family: str, tmp_path: Path) -> None:
     variant = Variant.of(method, family)
     backbone = variant.backbone()
