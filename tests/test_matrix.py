@@ -268,6 +268,7 @@ def _saves(
 
 def _folds(method: str, model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> None:
     merged, report = merge(model)
+    merged.requires_grad_(False)  # as the model's: Mamba picks its kernel by requires_grad
     # fp32 weights rounded once; LoRA's bound of 1e-5 does not hold for stirred rotations and norms
     assert apart(model, inputs, logits(merged, inputs), logits(model, inputs)) <= 1e-4
     if method in FOLDS:

@@ -114,10 +114,9 @@ def test_prefix_is_the_gated_form(family: str, attention: str, padding: str) -> 
         else inputs["attention_mask"].bool()
     )
     assert (got - want)[real].abs().max() < bound(family, attention)
-    moved = (got - logits(backbone, inputs))[
-        real
-    ]  # causal eager code makes nan of rows that see nothing
-    assert moved.abs().max() > 1e-2
+    moved = (got - logits(backbone, inputs))[real].abs().max()
+    # The prefix does something. Without it some eager code has nan where a row sees nothing (float64).
+    assert not moved <= 1e-2
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
