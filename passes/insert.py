@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
 
-from peftc.algebra import constant_parts, inlined, replaced, shape_of
+from peftc.algebra import constant_parts, grown, inlined, replaced, ungrown
 from peftc.attention import FILL, SDPA
 from peftc.edit import Edit
 from peftc.expr import Call, Expr, Name, names, substitute
 from peftc.lower import Builder, Operand
 from peftc.pipeline import PassError
+from peftc.ports import SITES
 from peftc.places import Place, Ports, consumers, locate
 from peftc.program import Keys, Part, Port, Program, Read, Slot, Value, aten, is_call
 
@@ -44,13 +46,17 @@ class Insert:
 
 def _must_be_absent(program: Program, edit: Edit) -> None:
     """A site may be missing in one entry (no encoder while decoding), but only with its weights."""
-    present = [w for w in edit.site.weights if consumers(program, w)]
+    if edit.site.at == "embedding":
+        read = {edit.site.anchors["ids"], edit.site.anchors["ids"].replace("_ids", "s_embeds")}
+        present = sorted(read & program.inputs)
+    else:
+        present = [w for w in edit.site.weights if consumers(program, w)]
     if present:
         raise PassError(f"{edit.name} has no place in '{program.entry}', yet it uses {present[0]}")
 
 
 def _insert(program: Program, edit: Edit, where: Place, shared: Builder, top: fx.Node) -> None:
-    ports, assigned = where.ports, inlined(edit)[1]
+    ports, assigned = where.ports, _assigned(program, edit)
     env = _environment(program, edit, assigned.values())
     for port, expression in assigned.items():
         place = ports[port]
@@ -58,9 +64,12 @@ def _insert(program: Program, edit: Edit, where: Place, shared: Builder, top: fx
             hoisted = _hoist(expression, edit, env, shared)
         stack = root(place).meta.get("nn_module_stack")
         builder = Builder(program.graph, program.training, edit.entry.method, edit.name, stack)
+        builder.axes = len(SITES[edit.site.at].ports[port]) - 1
         with program.graph.inserting_before(_anchor(program, place, ports, expression)):
             read = {name: ports[name] for name in names(expression) if name in ports}
             env |= {name: take(builder, program, one, name) for name, one in read.items()}
+            if edit.site.at == "embedding":
+                _make_room(builder, env, grown(expression, edit))
             result = builder.lower(hoisted, env, port)
             if not isinstance(result, fx.Node):
                 raise PassError(f"{edit.name}: '{port}' is assigned a number")
@@ -70,9 +79,25 @@ def _insert(program: Program, edit: Edit, where: Place, shared: Builder, top: fx
         if isinstance(whole, Read) and program.parameter(whole.node):
             result.meta["parameter"] = program.parameter(whole.node)
         program.splice(whole, result, builder.inserted)
-        length = _added_keys(expression, edit) if port == "k" else 0
+        length = grown(expression, edit) if port == "k" else 0
         if length and where.keys is not None:
             extend_keys(program, root(ports["h"]), where.keys, length)
+
+
+def _assigned(program: Program, edit: Edit) -> dict[str, Expr]:
+    """What the edit assigns here. Rows in front of the tokens are there once: later steps find them cached."""
+    assigned = inlined(edit)[1]
+    if edit.site.at != "embedding" or edit.site.anchors["ids"] in program.wide:
+        return assigned
+    without = {port: ungrown(one) for port, one in assigned.items()}
+    return {port: one for port, one in without.items() if one != Name(port)}
+
+
+def _make_room(builder: Builder, env: dict[str, Operand], rows: int) -> None:
+    """Leave out the embeddings of the ids that keep the place of the rows in front."""
+    if rows:
+        h = env["h"]
+        env["h"] = builder.call(aten.slice.Tensor, h, -2, rows, sys.maxsize, name="tokens")
 
 
 def _penalize(program: Program, edits: tuple[Edit, ...], shared: Builder) -> None:
@@ -193,14 +218,6 @@ def _anchor(program: Program, place: Port, ports: Ports, expression: Expr) -> fx
             read.append(program.current(one.node) if isinstance(one, Value) else one.node)
     order = {node: i for i, node in enumerate(program.graph.nodes)}
     return max(read, key=order.__getitem__).next
-
-
-def _added_keys(expression: Expr, edit: Edit) -> int:
-    """How many keys a rewrite of `k` puts before those of the context."""
-    if not isinstance(expression, Call) or expression.op != "prepend":
-        return 0
-    rows, keys = expression.args
-    return int(shape_of(rows, edit)[-2]) + _added_keys(keys, edit)
 
 
 def extend_keys(program: Program, core: fx.Node, keys: Keys, length: int) -> None:

@@ -50,6 +50,21 @@ def inlined(edit: Edit) -> tuple[dict[str, Expr], dict[str, Expr]]:
     return lets, {port: substitute(expression, lets) for port, expression in edit.entry.assign}
 
 
+def grown(expression: Expr, edit: Edit) -> int:
+    """How many rows an expression puts before those of its port."""
+    if not isinstance(expression, Call) or expression.op != "prepend":
+        return 0
+    rows, rest = expression.args
+    return int(shape_of(rows, edit)[-2]) + grown(rest, edit)
+
+
+def ungrown(expression: Expr) -> Expr:
+    """The expression without the rows that it puts in front."""
+    while isinstance(expression, Call) and expression.op == "prepend":
+        expression = expression.args[1]
+    return expression
+
+
 def constant_form(edit: Edit) -> Edit:
     """The edit with each subexpression of parameters alone as one parameter, where that is no larger.
 

@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from peftc.inputs import CaptureError, Tensors, axes, example
 from peftc.program import Program, Slot
+from peftc.room import Room
 
 Outputs = tuple[type, dict[str, Any]]
 
@@ -139,14 +140,18 @@ def capture(
     entry: str,
     inputs: Tensors,
     flags: Mapping[str, Any] | None = None,
+    room: Room = Room(),
 ) -> Program:
     """Trace one entry of `model` in its current mode, with every batch and length axis dynamic.
 
-    `inputs` are real or meta tensors by argument name; only their rank, dtype and device matter.
-    Raises CaptureError when the model cannot be traced or an axis was specialised.
+    `inputs` are real or meta tensors by argument name; only their rank, dtype and device matter. The
+    model runs on them with `room` for rows in front. Raises CaptureError when the model cannot be
+    traced or an axis was specialised.
     """
     seq2seq = bool(model.config.is_encoder_decoder)
-    tensors = {k: example(k, v, entry, seq2seq) for k, v in inputs.items()}
+    tensors = {
+        k: example(k, v, entry, seq2seq, room.held(k, seq2seq)) for k, v in inputs.items()
+    }
     auto = torch.export.Dim.AUTO
     shapes = {
         k: {i: auto for i, a in enumerate(axes(k, v.ndim, entry, seq2seq)) if a}
@@ -155,9 +160,10 @@ def capture(
     output_types: list[type] = []
 
     def call(arguments: Tensors) -> dict[str, Any]:
-        output_type, fields = ENTRIES[entry].call(model, arguments, flags or {})
+        wide = room.widened(model, entry, arguments)
+        output_type, fields = ENTRIES[entry].call(model, wide, flags or {})
         output_types.append(output_type)
-        return fields
+        return room.cut(model, entry, wide, fields)
 
     with _quiet():
         try:
@@ -167,9 +173,12 @@ def capture(
                 dynamic_shapes=(shapes,),
                 strict=False,
             )
+        except CaptureError:
+            raise
         except Exception as error:
             raise CaptureError(_explain(model, entry, error)) from error
     program = _program(exported, entry, model, list(tensors))
+    program.wide = room.wide(entry, seq2seq)
     program.output_type = output_types[-1]
     _check_dynamic(program, model, shapes)
     return program

@@ -85,13 +85,13 @@ def _captured(
 
 def _plan(model: PreTrainedModel, spec: Spec, captured: Captured) -> Plan:
     planner = _planner(model, captured)
-    if spec.auto is None:
-        return planner(spec)
-    if spec.budget is None:
+    if spec.auto is not None and spec.budget is None:
         raise BudgetError(
             f"'{spec.auto}' of {spec.name} is auto: set it, or give the spec a budget"
         )
-    return solve(spec, spec.budget, planner).plan
+    made = solve(spec, spec.budget, planner).plan if spec.auto and spec.budget else planner(spec)
+    made.room.require(model)
+    return made
 
 
 def _planner(model: PreTrainedModel, captured: Captured) -> Callable[[Spec], Plan]:
@@ -155,7 +155,7 @@ def _attach(
         trace.run(schedule, program)
 
     compiled = trace.model = attach(model, plan, transform, form)
-    if captured is not None:
+    if captured is not None and not plan.room:  # rows in front change what is traced
         compiled.adopt(captured.program, captured.inputs, captured.flags)
     return compiled
 

@@ -41,19 +41,25 @@ def axes(name: str, rank: int, entry: str, encoder_decoder: bool) -> tuple[str |
     return ("batch", length, *(None,) * (rank - 2))
 
 
-def example(name: str, real: torch.Tensor, entry: str, encoder_decoder: bool) -> torch.Tensor:
-    """`real` with its dynamic axes repeated or cut to the traced sizes, so that its values stay valid."""
+def example(
+    name: str, real: torch.Tensor, entry: str, encoder_decoder: bool, more: int = 0
+) -> torch.Tensor:
+    """`real` with its dynamic axes repeated or cut to the traced sizes, so that its values stay valid.
+
+    `more` is what its length has beyond the traced one: rows in front, in a cache or a state.
+    """
+    sizes = {**SIZES, "seq": SIZES["seq"] + more, "past": SIZES["past"] + more}
     for axis, label in enumerate(axes(name, real.ndim, entry, encoder_decoder)):
         if label is None or real.is_meta:
             continue
         if real.shape[axis] == 0:
             shape = [1 if i == axis else n for i, n in enumerate(real.shape)]
             real = real.new_zeros(shape)
-        index = torch.arange(SIZES[label], device=real.device) % real.shape[axis]
+        index = torch.arange(sizes[label], device=real.device) % real.shape[axis]
         real = real.index_select(axis, index)
     if real.is_meta:
         labels = axes(name, real.ndim, entry, encoder_decoder)
-        shape = [SIZES[a] if a else n for a, n in zip(labels, real.shape, strict=True)]
+        shape = [sizes[a] if a else n for a, n in zip(labels, real.shape, strict=True)]
         return torch.empty(shape, dtype=real.dtype, device="meta")
     return real.detach()
 

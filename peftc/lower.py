@@ -29,7 +29,8 @@ def target(op: str) -> Any:
 
 @dataclass
 class Builder:
-    """Adds named, tagged nodes to one graph. With a `memo`, equal calls are one node."""
+    """Adds named, tagged nodes to one graph. With a `memo`, equal calls are one node. `axes` are those of
+    rows that are prepended: [heads, l, head_dim] or [l, d]."""
 
     graph: fx.Graph
     training: bool = False
@@ -38,6 +39,7 @@ class Builder:
     stack: Any = None
     inserted: list[fx.Node] = field(default_factory=list)
     memo: dict[str, fx.Node] | None = None
+    axes: int = 3
 
     def call(self, fn: Any, *args: Any, name: str = "", **kwargs: Any) -> fx.Node:
         key = f"{fn} {args} {kwargs}"
@@ -122,12 +124,12 @@ def _split_heads(builder: Builder, expr: Call, env: Mapping[str, Operand], name:
 
 
 def _prepend(builder: Builder, expr: Call, env: Mapping[str, Operand], name: str) -> Operand:
-    """P [n, l, head_dim] before k [batch, n, keys, head_dim] along the keys."""
+    """P [n, l, head_dim] before k [batch, n, keys, head_dim] along the keys; [l, d] before [batch, tokens, d]."""
     prefix = builder.lower(expr.args[0], env, f"{name}_prefix")
     keys = builder.lower(expr.args[1], env, name)
     batch = builder.call(aten.sym_size.int, keys, 0, name=f"{name}_batch")
     row = builder.call(aten.unsqueeze.default, prefix, 0, name=f"{name}_row")
-    rows = builder.call(aten.expand.default, row, [batch, -1, -1, -1], name=f"{name}_rows")
+    rows = builder.call(aten.expand.default, row, [batch, *[-1] * builder.axes], name=f"{name}_rows")
     return builder.call(aten.cat.default, [rows, keys], -2, name=name)
 
 

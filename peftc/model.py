@@ -72,7 +72,7 @@ class CompiledModel(PreTrainedModel):
         """The rewritten graph for an entry and this kind of inputs, captured when first asked for."""
         key = self._key(entry, inputs, flags, self.training)
         if key not in self._programs:
-            program = capture(self._backbone, entry, inputs, flags)
+            program = capture(self._backbone, entry, inputs, flags, self.plan.room)
             self._transform(program)
             self._programs[key] = program
         return self._programs[key]

@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 
 from peftc.errors import PeftcError
 from peftc.inputs import axes, example
-from peftc.model import run_program
+from peftc.model import CompiledModel, run_program
 from peftc.program import Program
+from peftc.room import Room
 
 # The axis names of the ONNX graphs. A total length (past + query) stays free.
 AXES = {"batch": "batch", "seq": "seq_len", "past": "past_len", "query": "q_len", "target": "q_len"}
@@ -54,14 +55,17 @@ def to_onnx(model: PreTrainedModel, graph: Graph, opset: int) -> Any:
     """The graph as an onnx_ir Model, weights inside. Raises ExportError."""
     seq2seq = bool(model.config.is_encoder_decoder)
     entry = graph.program.entry
-    inputs = {k: example(k, v, entry, seq2seq).clone() for k, v in graph.inputs.items()}
+    room = model.plan.room if isinstance(model, CompiledModel) else Room()
+    held = {name: room.held(name, seq2seq) for name in graph.inputs}
+    inputs = {k: example(k, v, entry, seq2seq, held[k]).clone() for k, v in graph.inputs.items()}
     dims = {label: Dim(label, min=1, max=_longest(model, label)) for label in set(AXES.values())}
 
-    def dim(label: str) -> Any:
-        return dims[AXES[label]] if label in AXES else Dim.DYNAMIC
+    def dim(label: str, more: int) -> Any:
+        longer = more and label != "batch"  # a length of its own: that of the tokens and the rows
+        return dims[AXES[label]] if label in AXES and not longer else Dim.DYNAMIC
 
     shapes = {
-        name: {i: dim(a) for i, a in enumerate(axes(name, v.ndim, entry, seq2seq)) if a}
+        name: {i: dim(a, held[name]) for i, a in enumerate(axes(name, v.ndim, entry, seq2seq)) if a}
         for name, v in inputs.items()
     }
     with quiet(), torch.no_grad():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from peftc.expr import Dim, Expr, Name, Number, Shape
 
 # Sizes of a site that may be equal on a real model, whatever they are called; the plan compares numbers.
-SITE_DIMS = ("in", "out", "d", "heads", "kv_heads", "head_dim", "kv", "keys", "queries", "vocab")
+SITE_DIMS = ("in", "out", "d", "heads", "kv_heads", "head_dim", "kv", "keys", "queries", "vocab", "tokens")
 ShapeRule = Callable[[tuple[Shape, ...], tuple[Expr, ...]], Shape]
 
 
@@ -110,13 +110,15 @@ def _split_heads(args: tuple[Shape, ...], exprs: tuple[Expr, ...]) -> Shape:
 
 
 def _prepend(args: tuple[Shape, ...], _: tuple[Expr, ...]) -> Shape:
-    rows, keys = args
-    if len(rows) != 3 or len(keys) < 3:
-        raise ShapeError(f"{text(rows)} before {text(keys)}: a prefix is [heads, l, head_dim]")
-    for mine, theirs in ((rows[0], keys[-3]), (rows[2], keys[-1])):
+    rows, rest = args
+    if len(rows) != len(rest) - 1 or len(rows) < 2:
+        raise ShapeError(
+            f"{text(rows)} before {text(rest)}: a prefix is [heads, l, head_dim], a prompt [l, d]"
+        )
+    for mine, theirs in zip((*rows[:-2], rows[-1]), (*rest[1:-2], rest[-1]), strict=True):
         if not agree(mine, theirs):
-            raise ShapeError(f"{text(rows)} before {text(keys)}: '{mine}' is not '{theirs}'")
-    return (*keys[:-2], f"{rows[1]} + {keys[-2]}", keys[-1])
+            raise ShapeError(f"{text(rows)} before {text(rest)}: '{mine}' is not '{theirs}'")
+    return (*rest[:-2], f"{rows[-2]} + {rest[-2]}", rest[-1])
 
 
 def _keep_last(args: tuple[Shape, ...], _: tuple[Expr, ...]) -> Shape:
@@ -205,6 +207,6 @@ _ROWS = (
     Op("svd_in", "aten.linalg_svd.default", 2, _factor(True), "opaque", "svd_in(W, r): V sqrt(S)"),
     Op("svd_out", "aten.linalg_svd.default", 2, _factor(False), "opaque", "svd_out(W, r)"),
     Op("split_heads", "aten.unflatten.int", 2, _split_heads, "opaque", "[l, n*dh] to [n, l, dh]"),
-    Op("prepend", "aten.cat.default", 2, _prepend, "opaque", "P [n, l, dh] before keys or values"),
+    Op("prepend", "aten.cat.default", 2, _prepend, "opaque", "P [n, l, dh] or [l, d] in front"),
 )
 OPS: Mapping[str, Op] = {row.name: row for row in _ROWS}

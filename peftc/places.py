@@ -11,7 +11,7 @@ from torch import fx
 from peftc import dataflow as flow
 from peftc.attention import Core, cores
 from peftc.fused import SiteError
-from peftc.program import Keys, Part, Port, Program, Read, Value, aten, is_call
+from peftc.program import Keys, Part, Port, Program, Read, Value, aten, is_call, scope_of
 from peftc.sites import Site
 
 Ports = Mapping[str, Port]
@@ -68,8 +68,8 @@ def consumers(program: Program, weight: str) -> list[fx.Node]:
 
 def _embeddings(program: Program, site: Site) -> Iterator[fx.Node]:
     for node in program.graph.nodes:
-        if is_call(node, aten.embedding.default):
-            if program.parameter(node.args[0]) == site.anchors["W"]:
+        if is_call(node, aten.embedding.default) and scope_of(node) == site.scope:
+            if program.parameter(node.args[0]) == site.anchors["W"]:  # tied ones are several sites
                 yield node
 
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 
 from peftc import expr as ex
-from peftc.algebra import port_shapes, shape_of
+from peftc.algebra import grown, inlined, port_shapes, shape_of, ungrown
 from peftc.counts import Counts, Unfrozen, count, numel
 from peftc.deltas import Deltas
 from peftc.edit import Edit, Parameter
 from peftc.errors import PeftcError, suggest
 from peftc.ports import SITES
 from peftc.program import Program
+from peftc.room import Room
 from peftc.sites import Site, Stacks, find_sites, opaque_weights
 from peftc.spec import FORMULA, Entry, Param, Spec
 
@@ -62,6 +64,21 @@ class Plan:
         return {kind: len(scopes) for kind, scopes in counts.items()}
 
 
+    @cached_property
+    def room(self) -> Room:
+        """What the edits put in front of sequences."""
+        rows: dict[str, int] = {}
+        shifts: dict[str, int] = {}
+        for edit in self.edits:
+            for port, expression in inlined(edit)[1].items():
+                count = grown(expression, edit)
+                if count and edit.site.at == "embedding":
+                    rows[edit.site.anchors["ids"]] = count
+                elif port == "k" and edit.entry.positions == "shift":
+                    shifts[edit.site.name] = shifts.get(edit.site.name, 0) + count
+        return Room(rows, max(shifts.values(), default=0))
+
+
 @dataclass(frozen=True)
 class Survey:
     """What a model has to offer: its sites, and the weights out of reach with the op that reads each."""
@@ -87,8 +104,9 @@ def make_plan(spec: Spec, survey: Survey, backbone: Mapping[str, tuple[int, ...]
     misses: list[Miss] = []
     matches: list[Match] = []
     taken: set[str] = set()
+    first = "encoder" if any(site.stack == "encoder" for site in sites) else "decoder"
     for index, entry in enumerate(spec.entries):
-        chosen = [site for site in sites if _selects(entry, site)]
+        chosen = [site for site in sites if _selects(entry, site, first)]
         if entry.train:
             found = list(_unfrozen(entry, chosen, backbone))
             unfrozen |= {one.path: one for one in found}
@@ -104,6 +122,7 @@ def make_plan(spec: Spec, survey: Survey, backbone: Mapping[str, tuple[int, ...]
         edits += placed
         misses += [*missed, *passed]
         matches.append(Match(entry, len(placed), numel(placed)))
+    problems += _behind_rows(edits)
     if problems:
         raise PlanError("\n".join(problems))
     counts = count(edits, list(unfrozen.values()), backbone)
@@ -112,12 +131,12 @@ def make_plan(spec: Spec, survey: Survey, backbone: Mapping[str, tuple[int, ...]
     )
 
 
-def _selects(entry: Entry, site: Site) -> bool:
-    where = entry.where
+def _selects(entry: Entry, site: Site, first: str) -> bool:
+    where, stack = entry.where, entry.where.stack
     return (
         site.at == entry.at
         and (entry.scope is None or fnmatch.fnmatchcase(site.scope, entry.scope))
-        and (where.stack is None or where.stack == site.stack)
+        and (stack is None or (first if stack == "first" else stack) == site.stack)
         and (where.kind is None or where.kind == site.kind)
         and (where.layers is None or site.layer in where.layers)
     )
@@ -235,6 +254,19 @@ def _unfit(entry: Entry, site: Site) -> str:
     return ""
 
 
+def _behind_rows(edits: Sequence[Edit]) -> Iterator[str]:
+    """What acts on the tokens of an embedding must come before the rows that are put in front of them."""
+    grown_by: dict[str, str] = {}
+    for edit in edits:
+        if edit.site.at != "embedding":
+            continue
+        first = grown_by.get(edit.site.name)
+        if first and "h" in dict(edit.entry.assign):
+            yield f"{edit.entry.place}: {edit.name} comes after the rows of {first}; put it before them"
+        if any(grown(expression, edit) for expression in inlined(edit)[1].values()):
+            grown_by[edit.site.name] = edit.entry.method
+
+
 def _paths(edits: Iterable[Edit]) -> set[str]:
     return {p.path for edit in edits for p in edit.parameters}
 
@@ -276,14 +308,28 @@ def _check_shapes(edit: Edit) -> None:
     lets: dict[str, ex.Shape] = {}
     for name, expression in entry.let:
         lets[name] = shape_of(expression, edit, lets)
+    _check_growth(edit)
     for port, expression in entry.assign:
         got, want = shape_of(expression, edit, lets), ports[port]
-        if port in ("k", "v"):  # the number of keys may grow
-            got, want = (got[:-2] + got[-1:], want[:-2] + want[-1:])
         if got[-1:] != want[-1:] and got != ():
             raise ex.ExprError(
                 0, f"'{port}' has the shape {_text(want)} but is assigned {_text(got)}", ""
             )
+
+
+def _check_growth(edit: Edit) -> None:
+    """Rows go in front of ports that grow, of keys and values alike, and nowhere inside a formula."""
+    assigned, grows = inlined(edit)[1], SITES[edit.site.at].grows
+    for port, expression in assigned.items():
+        inner = expression if port not in grows else ungrown(expression)
+        if any(call.op == "prepend" for call in ex.calls(inner)):
+            fix = f"rows go in front of {', '.join(grows)}" if grows else "this site has no rows"
+            raise ex.ExprError(0, f"'{port}' of {edit.site.at} is prepended to; {fix}")
+    counts = {port: grown(expression, edit) for port, expression in assigned.items()}
+    if edit.site.at == "attention.heads" and counts.get("k", 0) != counts.get("v", 0):
+        raise ex.ExprError(0, f"k gets {counts.get('k', 0)} rows and v {counts.get('v', 0)}")
+    if edit.entry.positions == "shift" and not counts.get("k"):
+        raise ex.ExprError(0, "'positions: shift' goes with keys that are prepended")
 
 
 def _check_formula(parameter: Parameter, ports: Mapping[str, ex.Shape]) -> None:

@@ -19,13 +19,15 @@ _LINEAR: Mapping[str, Shape] = {
 
 @dataclass(frozen=True)
 class SiteType:
-    """`ports` are values that an expression may read; `assigns` those that it may replace."""
+    """`ports` are values that an expression may read; `assigns` those that it may replace, `grows` those
+    that may get rows in front."""
 
     name: str
     ports: Mapping[str, Shape]
     assigns: tuple[str, ...]
     dims: tuple[str, ...]
     doc: str
+    grows: tuple[str, ...] = ()
 
 
 def _linear(name: str, doc: str, dims: tuple[str, ...] = _LINEAR_DIMS) -> SiteType:
@@ -59,6 +61,7 @@ _ROWS = (
         ("q", "k", "v", "h"),
         _ATTENTION_DIMS,
         "scaled dot-product attention: per head queries, keys, values and result",
+        grows=("k", "v"),
     ),
     SiteType(
         "ffn",
@@ -74,10 +77,11 @@ _ROWS = (
     SiteType("ffn.hidden", {"h": ("...", "out")}, ("h",), _LINEAR_DIMS, "after the activation"),
     SiteType(
         "embedding",
-        {"ids": ("...",), "h": ("...", "out"), "W": ("vocab", "out")},
+        {"ids": ("...", "tokens"), "h": ("...", "tokens", "out"), "W": ("vocab", "out")},
         ("h", "W"),
         (*_LINEAR_DIMS, "vocab"),
         "token embeddings: h the rows of W that ids name",
+        grows=("h",),
     ),
     SiteType(
         "norm",

@@ -100,7 +100,8 @@ class Output:
 
 @dataclass
 class Program:
-    """A captured entry. `slots` maps each placeholder to what fills it; the graph holds no state."""
+    """A captured entry. `slots` maps each placeholder to what fills it; the graph holds no state. `wide` are
+    the inputs of ids whose sequences it was traced with rows in front of."""
 
     entry: str
     module: fx.GraphModule
@@ -109,11 +110,17 @@ class Program:
     out_spec: pytree.TreeSpec
     training: bool = False
     output_type: type = dict
+    wide: frozenset[str] = frozenset()
     replaced: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
     @property
     def graph(self) -> fx.Graph:
         return self.module.graph
+
+    @property
+    def inputs(self) -> frozenset[str]:
+        """The names of the arguments that this entry was captured with."""
+        return frozenset(slot.name for slot in self.slots.values() if slot.kind == "input")
 
     def slot(self, node: fx.Node) -> Slot | None:
         return self.slots.get(node.name) if node.op == "placeholder" else None

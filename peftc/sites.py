@@ -16,6 +16,10 @@ from peftc.attention import Core, cores
 from peftc.program import Columns, Program, aten, is_call, scope_of
 
 
+# The anchors that are paths of a site's own parameters; others only help to find it.
+ROLES = ("W", "b", "q", "o", "up", "gate", "down")
+
+
 @dataclass(frozen=True)
 class Site:
     """A place, named by what stays the same in every entry: parameter paths and the module path.
@@ -43,8 +47,8 @@ class Site:
 
     @property
     def weights(self) -> tuple[str, ...]:
-        """The parameters that the site is made of; other anchors only help to find it."""
-        return tuple(path for role, path in self.anchors.items() if role not in ("input", "core"))
+        """The parameters that the site is made of."""
+        return tuple(path for role, path in self.anchors.items() if role in ROLES)
 
     @property
     def group(self) -> str:
@@ -262,13 +266,13 @@ def _by_weight(program: Program, stacks: Stacks) -> Iterator[Site]:
             anchors["b"] = program.parameter(norm.bias.node) or ""
         yield _owner(norm.h, "norm", anchors, stacks)
     for node in program.graph.nodes:
-        if is_call(node, aten.embedding.default) and _is_token_input(program, node.args[1]):
-            weight = program.parameter(node.args[0])
-            if weight:
-                table = node.args[0]
+        if is_call(node, aten.embedding.default):
+            weight, ids = program.parameter(node.args[0]), _token_input(program, node.args[1])
+            if weight and ids:
+                table, anchors = node.args[0], {"W": weight, "ids": ids}
                 shared = _shared(table, (aten.embedding.default,))
                 vocab = flow.static_shape(table)[0]
-                yield _owner(node, "embedding", {"W": weight}, stacks, shared, vocab=vocab)
+                yield _owner(node, "embedding", anchors, stacks, shared, vocab=vocab)
 
 
 def _owner(
@@ -284,9 +288,10 @@ def _owner(
     return Site(at, scope, stacks.of(scope), "", _layer(scope), dims, anchors, shared=shared)
 
 
-def _is_token_input(program: Program, node: object) -> bool:
+def _token_input(program: Program, node: object) -> str | None:
+    """The input of token ids that `node` is, moved at most."""
     while is_call(node, *flow.MOVE):
         assert isinstance(node, fx.Node)
         node = node.args[0]
     slot = program.slot(node) if isinstance(node, fx.Node) else None
-    return slot is not None and slot.name.endswith("input_ids")
+    return slot.name if slot is not None and slot.name.endswith("input_ids") else None

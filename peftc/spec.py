@@ -37,7 +37,7 @@ class Param:
 
 @dataclass(frozen=True)
 class Where:
-    """Narrows `at`; None does not."""
+    """Narrows `at`; None does not. The stack `first` is the encoder if there is one, else the only stack."""
 
     stack: str | None = None
     kind: str | None = None
@@ -46,7 +46,8 @@ class Where:
 
 @dataclass(frozen=True)
 class Entry:
-    """One delta, resolved: `assign` has the expression of each port that it replaces.
+    """One delta, resolved: `assign` has the expression of each port that it replaces. With `positions`
+    "shift", keys in front take the first positions and the tokens those behind.
 
     `delta` and `compose` are kept as written, for the design table. `train` names existing parameters to
     unfreeze, by the last component of their name; then there is nothing to assign. `penalty`, a number at
@@ -67,6 +68,7 @@ class Entry:
     arguments: Arguments = field(hash=False)
     place: Place = field(compare=False)
     penalty: ex.Expr | None = None
+    positions: str = "keep"
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,7 @@ def _entry_data(entry: Entry) -> dict[str, Any]:
         "train": list(entry.train),
         "expect": entry.expect,
         **({} if entry.penalty is None else {"penalty": ex.show(entry.penalty)}),
+        **({} if entry.positions == "keep" else {"positions": entry.positions}),
         "arguments": dict(entry.arguments),
     }
 
@@ -217,6 +220,7 @@ def _entry(data: Mapping[str, Any]) -> Entry:
         arguments=dict(data["arguments"]),
         place=Place("<deltas>", 1, 1),
         penalty=optional(data.get("penalty")),
+        positions=data.get("positions", "keep"),
     )
 
 

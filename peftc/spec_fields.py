@@ -17,6 +17,8 @@ from peftc.yaml_source import Item, Source
 
 WHERE = ("stack", "kind", "layers")
 PARAM = ("shape", "init", "per", "trainable")
+STACKS = ("encoder", "decoder", "first")
+POSITIONS = ("keep", "shift")
 PER = ("site", "kind", "shape", "model")
 # Initialisers and how many arguments they take, at least and at most.
 INITS = {
@@ -73,7 +75,7 @@ class Fields:
         inner = self.source.mapping(items["where"][1], "'where'", WHERE)
         stack = kind = layers = None
         if "stack" in inner:
-            stack = self.source.choice(inner["stack"][1], "'stack'", ("encoder", "decoder"))
+            stack = self.source.choice(inner["stack"][1], "'stack'", STACKS)
         if "kind" in inner:
             kind = self.source.choice(inner["kind"][1], "'kind'", ("self", "cross"))
         if "layers" in inner:

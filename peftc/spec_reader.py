@@ -13,7 +13,7 @@ from peftc.errors import PeftcError, SpecError, suggest
 from peftc.ops import agree, text
 from peftc.ports import SITES
 from peftc.spec import Arguments, Entry, Spec, Where, find
-from peftc.spec_fields import Fields, Scope
+from peftc.spec_fields import POSITIONS, Fields, Scope
 from peftc.yaml_source import Item, Source, compose
 
 TOP = ("name", "with", "budget", "deltas")
@@ -25,6 +25,7 @@ ENTRY = (
     "delta",
     "compose",
     "rewrite",
+    "positions",
     "penalty",
     "train",
     "use",
@@ -209,6 +210,11 @@ class Reader(Fields):
                 self.source.fail(place, f"'{key}' is never used")
         self.used |= names.read & set(arguments)
         where, expect, place_ = self.where(items), self.expect(items), self.source.place(node)
+        positions = "keep"
+        if "positions" in items:
+            positions = (
+                self.source.choice(items["positions"][1], "'positions'", POSITIONS) or positions
+            )
         return [
             Entry(
                 method,
@@ -225,6 +231,7 @@ class Reader(Fields):
                 arguments,
                 place_,
                 penalty,
+                positions,
             )
         ]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from peftc.ops import OPS
 from peftc.ports import SITES
-from peftc.spec_fields import INITS, PER
+from peftc.spec_fields import INITS, PER, POSITIONS, STACKS
 
 _FORMULA = {"type": ["string", "number"], "description": "ops: " + ", ".join(OPS)}
 _FORMULAS = {"type": "object", "additionalProperties": _FORMULA, "minProperties": 1}
@@ -26,6 +26,7 @@ def json_schema() -> dict[str, Any]:
             "delta": _FORMULA,
             "compose": {**_FORMULA, "default": "h + delta"},
             "rewrite": _FORMULAS,
+            "positions": {"enum": list(POSITIONS), "default": "keep"},
             "penalty": {**_FORMULA, "description": "a number at each site, added to the loss"},
             "train": {"type": "array", "items": {"type": "string"}, "minItems": 1},
             "use": {"type": "string", "description": "a shipped spec, or a path"},
@@ -80,7 +81,7 @@ def _where() -> dict[str, Any]:
         "type": "object",
         "additionalProperties": False,
         "properties": {
-            "stack": {"enum": ["encoder", "decoder"]},
+            "stack": {"enum": list(STACKS)},
             "kind": {"enum": ["self", "cross"]},
             "layers": {"type": ["string", "integer"], "examples": ["0-5,11"]},
         },

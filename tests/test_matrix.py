@@ -22,6 +22,7 @@ from peftc.capture import capture as real_capture
 from peftc.driver import merge
 from peftc.errors import PeftcError
 from peftc.program import Program
+from peftc.room import Room
 from peftc.spec import Spec, shipped
 
 SMALL: dict[str, dict[str, float]] = {
@@ -40,6 +41,7 @@ SMALL: dict[str, dict[str, float]] = {
     "prefix_direct": dict(l=5),
     "prefix_tuning": dict(l=5, m=6),
     "prefix_ungated": dict(l=5),
+    "prompt_tuning": dict(l=5),
     "scaled_parallel_adapter": dict(r=4),
     "vera": dict(r=6),
 }
@@ -112,7 +114,8 @@ BOTH = ("compacter", "houlsby_adapter", "ia3", "mam")
 LACKS = {
     "mixtral": (*FEED_FORWARD, *BOTH),  # experts are one product in a batch, no linears
     "mamba": (*ATTENTION, *FEED_FORWARD, *BOTH, "bitfit_subset"),
-    "vit": ("lora_embedding",),
+    "vit": ("lora_embedding", "prompt_tuning"),
+    "whisper": ("prompt_tuning",),
     "t5": ("bitfit", "bitfit_subset", "head"),
     "t5_gated": ("bitfit", "bitfit_subset", "head"),
     "llama": ("bitfit", "bitfit_subset"),
@@ -158,13 +161,18 @@ def traces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     variant = Variant.of(**request.node.callspec.params)
 
     def capture(
-        model: PreTrainedModel, entry: str, inputs: Mapping[str, torch.Tensor], flags: object = None
+        model: PreTrainedModel,
+        entry: str,
+        inputs: Mapping[str, torch.Tensor],
+        flags: Mapping[str, object] | None = None,
+        room: Room = Room(),
     ) -> Program:
         signature = tuple((k, v.dtype, v.ndim) for k, v in sorted(inputs.items()))
         modes = tuple(one.training for one in model.modules())
-        key = (variant.family, variant.attention, entry, signature, repr(flags), modes)
+        said = repr((flags, room))
+        key = (variant.family, variant.attention, entry, signature, said, modes)
         if key not in _TRACES:
-            _TRACES[key] = real_capture(model, entry, inputs, flags)  # type: ignore[arg-type]
+            _TRACES[key] = real_capture(model, entry, inputs, flags, room)
         one = _TRACES[key]
         graph = fx.GraphModule(one.module, copy.deepcopy(one.graph))
         return replace(one, module=graph, slots=dict(one.slots), replaced={})
