@@ -13,11 +13,11 @@ from torch import fx
 from peftc.algebra import constant_parts, grown, inlined, replaced, ungrown
 from peftc.attention import FILL, SDPA
 from peftc.edit import Edit
-from peftc.expr import Call, Expr, Name, names, substitute
+from peftc.expr import Expr, Name, names, substitute
 from peftc.lower import Builder, Operand
 from peftc.pipeline import PassError
-from peftc.ports import SITES
 from peftc.places import Place, Ports, consumers, locate
+from peftc.ports import SITES
 from peftc.program import Keys, Part, Port, Program, Read, Slot, Value, aten, is_call
 
 

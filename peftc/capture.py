@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from peftc.inputs import CaptureError, Tensors, axes, example
 from peftc.program import Program, Slot
-from peftc.room import Room
+from peftc.room import NONE, Room
 
 Outputs = tuple[type, dict[str, Any]]
 
@@ -140,7 +140,7 @@ def capture(
     entry: str,
     inputs: Tensors,
     flags: Mapping[str, Any] | None = None,
-    room: Room = Room(),
+    room: Room = NONE,
 ) -> Program:
     """Trace one entry of `model` in its current mode, with every batch and length axis dynamic.
 
@@ -149,9 +149,7 @@ def capture(
     traced or an axis was specialised.
     """
     seq2seq = bool(model.config.is_encoder_decoder)
-    tensors = {
-        k: example(k, v, entry, seq2seq, room.held(k, seq2seq)) for k, v in inputs.items()
-    }
+    tensors = {k: example(k, v, entry, seq2seq, room.held(k, seq2seq)) for k, v in inputs.items()}
     auto = torch.export.Dim.AUTO
     shapes = {
         k: {i: auto for i, a in enumerate(axes(k, v.ndim, entry, seq2seq)) if a}

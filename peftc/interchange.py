@@ -15,9 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from peftc import driver
+from peftc import driver, peft_rows
 from peftc.errors import PeftcError
 from peftc.model import CompiledModel
+from peftc.peft_rows import ROWS
 from peftc.spec import Spec, parse_spec
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -106,14 +107,21 @@ class Module:
 def import_peft(directory: str | Path, backbone: PreTrainedModel) -> CompiledModel:
     """The checkpoint of a PEFT adapter as a compiled model on its backbone.
 
-    Reads LoRA (rank and alpha patterns, rsLoRA), DoRA, IA3, VeRA, LoHa, LoKr and `modules_to_save`, from
-    safetensors alone. Raises InterchangeError for what it cannot read exactly.
+    Reads LoRA (rank and alpha patterns, rsLoRA), DoRA, IA3, VeRA, LoHa, LoKr, `modules_to_save`, prompt
+    and p-tuning, and prefix tuning of models with one stack, from safetensors alone. Raises
+    InterchangeError for what it cannot read exactly.
     """
     path = Path(directory)
     config, tensors = _config(path), _tensors(path)
+    rows = tensors.pop(ROWS, None)
     modules, whole = _modules(config, tensors, backbone)
-    spec = _spec(config, modules, whole, backbone)
-    model = driver.compile(backbone, spec)
+    specs = [] if rows is None else [peft_rows.spec(config, rows, backbone)]
+    if modules or whole:
+        name = str(config.get("peft_type", "adapter")).lower() if modules else "modules_to_save"
+        specs.append(_spec(name, modules, whole, backbone))
+    model = driver.compile(backbone, specs)
+    if rows is not None:
+        peft_rows.fill(model, rows)
     _fill(model, modules, whole)
     return model
 
@@ -158,7 +166,7 @@ def _modules(
     for key, value in tensors.items():
         if key in _SHARED:
             continue
-        path = key.removeprefix(PREFIX).removesuffix(".default")
+        path = key.removeprefix(PREFIX).removeprefix("base_model.").removesuffix(".default")
         name = next((one for one in known if path.endswith(f".{one}")), None)
         if name is None and not re.search(r"\.(weight|bias)$", path):
             raise InterchangeError(
@@ -225,14 +233,8 @@ def _pattern(patterns: Any, path: str, default: Any) -> Any:
     return default
 
 
-def _spec(
-    config: Mapping[str, Any],
-    modules: list[Module],
-    whole: Tensors,
-    backbone: PreTrainedModel,
-) -> Spec:
-    kind = str(config.get("peft_type", "adapter")).lower()
-    lines = [f"# Imported from a PEFT adapter ({kind})", f"name: {kind}", "deltas:"]
+def _spec(name: str, modules: list[Module], whole: Tensors, backbone: PreTrainedModel) -> Spec:
+    lines = [f"# Imported from a PEFT adapter ({name})", f"name: {name}", "deltas:"]
     groups: dict[tuple[object, ...], list[Module]] = {}
     for module in modules:
         groups.setdefault(module.kind, []).append(module)
@@ -246,7 +248,7 @@ def _spec(
         owners.setdefault(owner, []).append(last)
     for owner, own in owners.items():
         lines += [f"  - at: {{op: linear, scope: {owner}}}", f"    train: [{', '.join(own)}]"]
-    return parse_spec("\n".join(lines) + "\n", kind)
+    return parse_spec("\n".join(lines) + "\n", name)
 
 
 def _scopes(wanted: list[str], paths: list[str]) -> list[str]:

@@ -129,7 +129,9 @@ def _prepend(builder: Builder, expr: Call, env: Mapping[str, Operand], name: str
     keys = builder.lower(expr.args[1], env, name)
     batch = builder.call(aten.sym_size.int, keys, 0, name=f"{name}_batch")
     row = builder.call(aten.unsqueeze.default, prefix, 0, name=f"{name}_row")
-    rows = builder.call(aten.expand.default, row, [batch, *[-1] * builder.axes], name=f"{name}_rows")
+    rows = builder.call(
+        aten.expand.default, row, [batch, *[-1] * builder.axes], name=f"{name}_rows"
+    )
     return builder.call(aten.cat.default, [rows, keys], -2, name=name)
 
 

@@ -8,7 +8,19 @@ from dataclasses import dataclass
 from peftc.expr import Dim, Expr, Name, Number, Shape
 
 # Sizes of a site that may be equal on a real model, whatever they are called; the plan compares numbers.
-SITE_DIMS = ("in", "out", "d", "heads", "kv_heads", "head_dim", "kv", "keys", "queries", "vocab", "tokens")
+SITE_DIMS = (
+    "in",
+    "out",
+    "d",
+    "heads",
+    "kv_heads",
+    "head_dim",
+    "kv",
+    "keys",
+    "queries",
+    "vocab",
+    "tokens",
+)
 ShapeRule = Callable[[tuple[Shape, ...], tuple[Expr, ...]], Shape]
 
 

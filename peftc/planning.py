@@ -63,7 +63,6 @@ class Plan:
             counts.setdefault(edit.site.at.partition(".")[0], set()).add(edit.site.scope)
         return {kind: len(scopes) for kind, scopes in counts.items()}
 
-
     @cached_property
     def room(self) -> Room:
         """What the edits put in front of sequences."""

@@ -75,13 +75,14 @@ class Room:
                 elif name.endswith("_positions") and not seq2seq:  # where an answer starts and ends
                     wide[name] = value + rows
         if self.shift:
-            wide["position_ids"] = _given_positions(wide) + self.shift
+            wide["position_ids"] = _given_positions(model, wide) + self.shift
         return wide
 
     def cut(
         self, model: PreTrainedModel, entry: str, wide: Tensors, fields: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Outputs as long as the inputs were. What the next entry reads (states, caches) keeps its rows."""
+        """Outputs as long as the inputs were. What a later entry reads (an encoder's states, caches) keeps
+        its rows."""
         seq2seq = bool(model.config.is_encoder_decoder)
         cut = dict(fields)
         if entry.startswith("encode"):
@@ -93,12 +94,14 @@ class Room:
                 if axes(name, value.ndim, entry, seq2seq)[1:] == (_label(ids),)
             ]
             for name, value in fields.items():
-                inner = name.startswith(("past.", "encoder_"))
-                if inner or not isinstance(value, torch.Tensor) or value.ndim < 2:
+                if name.startswith("past.") or not isinstance(value, torch.Tensor) or value.ndim < 2:
                     continue
                 if any(statically_known_true(value.shape[1] == length) for length in lengths):
                     cut[name] = value[:, self.rows[ids] :]
         return cut
+
+
+NONE = Room()
 
 
 def _label(ids: str) -> str:
@@ -115,12 +118,18 @@ def _positions(value: torch.Tensor, rows: int) -> torch.Tensor:
     return torch.cat([first.expand(*value.shape[:-1], rows), value + rows], -1)
 
 
-def _given_positions(tensors: Tensors) -> torch.Tensor:
-    """`position_ids`, or what a model takes when it is given none: on from what the cache holds."""
+def _given_positions(model: PreTrainedModel, tensors: Tensors) -> torch.Tensor:
+    """`position_ids`, or what a model takes when it is given none: its own count of what is no padding
+    (RoBERTa and its kin), or on from what the cache holds."""
     if "position_ids" in tensors:
         return tensors["position_ids"]
     ids = tensors.get("input_ids", tensors.get("inputs_embeds"))
     assert ids is not None  # a model that takes position_ids reads tokens
+    counts = "create_position_ids_from_input_ids"
+    own: Any = next((one for one in model.modules() if hasattr(one, counts)), None)
+    if own is not None and ids.ndim == 2:
+        counted: torch.Tensor = getattr(own, counts)(ids, own.padding_idx)
+        return counted
     past = tensors["past.self.0.key"].shape[2] if "past.self.0.key" in tensors else 0
     return torch.arange(past, past + ids.shape[1], device=ids.device).unsqueeze(0)
 

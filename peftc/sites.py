@@ -15,7 +15,6 @@ from peftc import fused
 from peftc.attention import Core, cores
 from peftc.program import Columns, Program, aten, is_call, scope_of
 
-
 # The anchors that are paths of a site's own parameters; others only help to find it.
 ROLES = ("W", "b", "q", "o", "up", "gate", "down")
 

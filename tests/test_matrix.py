@@ -22,7 +22,7 @@ from peftc.capture import capture as real_capture
 from peftc.driver import merge
 from peftc.errors import PeftcError
 from peftc.program import Program
-from peftc.room import Room
+from peftc.room import NONE, Room
 from peftc.spec import Spec, shipped
 
 SMALL: dict[str, dict[str, float]] = {
@@ -165,7 +165,7 @@ def traces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
         entry: str,
         inputs: Mapping[str, torch.Tensor],
         flags: Mapping[str, object] | None = None,
-        room: Room = Room(),
+        room: Room = NONE,
     ) -> Program:
         signature = tuple((k, v.dtype, v.ndim) for k, v in sorted(inputs.items()))
         modes = tuple(one.training for one in model.modules())

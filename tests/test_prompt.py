@@ -60,7 +60,11 @@ def test_prompt_is_rows_of_input_embeddings(family: str, attention: str, padding
     backbone, model = pair(family, attention)
     inputs = batch(backbone, padding)
     got, want = logits(model, inputs), by_hand(backbone, rows(model), inputs)
-    real = slice(None) if got.ndim == 2 or "decoder_input_ids" in inputs else inputs["attention_mask"] > 0
+    real = (
+        slice(None)
+        if got.ndim == 2 or "decoder_input_ids" in inputs
+        else inputs["attention_mask"] > 0
+    )
     bound = 1e-5 * want.abs().max().clamp(min=1)  # fp32, two layers
     assert got.shape == logits(backbone, inputs).shape
     assert (got - want)[real].abs().max() <= bound
