@@ -14,7 +14,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -60,9 +60,12 @@ METHODS: dict[str, dict[str, object]] = {
 
 @dataclass(frozen=True)
 class Layout:
-    """Where `adapters` keeps a family's weights, within a layer: the bottleneck after each sub-layer, the first
-    linear of the feed-forward, and the layer's last norm where it belongs to the bottleneck. `prefixes` are
-    kept for the whole model, by kind of attention."""
+    """Where `adapters` keeps a family's weights.
+
+    Within a layer: `bottlenecks` by the kind of attention they follow ("" is the feed-forward), `up` the
+    feed-forward's first linear, `norm` the one that a bottleneck after it takes over. In the whole model:
+    `prefixes` by the group of attention. `activation` is what the config calls the feed-forward's.
+    """
 
     bottlenecks: Mapping[str, str]
     up: str
@@ -103,7 +106,8 @@ LAYOUTS = {
     "llama": replace(DECODER, up=""),  # only IA3 asks for it
 }
 PRE_NORM = ("mbart", "gpt2", "llama")
-# IA3Config scales the *down* projection's result in Llama: there it is no IA3.
+# In Llama IA3Config scales what the *down* projection gives: there it is no IA3. T5 is left out: its prefixes
+# push the real keys away in the relative positions, and the paper's do not.
 CASES = [
     (method, family)
     for method in METHODS
@@ -180,9 +184,7 @@ def spec(method: str, family: str) -> SpecLike:
             return pfeiffer_as_theirs(family)
         case "houlsby":
             return peftc.load_spec("houlsby_adapter", r=R)
-        case (
-            "houlsby_as_theirs"
-        ):  # by default another activation, and nothing after cross-attention
+        case "houlsby_as_theirs":  # another activation, and nothing after cross-attention
             only_self = ("at: attention\n", "at: attention\n    where: {kind: self}\n")
             return shipped("houlsby_adapter", ("relu(", "silu("), only_self, r=R)
         case "prefix_direct":
@@ -334,8 +336,12 @@ def distance(a: torch.Tensor, b: torch.Tensor, inputs: Tensors) -> float:
     return ((a - b)[real].abs().max() / b[real].abs().max()).item()
 
 
-# float32 through two layers, whose sums the two sides take in another order: 7e-7 at most where it was measured.
+# float32 through two layers, whose sums the two sides take in another order: 7e-7 at most where it was tried.
 BOUND = 1e-5
+
+
+def numbers(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(value.numel() for value in tensors)
 
 
 def compiled(
@@ -346,10 +352,8 @@ def compiled(
     found, want = (load_file(folder / f"{name}.safetensors") for name in ("adapter", "logits"))
     model = peftc.compile(backbone(method, family, attention), meaning)
     fill(model, family, found)
-    trained = sum(value.numel() for value in model.deltas.parameters())
-    assert trained == sum(
-        value.numel() for value in found.values()
-    )  # nothing of theirs is left out
+    # Nothing of theirs is left out.
+    assert numbers(model.deltas.parameters()) == numbers(found.values())
     return model, want
 
 
