@@ -24,6 +24,7 @@ from peftc.planning import Plan, Survey, make_plan
 from peftc.program import Program
 from peftc.sites import Site, Stacks, find_sites
 from peftc.spec import Spec, combine, load_spec
+from peftc.words import Activations
 
 SpecLike = Spec | str | Path | Sequence[Spec | str | Path]
 
@@ -139,7 +140,8 @@ def compile(  # the name that users of torch expect
     trace = trace or Trace()
     captured = _captured(model, example, trace)
     plan = _plan(model, as_spec(spec), captured)
-    return _attach(model, plan, trace, captured=captured)
+    activations = Activations(model, captured.program)
+    return _attach(model, plan, trace, captured=captured, activations=activations)
 
 
 def _attach(
@@ -148,13 +150,14 @@ def _attach(
     trace: Trace,
     form: str = "training",
     captured: Captured | None = None,
+    activations: Activations | None = None,
 ) -> CompiledModel:
     schedule = passes.train(plan.edits)
 
     def transform(program: Program) -> None:
         trace.run(schedule, program)
 
-    compiled = trace.model = attach(model, plan, transform, form)
+    compiled = trace.model = attach(model, plan, transform, form, activations)
     if captured is not None and not plan.room:  # rows in front change what is traced
         compiled.adopt(captured.program, captured.inputs, captured.flags)
     return compiled

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,14 @@ from peftc import expr as ex
 from peftc.errors import PeftcError, Place, suggest
 
 Arguments = Mapping[str, float | int]
-FORMULA = "formula"  # the Init whose argument is an expression of the site's weight
+Words = str | tuple[int, ...]  # a text, or its token ids
+FORMULA = "formula"  # the Init whose argument is an expression of the site's ports
 
 
 @dataclass(frozen=True)
 class Init:
-    """How a parameter starts; arguments are expressions over the site's dims, a formula's also over W and b."""
+    """How a parameter starts; arguments are expressions over the site's dims, a formula's also over its
+    ports: weights, or what they hold while the backbone reads the entry's words."""
 
     name: str
     args: tuple[ex.Expr, ...] = ()
@@ -69,6 +71,7 @@ class Entry:
     place: Place = field(compare=False)
     penalty: ex.Expr | None = None
     positions: str = "keep"
+    words: Words | None = None
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,16 @@ def combine(specs: Sequence[Spec]) -> Spec:
         entries=tuple(entry for spec in specs for entry in spec.entries),
         text="\n".join(spec.text for spec in specs),
     )
+
+
+def with_words(spec: Spec, words: Words) -> Spec:
+    """The spec with other words, where it starts from some. Raises PeftcError where it does not."""
+    entries = tuple(
+        entry if entry.words is None else replace(entry, words=words) for entry in spec.entries
+    )
+    if entries == spec.entries and all(entry.words is None for entry in entries):
+        raise PeftcError(f"{spec.name} starts from no words")
+    return replace(spec, entries=entries)
 
 
 def directory() -> Path:
@@ -186,6 +199,7 @@ def _entry_data(entry: Entry) -> dict[str, Any]:
         "expect": entry.expect,
         **({} if entry.penalty is None else {"penalty": ex.show(entry.penalty)}),
         **({} if entry.positions == "keep" else {"positions": entry.positions}),
+        **({} if entry.words is None else {"words": entry.words}),
         "arguments": dict(entry.arguments),
     }
 
@@ -221,6 +235,7 @@ def _entry(data: Mapping[str, Any]) -> Entry:
         place=Place("<deltas>", 1, 1),
         penalty=optional(data.get("penalty")),
         positions=data.get("positions", "keep"),
+        words=tuple(words) if isinstance(words := data.get("words"), list) else words,
     )
 
 
