@@ -180,7 +180,7 @@ def traces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
         signature = tuple((k, v.dtype, v.ndim) for k, v in sorted(inputs.items()))
         modes = tuple(one.training for one in model.modules())
         said = repr((flags, room))
-        key = (variant.family, variant.attention, entry, signature, said, modes)
+        key = (variant.family, variant.attention, model.dtype, entry, signature, said, modes)
         if key not in _TRACES:
             _TRACES[key] = real_capture(model, entry, inputs, flags, room)
         one = _TRACES[key]
@@ -200,7 +200,7 @@ def test_cell(method: str, family: str, tmp_path: Path) -> None:
     variant = Variant.of(method, family)
     backbone = variant.backbone()
     if method in LACKS.get(family, ()):
-        with pytest.raises(PeftcError, match="no site of this model|reads no words"):
+        with pytest.raises(PeftcError, match=r"no site of this model|reads no words"):
             peftc.compile(backbone, spec(method))
         pytest.skip(f"{family} has no place for it, and the error says so")
     inputs = batch(backbone, variant.padding)
@@ -258,12 +258,14 @@ def _starts_as_promised(
         assert not torch.allclose(got, eager)
 
 
-def _only_deltas_learn(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> None:
+def _only_deltas_learn(
+    model: PreTrainedModel, inputs: dict[str, torch.Tensor], rate: float = 1e-3
+) -> None:
     stir(model, 0.1)
     free = {one.path for one in model.plan.unfrozen}
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     model.train()
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-3)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], rate)
     model(**inputs).logits.square().mean().backward()
     got = {n for n, p in model.named_parameters() if p.grad is not None}
     assert got and all(n.startswith("deltas.") or n in free for n in got)
@@ -306,3 +308,36 @@ def _generates(model: PreTrainedModel, inputs: dict[str, torch.Tensor], beams: i
     with_cache = model.generate(**prompt, **settings)
     without = model.generate(**prompt, **settings, use_cache=False)
     assert torch.equal(with_cache, without)
+
+
+HALF = ("bart", "roberta", "gpt2", "llama")
+
+
+def _half_cell(method: str) -> object:
+    """Each method in one family, the families in turn."""
+    turn = shipped().index(method) % len(HALF)
+    order = (*HALF[turn:], *HALF[:turn])
+    family = next(one for one in order if method not in LACKS.get(one, ()))
+    mark = pytest.mark.xdist_group(family)
+    return pytest.param(method, family, id=f"{method}-{family}", marks=mark)
+
+
+@pytest.mark.usefixtures("traces")
+@pytest.mark.parametrize(("method", "family"), [_half_cell(method) for method in shipped()])
+def test_bfloat16(method: str, family: str, tmp_path: Path) -> None:
+    """In half precision: exact where exact, trains, comes back, and folds to what float64 says, rounded."""
+    variant = Variant.of(method, family)
+    backbone, bare = (variant.backbone().bfloat16() for _ in range(2))
+    model, inputs = peftc.compile(backbone, spec(method)), batch(backbone, "left")
+    assert {value.dtype for value in model.deltas.values().values()} <= {torch.bfloat16}
+    if method in EXACT:
+        want = logits(peftc.compile(bare, "norm_tuning"), inputs)
+        assert torch.equal(real(model, inputs, logits(model, inputs)), real(model, inputs, want))
+    _only_deltas_learn(model, inputs, 1.0)  # a smaller step is less than a rounding
+    got = logits(model, inputs)
+    model.save_pretrained(tmp_path)
+    again = peftc.load(tmp_path, backbone=variant.backbone().bfloat16())
+    assert torch.equal(real(model, inputs, logits(again, inputs)), real(model, inputs, got))
+    merged, _ = merge(model)
+    # 8 bits of mantissa: W + delta rounds once where W and delta round apart; two layers of weights of size 1
+    assert apart(model, inputs, logits(merged, inputs).float(), got.float()) <= 0.1
