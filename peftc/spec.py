@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,13 @@ def combine(specs: Sequence[Spec]) -> Spec:
         entries=tuple(entry for spec in specs for entry in spec.entries),
         text="\n".join(spec.text for spec in specs),
     )
+
+
+def scopes(wanted: Sequence[str], paths: Iterable[str]) -> list[str]:
+    """`scope` for modules with the same last name: one glob where it means exactly these; else each path."""
+    glob = f"*.{wanted[0].rpartition('.')[2]}"
+    same = {path for path in paths if fnmatch.fnmatchcase(path, glob)}
+    return [glob] if same == set(wanted) else [*wanted]
 
 
 def directory() -> Path:
