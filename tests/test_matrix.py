@@ -61,6 +61,7 @@ EXACT = [
     "oft",
     "rslora",
     "scaled_parallel_adapter",
+    "sparse_difference",
     "vera",
 ]
 CLOSE = ("compacter", "dora", "pissa")
@@ -82,6 +83,7 @@ FOLDS = [
     "oft",
     "pissa",
     "rslora",
+    "sparse_difference",
     "vera",
 ]
 ATTENTION = [
