@@ -68,7 +68,9 @@ def test_pruned_is_the_backbone_with_the_largest_differences(family: str) -> Non
     backbone, inputs = tiny(family), batch(tiny(family))
     count = sum(one.numel() for one in backbone.parameters()) // 100
     masks = {k: v for k, v in pruned.deltas.values().items() if k.endswith(".mask")}
+    kept = [v for k, v in pruned.deltas.values().items() if k.endswith(".w")]
     assert report.kept == count == sum(int(one.sum()) for one in masks.values())
+    assert count == sum(int(one.count_nonzero()) for one in kept)
     assert all(set(one.unique().tolist()) <= {0, 1} for one in masks.values())
     differences = by_hand(model)
     assert report.changed == sum(int((one != 0).sum()) for one in differences.values()) > count
