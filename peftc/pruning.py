@@ -97,12 +97,13 @@ def _differences(
     found = {}
     with torch.no_grad():
         for path, weight in backbone.named_parameters():
-            if path not in folding.weights:
-                continue
+            folded = folding.weights.pop(
+                path, weight
+            )  # float64 of a large model: no longer than needed
             if path in free:
-                weight.copy_(folding.weights[path])
-            else:
-                found[path] = (folding.weights[path] - weight.double()).to(weight.dtype)
+                weight.copy_(folded)
+            elif folded is not weight:
+                found[path] = (folded - weight.double()).to(weight.dtype)
     return found
 
 

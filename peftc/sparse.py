@@ -57,7 +57,8 @@ def names(expected: Collection[str], found: Collection[str]) -> set[str]:
     wanted: set[str] = set()
     for name in expected:
         parts = {f"{name}.{part}" for part in PARTS}
-        wanted |= parts if name not in found and parts & set(found) else {name}
+        split = name not in found and any(part in found for part in parts)
+        wanted |= parts if split else {name}
     return wanted
 
 
