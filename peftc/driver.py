@@ -213,17 +213,8 @@ def merge(model: CompiledModel, *, trace: Trace | None = None) -> tuple[PreTrain
     and folded are compared on a seeded batch.
     """
     trace = trace or Trace()
-    backbone = copy.deepcopy(model.__dict__["_backbone"])
+    backbone, folding = fold(model, trace)
     weights = dict(backbone.named_parameters(remove_duplicate=False))
-    for path, required in model.__dict__["_required_grad"].items():
-        weights[path].requires_grad_(required)
-    folding = Folding(
-        list(model.plan.edits),
-        dict(model.deltas.values()),
-        backbone.get_parameter,
-        _tied(backbone),
-    )
-    trace.run(passes.FOLD, folding)
     with torch.no_grad():
         for path, weight in folding.weights.items():
             weights[path].copy_(weight)
@@ -234,6 +225,21 @@ def merge(model: CompiledModel, *, trace: Trace | None = None) -> tuple[PreTrain
         for path, value in merged.deltas.values().items():
             value.data.copy_(folding.tensors[path])
     return merged, _report(model, merged, folding)
+
+
+def fold(model: CompiledModel, trace: Trace) -> tuple[PreTrainedModel, Folding]:
+    """A copy of the backbone as it is, and its weights with what folds, in float64."""
+    backbone = copy.deepcopy(model.__dict__["_backbone"])
+    for path, required in model.__dict__["_required_grad"].items():
+        backbone.get_parameter(path).requires_grad_(required)
+    folding = Folding(
+        list(model.plan.edits),
+        dict(model.deltas.values()),
+        backbone.get_parameter,
+        _tied(backbone),
+    )
+    trace.run(passes.FOLD, folding)
+    return backbone, folding
 
 
 def _tied(model: PreTrainedModel) -> frozenset[str]:

@@ -20,6 +20,7 @@ from peftc.deltas import Activations, Deltas, started
 from peftc.inputs import CaptureError, forward_flags
 from peftc.planning import Plan
 from peftc.program import Program
+from peftc.sparse import unpacked
 
 Transform = Callable[[Program], None]
 
@@ -67,6 +68,13 @@ class CompiledModel(PreTrainedModel):
 
         stored = bool(kwargs.get("stored", False))
         save(self, Path(save_directory), stored=stored)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As torch's, of what `save_pretrained` wrote too: Trainer resumes from sparse tensors."""
+        shapes = {name: tuple(value.shape) for name, value in self.state_dict().items()}
+        return super().load_state_dict(unpacked(state_dict, shapes), strict, assign)
 
     def program(self, entry: str, inputs: Mapping[str, Any], flags: Mapping[str, Any]) -> Program:
         """The rewritten graph for an entry and this kind of inputs, captured when first asked for."""

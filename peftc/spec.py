@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,13 @@ def with_words(spec: Spec, words: Words) -> Spec:
     if entries == spec.entries and all(entry.words is None for entry in entries):
         raise PeftcError(f"{spec.name} starts from no words")
     return replace(spec, entries=entries)
+
+
+def scopes(wanted: Sequence[str], paths: Iterable[str]) -> list[str]:
+    """`scope` for modules with the same last name: one glob where it means exactly these; else each path."""
+    glob = f"*.{wanted[0].rpartition('.')[2]}"
+    same = {path for path in paths if fnmatch.fnmatchcase(path, glob)}
+    return [glob] if same == set(wanted) else [*wanted]
 
 
 def directory() -> Path:

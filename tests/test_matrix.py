@@ -64,6 +64,7 @@ EXACT = [
     "oft",
     "rslora",
     "scaled_parallel_adapter",
+    "sparse_difference",
     "vera",
 ]
 CLOSE = ("compacter", "dora", "pissa")
@@ -85,6 +86,7 @@ FOLDS = [
     "oft",
     "pissa",
     "rslora",
+    "sparse_difference",
     "vera",
 ]
 ATTENTION = [
