@@ -97,9 +97,8 @@ def _differences(
     found = {}
     with torch.no_grad():
         for path, weight in backbone.named_parameters():
-            folded = folding.weights.pop(
-                path, weight
-            )  # float64 of a large model: no longer than needed
+            # float64 of a large model: kept no longer than needed
+            folded = folding.weights.pop(path, weight)
             if path in free:
                 weight.copy_(folded)
             elif folded is not weight:
