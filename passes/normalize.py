@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from peftc.program import Program, aten
+from peftc.program import Program, aten, is_call
 
 _ASSERTS = (
     aten._assert_tensor_metadata.default,
@@ -16,10 +16,14 @@ _ASSERTS = (
     aten.sym_constrain_range_for_size.default,
 )
 
+# Of a matrix these are its transpose.
+_TURNS = (aten.numpy_T.default, aten.t.default, aten.transpose.int, aten.permute.default)
+
 
 @dataclass(frozen=True)
 class Normalize:
-    """Drop metadata assertions, casts to the dtype and device a value already has, and dead code."""
+    """Drop metadata assertions, casts to the dtype and device a value already has, and dead code; write a
+    product with a turned weight as the linear that it is."""
 
     name: str = "normalize"
 
@@ -33,9 +37,24 @@ class Normalize:
                 node.replace_all_uses_with(node.args[0])
                 program.graph.erase_node(node)
                 removed += 1
+            elif _is_linear(program, node):
+                node.target = aten.linear.default
+                node.update_arg(1, node.args[1].args[0])
         before = len(program.graph.nodes)
         program.graph.eliminate_dead_code()
         return removed + before - len(program.graph.nodes)
+
+
+def _is_linear(program: Program, node: fx.Node) -> bool:
+    """Whether this is `x @ W.T` of a parameter W [out, in]."""
+    if not is_call(node, aten.matmul.default):
+        return False
+    turned = node.args[1]
+    if not is_call(turned, *_TURNS):
+        return False
+    assert isinstance(turned, fx.Node)
+    weight = turned.args[0]
+    return program.parameter(weight) is not None and len(weight.meta["val"].shape) == 2  # type: ignore[union-attr]
 
 
 def _is_idle_cast(node: fx.Node) -> bool:

@@ -16,7 +16,7 @@ from peftc import delta
 from peftc.capture import capture, flatten_cache
 from peftc.driver import merge, seeded_inputs
 from peftc.folding import Report
-from peftc.inputs import forward_flags
+from peftc.inputs import forward_flags, reads_its_end
 from peftc.model import CompiledModel
 from peftc.onnx_data import write_models
 from peftc.onnx_graph import ExportError, Graph, require_onnx, to_onnx
@@ -117,6 +117,10 @@ def _program(model: PreTrainedModel, entry: str, inputs: Mapping[str, torch.Tens
 
 def _graphs(model: PreTrainedModel) -> Iterator[Graph]:
     inputs = seeded_inputs(model)
+    if reads_its_end(model):
+        raise ExportError(
+            f"{type(model).__name__} cannot be exported yet: it picks a state by the tokens' values"
+        )
     if not model.config.is_encoder_decoder:
         if model.can_generate() or "input_ids" not in inputs:
             raise ExportError(

@@ -214,6 +214,9 @@ def _program(
             name = name.removeprefix("model.")
             name = paths.get(name, name)
         slots[spec.arg.name] = Slot(kind, name)
+    for node in exported.graph_module.graph.find_nodes(op="placeholder"):
+        if slots[node.name].kind == "constant":
+            node.meta["constant"] = constants[slots[node.name].name]
     for out in exported.graph_signature.output_specs:
         if out.kind is not OutputKind.USER_OUTPUT:
             raise CaptureError(f"{type(model).__name__}.{entry} changes its state: '{out.target}'")
@@ -259,7 +262,7 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for logger in loggers:
-            logger.setLevel(logging.ERROR)
+            logger.setLevel(logging.CRITICAL)
         try:
             yield
         finally:

@@ -48,6 +48,7 @@ CUT = (
     aten.unbind.int,
     aten.select.int,
     aten.slice.Tensor,
+    aten.index.Tensor,
     aten.unflatten.int,
     operator.getitem,
 )

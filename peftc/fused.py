@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from peftc import dataflow as flow
 from peftc.errors import PeftcError
@@ -14,6 +15,8 @@ from peftc.program import Columns, aten, is_call
 
 # What only moves values: a label that goes in comes out, somewhere.
 _MOVES = (*flow.MOVE, *flow.CUT)
+
+_CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.type_as.default)
 
 
 class SiteError(PeftcError):
@@ -91,16 +94,23 @@ def _moved(node: fx.Node, labels: dict[fx.Node, Any]) -> Any:
     def value(one: fx.Node) -> Any:
         if one in labels:
             return labels[one]
-        val = one.meta.get("val")
+        val = _constant(one)
         return hint(val) if isinstance(val, torch.SymInt) else val
 
     args = fx.map_arg(node.args, value)
-    if is_call(node, aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.type_as.default):
-        return args[0]
     try:
-        return node.target(*args, **node.kwargs)  # type: ignore[operator]
+        moved = args[0] if is_call(node, *_CASTS) else node.target(*args, **node.kwargs)  # type: ignore[operator]
     except (RuntimeError, TypeError):
         return None
+    return None if isinstance(moved, FakeTensor) else moved
+
+
+def _constant(node: fx.Node) -> Any:
+    """The value of a constant of the graph; of all else what is known while tracing."""
+    source = node
+    while is_call(source, aten.lift_fresh_copy.default, *flow.MOVE):
+        source = source.args[0]  # type: ignore[assignment]
+    return source.meta.get("constant", node.meta.get("val"))
 
 
 def _pattern(features: list[int], width: int) -> Columns | None:

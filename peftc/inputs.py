@@ -79,9 +79,15 @@ def dummy_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     else:
         shape = (SIZES["batch"], *_features(model, name))
         inputs = {name: torch.zeros(shape, device=device, dtype=model.dtype)}
-    if model.config.is_encoder_decoder:
+    if model.config.is_encoder_decoder and not reads_its_end(model):
         inputs["decoder_input_ids"] = ids[:, : SIZES["target"]].clone()
     return inputs
+
+
+def reads_its_end(model: PreTrainedModel) -> bool:
+    """A classifier on an encoder-decoder: the decoder reads the input too, and the head its last state."""
+    head = model.base_model is not model and not model.can_generate()
+    return bool(model.config.is_encoder_decoder) and head and model.main_input_name == "input_ids"
 
 
 def _features(model: PreTrainedModel, name: str) -> tuple[int, ...]:

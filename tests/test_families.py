@@ -1,0 +1,86 @@
+"""Models beside those of the matrix, for what each was the first to show: nothing knows one by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import GROUPED, SEQ2SEQ, T5, stir
+from transformers import PreTrainedModel
+
+import peftc
+from peftc.driver import merge, outputs, seeded_inputs, survey
+from peftc.errors import PeftcError
+
+SMALL = dict(vocab_size=120, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+HEAD = dict(num_labels=3, eos_token_id=2)
+MODELS: dict[str, tuple[str, str, dict[str, object]]] = {
+    # `x @ W.T` written out, keys and values picked by an index
+    "falcon": ("FalconConfig", "FalconForCausalLM", SMALL),
+    # norms of queries and keys, two kinds of positions
+    "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", dict(**GROUPED, head_dim=8)),
+    # the decoder reads the input again, and the head the state of its last token
+    "bart_head": ("BartConfig", "BartForSequenceClassification", dict(**SEQ2SEQ, **HEAD)),
+    "t5_head": ("T5Config", "T5ForSequenceClassification", dict(**T5, **HEAD, d_kv=8)),
+    # queries, keys and values interleaved in a way of their own
+    "codegen": (
+        "CodeGenConfig",
+        "CodeGenForCausalLM",
+        dict(vocab_size=120, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4),
+    ),
+}
+SPECS = {
+    "lora": peftc.load_spec("lora", r=4, alpha=8),
+    "mam": peftc.load_spec("mam", l=3, m=4, r=4),
+    "prompt": peftc.load_spec("prompt_tuning", l=3),
+}
+
+
+def built(name: str) -> PreTrainedModel:
+    config, model, sizes = MODELS[name]
+    torch.manual_seed(0)
+    made: PreTrainedModel = getattr(transformers, model)(getattr(transformers, config)(**sizes))
+    return made.eval()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_family_has_its_sites(name: str) -> None:
+    counts: dict[str, int] = {}
+    for site in survey(built(name)):
+        counts[site.at] = counts.get(site.at, 0) + 1
+    attentions = 6 if name.endswith("_head") else 2
+    for part in ("", ".q", ".k", ".v", ".o", ".heads"):
+        assert counts[f"attention{part}"] == attentions
+    assert counts["ffn"] == (4 if name.endswith("_head") else 2)
+
+
+@pytest.mark.parametrize("method", SPECS)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_family_takes_a_method(name: str, method: str) -> None:
+    backbone = built(name)
+    model, inputs = peftc.compile(backbone, SPECS[method]), seeded_inputs(backbone)
+    before, bare = (outputs(one, inputs)["logits"] for one in (model, backbone))
+    if method == "lora":
+        assert (before - bare).abs().max() <= 1e-5 * bare.abs().max().clamp(min=1)
+    got = outputs(stir(model), inputs)["logits"]
+    assert (got - bare).abs().max() > 1e-3
+    _, report = merge(model)
+    assert report.error <= 1e-4 * max(1.0, report.scale)  # fp32 weights rounded once
+    assert len(report.kept) == {"lora": 0, "prompt": 1}.get(method, len(model.plan.edits))
+    if model.can_generate():
+        prompt = {k: v[1:] for k, v in inputs.items()}  # the rows without padding
+        settings = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0)
+        cached = model.generate(**prompt, **settings)
+        assert torch.equal(cached, model.generate(**prompt, **settings, use_cache=False))
+
+
+def test_a_head_on_an_encoder_decoder_trains_and_is_not_exported(tmp_path: Path) -> None:
+    model = stir(peftc.compile(built("bart_head"), ["lora", "head"]))
+    inputs = seeded_inputs(model)
+    loss = model.train()(**inputs, labels=torch.tensor([0, 1, 2])).loss
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    with pytest.raises(PeftcError, match="picks a state by the tokens' values"):
+        peftc.export(model, tmp_path / "bundle")
