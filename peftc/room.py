@@ -94,7 +94,11 @@ class Room:
                 if axes(name, value.ndim, entry, seq2seq)[1:] == (_label(ids),)
             ]
             for name, value in fields.items():
-                if name.startswith("past.") or not isinstance(value, torch.Tensor) or value.ndim < 2:
+                if (
+                    name.startswith("past.")
+                    or not isinstance(value, torch.Tensor)
+                    or value.ndim < 2
+                ):
                     continue
                 if any(statically_known_true(value.shape[1] == length) for length in lengths):
                     cut[name] = value[:, self.rows[ids] :]
