@@ -93,10 +93,11 @@ def _of_convolution(
     """A convolution whose result is changed at each position alike: its kernels, [in, out], are."""
     if "x" in assigned:
         raise NotAffine("a convolution reads its input through a kernel")
+    result = affine(assigned["h"], {"h": base}, env, sizes)
     mixed = [one.op for one in calls(assigned["h"]) if OPS[one.op].affine == "matmul"]
     if mixed and edit.site.dims["groups"] > 1:
         raise NotAffine(f"'{mixed[0]}' mixes the groups of the convolution")
-    return affine(assigned["h"], {"h": base}, env, sizes)
+    return result
 
 
 def _reparametrised(

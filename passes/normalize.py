@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from peftc.program import Program, aten
+from peftc.program import Program, aten, is_call
 
 _ASSERTS = (
     aten._assert_tensor_metadata.default,
@@ -16,10 +16,21 @@ _ASSERTS = (
     aten.sym_constrain_range_for_size.default,
 )
 
+# Ops that keep the elements and their order.
+_RESHAPE = (
+    aten.view.default,
+    aten.reshape.default,
+    aten.squeeze.dim,
+    aten.unsqueeze.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+)
+
 
 @dataclass(frozen=True)
 class Normalize:
-    """Drop metadata assertions, casts to the dtype and device a value already has, and dead code."""
+    """Drop metadata assertions, casts to the dtype and device a value already has, reshapes of a parameter
+    to the shape it is stored in, and dead code."""
 
     name: str = "normalize"
 
@@ -29,6 +40,10 @@ class Normalize:
             if node.op == "call_function" and node.target in _ASSERTS:
                 program.graph.erase_node(node)
                 removed += 1
+            elif (stored := _stored(program, node)) is not None:
+                node.replace_all_uses_with(stored)
+                program.graph.erase_node(node)
+                removed += 1
             elif _is_idle_cast(node):
                 node.replace_all_uses_with(node.args[0])
                 program.graph.erase_node(node)
@@ -36,6 +51,16 @@ class Normalize:
         before = len(program.graph.nodes)
         program.graph.eliminate_dead_code()
         return removed + before - len(program.graph.nodes)
+
+
+def _stored(program: Program, node: fx.Node) -> fx.Node | None:
+    """The parameter that `node` is again (Mamba squeezes its kernels and takes it back)."""
+    source = node
+    while is_call(source, *_RESHAPE):
+        source = source.args[0]  # type: ignore[assignment]
+    if source is node or not program.parameter(source):
+        return None
+    return source if source.meta["val"].shape == node.meta["val"].shape else None
 
 
 def _is_idle_cast(node: fx.Node) -> bool:

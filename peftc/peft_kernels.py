@@ -37,7 +37,9 @@ def body(path: str, conv: nn.Module, linear: str, found: Mapping[str, torch.Tens
     """
     require(path, conv)
     if "lokr_w2" in found and found["lokr_w2"].ndim == 3:  # make_kron aligns w1 from the right
-        raise KernelError(f"'{path}': PEFT's LoKr of a Conv1d is no product of w1 and whole kernels")
+        raise KernelError(
+            f"'{path}': PEFT's LoKr of a Conv1d is no product of w1 and whole kernels"
+        )
     if linear.startswith(_PRODUCT):
         return f'rewrite: {{W: "W + s * transpose({linear.removeprefix(_PRODUCT)})"}}'
     if linear.startswith("rewrite: {W:"):

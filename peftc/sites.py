@@ -253,12 +253,13 @@ def _convolution(program: Program, conv: fx.Node, stacks: Stacks) -> Site:
     n_out, *kernel = flow.static_shape(flow.weight_of(conv))
     channels = flow.static_shape(conv.args[0])[-len(kernel)]  # type: ignore[arg-type]
     anchors = {"W": _weight(program, conv) or ""}
+    scope = anchors["W"].rpartition(".")[0]  # Mamba calls it from outside its module
     if bias := program.parameter(flow.bias_of(conv)):
         anchors["b"] = bias
     dims = {"in": prod(kernel), "out": n_out, "d": n_out}
     dims |= {"channels": channels, "groups": channels // kernel[0]}
-    scope, shared = scope_of(conv), _shared(flow.weight_of(conv), flow.CONV)
-    stack, layer, sizes = stacks.of(scope), _layer(scope), tuple(kernel)
+    shared, sizes = _shared(flow.weight_of(conv), flow.CONV), tuple(kernel)
+    stack, layer = stacks.of(scope), _layer(scope)
     return Site("conv", scope, stack, "", layer, dims, anchors, shared=shared, kernel=sizes)
 
 

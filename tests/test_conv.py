@@ -49,7 +49,13 @@ SITES = {
     "vit": [(48, 32, 3, 1)],
     "whisper": [(24, 32, 8, 1), (96, 32, 32, 1)],
     "convnext": [(48, 8, 3, 1), (49, 8, 8, 8), (32, 16, 8, 1), (49, 16, 16, 16)],
-    "resnet": [(147, 8, 3, 1), *[(72, 8, 8, 1)] * 2, (72, 16, 8, 1), (144, 16, 16, 1)],
+    "resnet": [
+        (147, 8, 3, 1),
+        *[(72, 8, 8, 1)] * 2,
+        (72, 16, 8, 1),
+        (144, 16, 16, 1),
+        (8, 16, 8, 1),
+    ],
     "mamba": [(4, 64, 64, 64)] * 2,
 }
 # What PEFT adapts in it: each convolution that is not grouped.
@@ -105,8 +111,6 @@ def apart(a: torch.Tensor, b: torch.Tensor) -> float:
 def test_sites(family: str) -> None:
     found = [site for site in survey(build(family)) if site.at == "conv"]
     sizes = [tuple(s.dims[n] for n in ("in", "out", "channels", "groups")) for s in found]
-    if family == "resnet":  # and the shortcut of its second stage
-        assert sizes.pop(3) == (8, 16, 8, 1)
     assert sizes == SITES[family]
 
 
@@ -120,8 +124,8 @@ REWRITES = {
     "rewrite: {W: m * V / detach(norm(V))}",
     "ia3": "params: {s: {shape: [out], init: ones}}, rewrite: {h: h * s}",
     "input": "params: {s: {shape: [channels], init: ones}}, rewrite: {x: x * s}",
-    "adapter": "params: {a: {shape: [out, 2], init: normal(1)}, b: {shape: [2, out], init: zeros}}, "
-    "delta: relu(h @ a) @ b",
+    "adapter": "params: {down: {shape: [out, 2], init: normal(1)}, up: {shape: [2, out], init: zeros}}, "
+    "delta: relu(h @ down) @ up",
 }
 KEPT = {
     "input": {"a convolution reads its input through a kernel"},
@@ -155,7 +159,7 @@ def test_a_method_of_linears_works_at_kernels(name: str, family: str, tmp_path: 
     assert apart(logits(merged, inputs), moved) <= 1e-5  # fp32, weights rounded once
     assert {one.note for one in report.kept} == KEPT.get(name, set())
     if report.kept:
-        twice, second = peftc.merge(merged)
+        second = peftc.merge(merged)[1]
         assert second.error == 0 and second.kept == report.kept
     else:
         assert type(merged) is type(backbone)
@@ -165,6 +169,7 @@ class Odd(PreTrainedModel):
     """Convolutions that are rare: padded by a word, dilated, grouped, in three axes, tied, transposed."""
 
     config_class = PretrainedConfig
+    base_model_prefix = "odd"
     main_input_name = "pixel_values"
 
     def __init__(self, config: PretrainedConfig) -> None:
@@ -176,7 +181,9 @@ class Odd(PreTrainedModel):
         self.up = nn.ConvTranspose2d(4, 4, 2, stride=2)
         self.post_init()
 
-    def forward(self, pixel_values: torch.Tensor) -> ImageClassifierOutput:
+    def forward(
+        self, pixel_values: torch.Tensor, return_dict: bool = True
+    ) -> ImageClassifierOutput:
         h = torch.tanh(self.same(pixel_values))
         h = self.deep(h.unsqueeze(1)).mean(2)
         h = self.read_twice(self.grouped(h)) + self.read_twice.weight.sum()
@@ -203,7 +210,7 @@ def test_rare_convolutions() -> None:
     with pytest.raises(PeftcError, match=r"fits no site .*'sum' reads this weight too"):
         peftc.plan(odd(), at_conv("rewrite: {W: 2 * W}", "read_twice"))
     with pytest.raises(PeftcError, match="this convolution has no bias"):
-        peftc.plan(odd(), at_conv("rewrite: {b: 2 * b}", "read_twice"))
+        peftc.plan(build("resnet"), at_conv("rewrite: {b: 2 * b}"))
 
 
 @pytest.mark.parametrize("name", ["Wav2Vec2", "Hubert"])
@@ -222,13 +229,13 @@ def test_a_weight_that_the_graph_computes_is_missed(name: str) -> None:
 
 def test_channels_are_last_and_positions_differ() -> None:
     """A site's h has the positions of the result: x, which has others, goes nowhere by accident."""
-    low_rank = "params: {a: {shape: [in, 2], init: zeros}, b: {shape: [2, out], init: zeros}}"
+    low_rank = "params: {a: {shape: [in, 2], init: zeros}, c: {shape: [2, out], init: zeros}}"
     with pytest.raises(PeftcError, match="'channels' is not 'in'"):
-        at_conv(f"{low_rank}, delta: x @ a @ b")
+        at_conv(f"{low_rank}, delta: x @ a @ c")
     skip = "params: {a: {shape: [channels, out], init: zeros}}, delta: x @ a"
-    with pytest.raises(PeftcError, match="'outputs' is not 'inputs'|'inputs' is not 'outputs'"):
-        at_conv(skip)
     backbone = build("vit")
+    with pytest.raises(PeftcError, match="differ: 'outputs' is not 'inputs'"):
+        peftc.plan(backbone, at_conv(skip))
     scale = torch.randn(32)
     model = peftc.compile(backbone, rewriting("ia3"))
     stir(model).deltas.get_parameter(model.plan.edits[0].parameters[0].path).data.copy_(scale)

@@ -31,6 +31,7 @@ SMALL: dict[str, dict[str, float]] = {
     "learned_scale_adapter": dict(r=4),
     "lokr": dict(r=2, f=2),
     "lora": dict(r=4, alpha=8),
+    "lora_conv": dict(r=2),
     "lora_ffn": dict(r=4, alpha=8),
     "mam": dict(l=5, m=6, r=4),
     "multi_head_parallel_adapter": dict(r=3),
@@ -57,6 +58,7 @@ EXACT = [
     "loha",
     "lokr",
     "lora",
+    "lora_conv",
     "lora_embedding",
     "lora_ffn",
     "norm_tuning",
@@ -78,6 +80,7 @@ FOLDS = [
     "loha",
     "lokr",
     "lora",
+    "lora_conv",
     "lora_embedding",
     "lora_ffn",
     "norm_tuning",
@@ -127,6 +130,10 @@ LACKS = {
 LACKS["mixtral"] += ("bitfit", "bitfit_subset")
 # A slice of a fused projection has no bias of its own to train; nothing else of the method fails.
 LACKS |= dict.fromkeys(("gpt2", "neox", "bloom"), ("bitfit_subset",))
+CONVOLVE = ("vit", "whisper", "mamba")
+LACKS |= {
+    family: (*LACKS.get(family, ()), "lora_conv") for family in FAMILIES if family not in CONVOLVE
+}
 # T5 is its own body, without a module that is the head.
 CELLS = [(method, family) for method in shipped() for family in FAMILIES]
 
