@@ -30,27 +30,34 @@ _RESHAPE = (
 @dataclass(frozen=True)
 class Normalize:
     """Drop metadata assertions, casts to the dtype and device a value already has, reshapes of a parameter
-    to the shape it is stored in, and dead code."""
+    to the shape it is stored in, updates of running statistics, and dead code."""
 
     name: str = "normalize"
 
     def run(self, program: Program) -> int:
         removed = 0
         for node in list(program.graph.nodes):
-            if node.op == "call_function" and node.target in _ASSERTS:
+            same = node.args[0] if _is_idle_cast(node) else _stored(program, node)
+            if same is not None:
+                node.replace_all_uses_with(same)
+            if same is not None or is_call(node, *_ASSERTS) or _is_count(program, node):
                 program.graph.erase_node(node)
                 removed += 1
-            elif (stored := _stored(program, node)) is not None:
-                node.replace_all_uses_with(stored)
-                program.graph.erase_node(node)
-                removed += 1
-            elif _is_idle_cast(node):
-                node.replace_all_uses_with(node.args[0])
-                program.graph.erase_node(node)
-                removed += 1
+            elif is_call(node, aten.batch_norm.default) and _is_buffer(program, node.args[3]):
+                node.update_arg(5, False)
         before = len(program.graph.nodes)
         program.graph.eliminate_dead_code()
         return removed + before - len(program.graph.nodes)
+
+
+def _is_count(program: Program, node: fx.Node) -> bool:
+    """Whether `node` counts batches. A frozen backbone's statistics stay: deltas are saved without them."""
+    return is_call(node, aten.add_.Tensor) and _is_buffer(program, node.args[0]) and not node.users
+
+
+def _is_buffer(program: Program, node: object) -> bool:
+    slot = program.slot(node) if isinstance(node, fx.Node) else None
+    return slot is not None and slot.kind == "buffer"
 
 
 def _stored(program: Program, node: fx.Node) -> fx.Node | None:

@@ -270,6 +270,20 @@ def test_whisper_generates_the_same() -> None:
     assert torch.equal(*ids)
 
 
+def test_running_statistics_are_frozen_too() -> None:
+    """Deltas are saved without them, so that a training step must leave them as they are."""
+    model = stir(peftc.compile(build("resnet"), "lora_conv"), 0.05)
+    inputs, before = noise(model), {k: v.clone() for k, v in model.state_dict().items()}
+    want = logits(model, inputs)
+    model.train()
+    out = model(**inputs).logits
+    out.square().mean().backward()
+    assert apart(out, want) <= 1e-6  # fp32
+    after = model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert any(name.endswith("running_mean") for name in before)
+
+
 def adapted(backbone: PreTrainedModel, config: peft.PeftConfig) -> PreTrainedModel:
     """PEFT's model with weights of some size."""
     torch.manual_seed(3)
