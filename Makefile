@@ -18,7 +18,7 @@ demo: .venv/.done  ## train, fold, export and run MAM on real text with a real B
 	$(BIN)/python examples/demo.py $(DEMO_FLAGS)
 
 test: .venv/.done  ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 slow: .venv/.done  ## run the tests, and 10,000 texts as specs and expressions
 	$(BIN)/python -m pytest -m "slow or not slow"

@@ -77,6 +77,7 @@ TABLES: tuple[tuple[str, str, dict[str, float], dict[str, str]], ...] = (
         BART,
         {
             "bitfit": 0.1,
+            "prompt_200": 0.1,
             "prefix_200": 3.6,
             "pfeiffer_600": 7.2,
             "lora_ffn_102": 7.2,
@@ -85,7 +86,11 @@ TABLES: tuple[tuple[str, str, dict[str, float], dict[str, str]], ...] = (
             "prefix_30_lora_ffn_102": 6.7,
             "mam_30_512": 6.7,
         },
-        {"bitfit": ROUNDED, "lora_ffn_102": "6.1 in 5 and 12"},
+        {
+            "bitfit": ROUNDED,
+            "prompt_200": "l is not stated",
+            "lora_ffn_102": "6.1 in 5 and 12",
+        },
     ),
     (
         "12",

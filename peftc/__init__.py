@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from peftc.driver import compile, load, merge, plan
     from peftc.errors import PeftcError
     from peftc.model import CompiledModel, detach
+    from peftc.pruning import prune
     from peftc.spec import Spec, load_spec
 
 # Loaded on first use, so that `peftc --help` and the spec language do not wait for torch.
@@ -32,6 +33,7 @@ _HOME = {
     "load_spec": "peftc.spec",
     "merge": "peftc.driver",
     "plan": "peftc.driver",
+    "prune": "peftc.pruning",
 }
 __version__ = "0.1.0"
 __all__ = [
@@ -45,6 +47,7 @@ __all__ = [
     "load_spec",
     "merge",
     "plan",
+    "prune",
     "runtime",
 ]
 

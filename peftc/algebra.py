@@ -69,14 +69,18 @@ def constant_form(edit: Edit) -> Edit:
     """The edit with each subexpression of parameters alone as one parameter, where that is no larger.
 
     Prefix tuning loses its reparametrising MLP so (Li & Liang 2021, section 4.3); `A @ B` of two
-    factors stays, because the product has more elements than the factors.
+    factors stays, because the product has more elements than the factors; so does what is under a mask (a
+    frozen parameter of the same shape), which must hold when training goes on.
     """
     sizes = {p.name: p.numel for p in edit.parameters}
+    masks = {p.name: p.shape for p in edit.parameters if not p.trainable}
     lets, assigned = inlined(edit)
     found: dict[Expr, Parameter] = {}
     for port, expression in assigned.items():
         for part in constant_parts(expression, edit):
             shape = tuple(int(n) for n in shape_of(part, edit))
+            if any(masks.get(name) == shape for name in names(part)):
+                continue
             if torch.Size(shape).numel() <= sum(sizes[n] for n in names(part) if n in sizes):
                 label = next(
                     (name for name, one in lets.items() if one == part), f"{port}_constant"

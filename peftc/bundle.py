@@ -22,6 +22,7 @@ from peftc.onnx_data import write_models
 from peftc.onnx_graph import ExportError, Graph, require_onnx, to_onnx
 from peftc.parity import TOLERANCE, Parity, check
 from peftc.program import Program
+from peftc.room import room_of
 
 MIN_ORT = "1.28"
 Progress = Callable[[str], None]
@@ -124,7 +125,8 @@ def _graphs(model: PreTrainedModel) -> Iterator[Graph]:
         if getattr(model.config, "type_vocab_size", 0) > 1:
             inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
         program = _program(model, "forward", inputs)
-        yield Graph("model", program, inputs, {k: k for k in inputs}, {"logits": "logits"})
+        names = {k: k for k in inputs}
+        yield Graph("model", program, inputs, names, {"logits": "logits"}, dict.fromkeys(inputs, 0))
         return
     tokens = inputs.pop("decoder_input_ids")
     with torch.no_grad():
@@ -135,15 +137,16 @@ def _graphs(model: PreTrainedModel) -> Iterator[Graph]:
         "last_hidden_state": "last_hidden_state",
         **{k: onnx_name(k, "present") for k in cross},
     }
-    yield Graph(
-        "encoder", _program(model, "encode_cross", inputs), inputs, {k: k for k in inputs}, encoder
-    )
+    program, room = _program(model, "encode_cross", inputs), room_of(model)
+    names, held = {k: k for k in inputs}, dict.fromkeys(inputs, 0)
+    yield Graph("encoder", program, inputs, names, encoder, held)
     step = {"decoder_input_ids": tokens, "attention_mask": inputs["attention_mask"], **past}
     names = {"decoder_input_ids": "input_ids", "attention_mask": "encoder_attention_mask"}
     names |= {k: onnx_name(k, "past_key_values") for k in past}
     outputs = {k: onnx_name(k, "present") for k in past if k not in cross}
     program = _program(model, "decode", step)
-    yield Graph("decoder", program, step, names, {"logits": "logits", **outputs})
+    held = {name: room.held(name, seq2seq=True) for name in step}
+    yield Graph("decoder", program, step, names, {"logits": "logits", **outputs}, held)
 
 
 def onnx_name(name: str, prefix: str) -> str:
@@ -183,6 +186,7 @@ def _about(
             }
             for g in graphs
         },
+        "max_tokens": _max_tokens(folded),
         "dtype": str(folded.dtype).removeprefix("torch."),
         "min_onnxruntime": MIN_ORT,
         "spec": {"name": plan.spec.name, "digest": plan.spec.digest()} if plan else None,
@@ -192,6 +196,12 @@ def _about(
         },
         "versions": {p: version(p) for p in ("peftc", "torch", "transformers", "onnx")},
     }
+
+
+def _max_tokens(model: PreTrainedModel) -> int | None:
+    """The longest text that there are positions for."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    return None if positions is None else room_of(model).longest(int(positions))
 
 
 def _forget_paths(file: Path) -> None:

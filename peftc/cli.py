@@ -16,6 +16,7 @@ from peftc.commands import (
     merging,
     peft,
     planning,
+    pruning,
     training,
     verifying,
 )
@@ -27,6 +28,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     planning.plan,
     compiling.compile,
     training.train,
+    pruning.prune,
     merging.merge,
     exporting.export,
     exporting.run,

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from peftc import sparse
 from peftc.algebra import constant_form, constant_values
 from peftc.errors import PeftcError
 from peftc.planning import Plan
@@ -96,6 +97,7 @@ def _refuse_foreign(path: Path, names: list[str]) -> None:
 def save(model: Any, path: Path, stored: bool = False) -> None:
     """Write the deltas of a compiled model: `peftc.json` and `model.safetensors`.
 
+    A tensor of mostly zeros is written as its non-zeros (see `peftc.sparse`); reading gives the same bits.
     With `stored`, what is constant after training is evaluated first (the prefix without its MLP); such
     deltas serve and fold, but a reparametrisation can no longer be trained further.
     """
@@ -120,7 +122,7 @@ def save(model: Any, path: Path, stored: bool = False) -> None:
 
     def fill(directory: Path) -> None:
         cpu = {k: v.detach().to("cpu").contiguous().clone() for k, v in tensors.items()}
-        save_file(cpu, directory / WEIGHTS, {"format": "pt"})
+        save_file(sparse.packed(cpu), directory / WEIGHTS, {"format": "pt"})
         os.chmod(directory / WEIGHTS, 0o644)  # safetensors writes for the owner alone
         (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
@@ -194,21 +196,32 @@ def check_backbone(manifest: Mapping[str, Any], model: PreTrainedModel, plan: Pl
 
 
 def read_tensors(path: Path, expected: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-    """The tensors of `model.safetensors`; names and shapes must be exactly the expected ones."""
+    """The tensors of `model.safetensors`, sparse ones made whole; names and shapes must be exactly the
+    expected ones, which is checked before anything is read."""
     file = path / WEIGHTS
     try:
         with safe_open(file, framework="pt") as handle:
-            tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+            sizes = {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
+            _check_names(file, sizes, expected)
+            sparse.check_sizes(sizes, expected)
+            stored = {key: handle.get_tensor(key) for key in sizes}
+        return sparse.unpacked(stored, expected)
+    except sparse.SparseError as error:
+        raise DeltaError(f"{file} is damaged: {error}; save the deltas again") from error
     except (SafetensorError, OSError) as error:
         raise DeltaError(f"{file} cannot be read: {error}") from error
-    missing = sorted(expected.keys() - tensors.keys())
-    extra = sorted(tensors.keys() - expected.keys())
+
+
+def _check_names(
+    file: Path, sizes: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
+) -> None:
+    wanted = sparse.names(expected.keys(), sizes.keys())
+    missing, extra = sorted(wanted - sizes.keys()), sorted(sizes.keys() - wanted)
     if missing or extra:
         odd = f"lacks '{missing[0]}'" if missing else f"has '{extra[0]}', which the spec does not"
         raise DeltaError(f"{file} {odd} ({len(missing)} missing, {len(extra)} unknown)")
     for key, shape in expected.items():
-        if tuple(tensors[key].shape) != tuple(shape):
+        if key in sizes and sizes[key] != tuple(shape):
             raise DeltaError(
-                f"{file}: '{key}' has the shape {list(tensors[key].shape)}, expected {list(shape)}"
+                f"{file}: '{key}' has the shape {list(sizes[key])}, expected {list(shape)}"
             )
-    return tensors

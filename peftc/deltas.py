@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from peftc.algebra import evaluate
 from peftc.edit import Edit, Parameter
+from peftc.expr import names
 from peftc.sites import Site
 
 
@@ -38,6 +40,7 @@ def started(
     read: Callable[[str], torch.Tensor],
     device: torch.device,
     dtype: torch.dtype,
+    activations: Activations | None = None,
 ) -> Iterator[tuple[Parameter, torch.Tensor]]:
     """Every parameter of a plan, shared ones once, and what it starts as; `read` fetches a backbone weight."""
     seen: set[str] = set()
@@ -49,8 +52,29 @@ def started(
             if parameter.formula is None or device.type == "meta":
                 yield parameter, initial(parameter, device, dtype)
             else:
-                value = evaluate(parameter.formula, weights_at(edit.site, read), {})
-                yield parameter, value.to(device, dtype)
+                yield parameter, _formed(edit, parameter, read, activations).to(device, dtype)
+
+
+class Activations(Protocol):
+    """What the ports of a site hold while the backbone reads the words of an entry."""
+
+    def at(self, edit: Edit, length: int) -> dict[str, torch.Tensor]: ...
+
+
+def _formed(
+    edit: Edit,
+    parameter: Parameter,
+    read: Callable[[str], torch.Tensor],
+    activations: Activations | None,
+) -> torch.Tensor:
+    """What a formula of the site's own weight, or of its activations, is here."""
+    assert parameter.formula is not None
+    env = weights_at(edit.site, read)
+    if edit.entry.words is not None and not set(names(parameter.formula)) <= env.keys():
+        if activations is None:
+            return torch.zeros(parameter.shape)
+        env |= activations.at(edit, parameter.rows)
+    return evaluate(parameter.formula, env, {})
 
 
 def weights_at(site: Site, read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -24,6 +24,7 @@ from peftc.planning import Plan, Survey, make_plan
 from peftc.program import Program
 from peftc.sites import Site, Stacks, find_sites
 from peftc.spec import Spec, combine, load_spec
+from peftc.words import Activations
 
 SpecLike = Spec | str | Path | Sequence[Spec | str | Path]
 
@@ -139,7 +140,8 @@ def compile(  # the name that users of torch expect
     trace = trace or Trace()
     captured = _captured(model, example, trace)
     plan = _plan(model, as_spec(spec), captured)
-    return _attach(model, plan, trace, captured=captured)
+    activations = Activations(model, captured.program)
+    return _attach(model, plan, trace, captured=captured, activations=activations)
 
 
 def _attach(
@@ -148,13 +150,14 @@ def _attach(
     trace: Trace,
     form: str = "training",
     captured: Captured | None = None,
+    activations: Activations | None = None,
 ) -> CompiledModel:
     schedule = passes.train(plan.edits)
 
     def transform(program: Program) -> None:
         trace.run(schedule, program)
 
-    compiled = trace.model = attach(model, plan, transform, form)
+    compiled = trace.model = attach(model, plan, transform, form, activations)
     if captured is not None and not plan.room:  # rows in front change what is traced
         compiled.adopt(captured.program, captured.inputs, captured.flags)
     return compiled
@@ -210,17 +213,8 @@ def merge(model: CompiledModel, *, trace: Trace | None = None) -> tuple[PreTrain
     and folded are compared on a seeded batch.
     """
     trace = trace or Trace()
-    backbone = copy.deepcopy(model.__dict__["_backbone"])
+    backbone, folding = fold(model, trace)
     weights = dict(backbone.named_parameters(remove_duplicate=False))
-    for path, required in model.__dict__["_required_grad"].items():
-        weights[path].requires_grad_(required)
-    folding = Folding(
-        list(model.plan.edits),
-        dict(model.deltas.values()),
-        backbone.get_parameter,
-        _tied(backbone),
-    )
-    trace.run(passes.FOLD, folding)
     with torch.no_grad():
         for path, weight in folding.weights.items():
             weights[path].copy_(weight)
@@ -231,6 +225,21 @@ def merge(model: CompiledModel, *, trace: Trace | None = None) -> tuple[PreTrain
         for path, value in merged.deltas.values().items():
             value.data.copy_(folding.tensors[path])
     return merged, _report(model, merged, folding)
+
+
+def fold(model: CompiledModel, trace: Trace) -> tuple[PreTrainedModel, Folding]:
+    """A copy of the backbone as it is, and its weights with what folds, in float64."""
+    backbone = copy.deepcopy(model.__dict__["_backbone"])
+    for path, required in model.__dict__["_required_grad"].items():
+        backbone.get_parameter(path).requires_grad_(required)
+    folding = Folding(
+        list(model.plan.edits),
+        dict(model.deltas.values()),
+        backbone.get_parameter,
+        _tied(backbone),
+    )
+    trace.run(passes.FOLD, folding)
+    return backbone, folding
 
 
 def _tied(model: PreTrainedModel) -> frozenset[str]:

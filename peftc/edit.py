@@ -26,6 +26,11 @@ class Parameter:
     formula: Expr | None = None
 
     @property
+    def rows(self) -> int:
+        """The length of a prefix [heads, l, head_dim] or a prompt [l, d]."""
+        return self.shape[-2]
+
+    @property
     def numel(self) -> int:
         return prod(self.shape)
 

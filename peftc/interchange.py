@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -20,7 +19,7 @@ from peftc import driver, peft_kernels, peft_rows
 from peftc.errors import PeftcError
 from peftc.model import CompiledModel
 from peftc.peft_rows import ROWS
-from peftc.spec import Spec, parse_spec
+from peftc.spec import Spec, parse_spec, scopes
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 4 << 20
@@ -246,7 +245,7 @@ def _spec(name: str, modules: list[Module], whole: Tensors, backbone: PreTrained
         groups.setdefault(module.kind, []).append(module)
     paths = [name for name, _ in backbone.named_modules()]
     for group in groups.values():
-        for scope in _scopes([module.path for module in group], paths):
+        for scope in scopes([module.path for module in group], paths):
             lines += _entry(group[0], scope)
     owners: dict[str, list[str]] = {}
     for path in whole:
@@ -255,13 +254,6 @@ def _spec(name: str, modules: list[Module], whole: Tensors, backbone: PreTrained
     for owner, own in owners.items():
         lines += [f"  - at: {{op: linear, scope: {owner}}}", f"    train: [{', '.join(own)}]"]
     return parse_spec("\n".join(lines) + "\n", name)
-
-
-def _scopes(wanted: list[str], paths: list[str]) -> list[str]:
-    """One glob over the paths' last name where it means exactly these modules; else each path."""
-    glob = f"*.{wanted[0].rpartition('.')[2]}"
-    same = {path for path in paths if fnmatch.fnmatchcase(path, glob)}
-    return [glob] if same == set(wanted) else wanted
 
 
 def _entry(module: Module, scope: str) -> list[str]:

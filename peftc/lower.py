@@ -185,7 +185,12 @@ def _block_diag(builder: Builder, expr: Call, env: Mapping[str, Operand], name: 
 
 def _cayley(builder: Builder, expr: Call, env: Mapping[str, Operand], name: str) -> Operand:
     """(I + Q)^-1 (I - Q) of Q = (x - x^T) / 2: a rotation; the identity at x = 0."""
-    x = builder.lower(expr.args[0], env, f"{name}_x")
+    given = builder.lower(expr.args[0], env, f"{name}_x")
+    # Solving takes float32 at least; float64 stays what it is.
+    single = builder.call(
+        aten.new_zeros.default, given, [1], dtype=torch.float32, name=f"{name}_single"
+    )
+    x = builder.call(aten.add.Tensor, given, single, name=f"{name}_wide")
     turned = builder.call(aten.transpose.int, x, -2, -1, name=f"{name}_transposed")
     double = builder.call(aten.sub.Tensor, x, turned, name=f"{name}_double")
     skew = builder.call(aten.mul.Tensor, double, 0.5, name=f"{name}_skew")
@@ -194,7 +199,8 @@ def _cayley(builder: Builder, expr: Call, env: Mapping[str, Operand], name: str)
     eye = builder.call(aten.triu.default, lower, name=f"{name}_eye")
     left = builder.call(aten.add.Tensor, eye, skew, name=f"{name}_left")
     right = builder.call(aten.sub.Tensor, eye, skew, name=f"{name}_right")
-    return builder.call(aten.linalg_solve.default, left, right, name=name)
+    rotation = builder.call(aten.linalg_solve.default, left, right, name=f"{name}_rotation")
+    return builder.call(aten.type_as.default, rotation, given, name=name)
 
 
 def _logistic_noise(builder: Builder, expr: Call, env: Mapping[str, Operand], name: str) -> Operand:

@@ -16,10 +16,11 @@ from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from peftc.capture import capture, flatten_cache
-from peftc.deltas import Deltas, started
+from peftc.deltas import Activations, Deltas, started
 from peftc.inputs import CaptureError, forward_flags
 from peftc.planning import Plan
 from peftc.program import Program
+from peftc.sparse import unpacked
 
 Transform = Callable[[Program], None]
 
@@ -67,6 +68,13 @@ class CompiledModel(PreTrainedModel):
 
         stored = bool(kwargs.get("stored", False))
         save(self, Path(save_directory), stored=stored)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As torch's, of what `save_pretrained` wrote too: Trainer resumes from sparse tensors."""
+        shapes = {name: tuple(value.shape) for name, value in self.state_dict().items()}
+        return super().load_state_dict(unpacked(state_dict, shapes), strict, assign)
 
     def program(self, entry: str, inputs: Mapping[str, Any], flags: Mapping[str, Any]) -> Program:
         """The rewritten graph for an entry and this kind of inputs, captured when first asked for."""
@@ -143,7 +151,10 @@ class CompiledModel(PreTrainedModel):
 
 
 def run_program(
-    model: PreTrainedModel, program: Program, inputs: Mapping[str, torch.Tensor]
+    model: PreTrainedModel,
+    program: Program,
+    inputs: Mapping[str, torch.Tensor],
+    by: Callable[..., Any] | None = None,
 ) -> dict[str, Any]:
     """Run a graph on the tensors that the module tree of `model` (compiled or plain) holds now."""
     deltas = getattr(model, "deltas", model)
@@ -152,7 +163,7 @@ def run_program(
         "buffer": functools.partial(_get, model),
         "delta": functools.partial(_get, deltas),
     }
-    outputs: dict[str, Any] = program.run(fetch, inputs)
+    outputs: dict[str, Any] = program.run(fetch, inputs, by)
     return outputs
 
 
@@ -224,9 +235,16 @@ def _owner(root: nn.Module, path: str) -> nn.Module:
 
 
 def attach(
-    backbone: PreTrainedModel, plan: Plan, transform: Transform, form: str = "training"
+    backbone: PreTrainedModel,
+    plan: Plan,
+    transform: Transform,
+    form: str = "training",
+    activations: Activations | None = None,
 ) -> CompiledModel:
-    """A compiled model over `backbone`. Weights are shared, not copied; only deltas require grad."""
+    """A compiled model over `backbone`. Weights are shared, not copied; only deltas require grad.
+
+    `activations` gives what deltas start as that start as words; without it they are zeros, to be filled.
+    """
     cls: Any = type(backbone)
     model: CompiledModel = _compiled_class(cls).__new__(_compiled_class(cls))
     model.__dict__.update(backbone.__dict__)
@@ -239,7 +257,7 @@ def attach(
     model.plan, model.form = plan, form
     model.deltas = Deltas()
     kind = (backbone.device, backbone.dtype)
-    for parameter, value in started(plan.edits, backbone.get_parameter, *kind):
+    for parameter, value in started(plan.edits, backbone.get_parameter, *kind, activations):
         model.deltas.place(parameter.path, value, parameter.trainable)
     free = {one.path for one in plan.unfrozen}
     for path, weight in backbone.named_parameters():

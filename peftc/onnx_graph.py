@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 
 from peftc.errors import PeftcError
 from peftc.inputs import axes, example
-from peftc.model import CompiledModel, run_program
+from peftc.model import run_program
 from peftc.program import Program
-from peftc.room import Room
+from peftc.room import room_of
 
 # The axis names of the ONNX graphs. A total length (past + query) stays free.
 AXES = {"batch": "batch", "seq": "seq_len", "past": "past_len", "query": "q_len", "target": "q_len"}
@@ -30,13 +30,15 @@ class ExportError(PeftcError):
 
 @dataclass(frozen=True)
 class Graph:
-    """A Program with its real inputs and the names they have in ONNX. `outputs` maps ours to ONNX's."""
+    """A Program with its real inputs and the names they have in ONNX. `outputs` maps ours to ONNX's; `held`
+    says how many rows in front of the tokens an input has already."""
 
     role: str
     program: Program
     inputs: Mapping[str, torch.Tensor]
     names: Mapping[str, str]
     outputs: Mapping[str, str]
+    held: Mapping[str, int]
 
 
 class _Export(nn.Module):
@@ -55,17 +57,23 @@ def to_onnx(model: PreTrainedModel, graph: Graph, opset: int) -> Any:
     """The graph as an onnx_ir Model, weights inside. Raises ExportError."""
     seq2seq = bool(model.config.is_encoder_decoder)
     entry = graph.program.entry
-    room = model.plan.room if isinstance(model, CompiledModel) else Room()
-    held = {name: room.held(name, seq2seq) for name in graph.inputs}
-    inputs = {k: example(k, v, entry, seq2seq, held[k]).clone() for k, v in graph.inputs.items()}
-    dims = {label: Dim(label, min=1, max=_longest(model, label)) for label in set(AXES.values())}
+    inputs = {
+        k: example(k, v, entry, seq2seq, graph.held[k]).clone() for k, v in graph.inputs.items()
+    }
+    dims = {label: Dim(label, min=1, max=longest(model, label)) for label in set(AXES.values())}
 
     def dim(label: str, more: int) -> Any:
-        longer = more and label != "batch"  # a length of its own: that of the tokens and the rows
-        return dims[AXES[label]] if label in AXES and not longer else Dim.DYNAMIC
+        if label not in AXES:
+            return Dim.DYNAMIC
+        one = dims[AXES[label]]
+        return one + more if more and label != "batch" else one  # rows in front of the tokens
 
     shapes = {
-        name: {i: dim(a, held[name]) for i, a in enumerate(axes(name, v.ndim, entry, seq2seq)) if a}
+        name: {
+            i: dim(a, graph.held[name])
+            for i, a in enumerate(axes(name, v.ndim, entry, seq2seq))
+            if a
+        }
         for name, v in inputs.items()
     }
     with quiet(), torch.no_grad():
@@ -90,9 +98,10 @@ def to_onnx(model: PreTrainedModel, graph: Graph, opset: int) -> Any:
     return program.model
 
 
-def _longest(model: PreTrainedModel, label: str) -> int:
+def longest(model: PreTrainedModel, label: str) -> int:
+    """The most tokens that there are positions for, besides the rows in front of them."""
     limit = getattr(model.config, "max_position_embeddings", None)
-    return 4096 if label == "batch" or limit is None else int(limit)
+    return 4096 if label == "batch" or limit is None else room_of(model).longest(int(limit))
 
 
 def strip(model: Any) -> None:

@@ -21,6 +21,9 @@ from peftc.room import Room
 from peftc.sites import Site, Stacks, find_sites
 from peftc.spec import FORMULA, Entry, Param, Spec
 
+# What ports call the lengths of a sequence.
+LENGTHS = ("tokens", "keys", "queries")
+
 
 class PlanError(PeftcError):
     """A spec that does not fit this model: one line for each problem."""
@@ -334,6 +337,13 @@ def _check_growth(edit: Edit) -> None:
 def _check_formula(parameter: Parameter, ports: Mapping[str, ex.Shape]) -> None:
     assert parameter.formula is not None
     got = ex.infer(parameter.formula, ports)
+    if got[:1] == (
+        "...",
+    ):  # a value at the site: without its batch, and as long as the words are made
+        got = tuple(
+            size if one in LENGTHS else one
+            for one, size in zip(got[1:], parameter.shape, strict=False)
+        )
     if got != parameter.shape:
         raise ex.ExprError(
             0, f"'{parameter.name}' is {_text(parameter.shape)} but starts as {_text(got)}", ""

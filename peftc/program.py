@@ -210,10 +210,14 @@ class Program:
                 yield self.slots[node.name]
 
     def run(
-        self, fetch: Mapping[str, Callable[[str], torch.Tensor]], inputs: Mapping[str, torch.Tensor]
+        self,
+        fetch: Mapping[str, Callable[[str], torch.Tensor]],
+        inputs: Mapping[str, torch.Tensor],
+        by: Callable[..., Any] | None = None,
     ) -> Any:
-        """Evaluate the graph and give the outputs their structure back."""
-        return pytree.tree_unflatten(self.module(*self.bind(fetch, inputs)), self.out_spec)
+        """Evaluate the graph (`by` an interpreter of it) and give the outputs their structure back."""
+        results = (by or self.module)(*self.bind(fetch, inputs))
+        return pytree.tree_unflatten(results, self.out_spec)
 
 
 def scope_of(node: fx.Node) -> str:

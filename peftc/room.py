@@ -52,6 +52,10 @@ class Room:
             return self.rows.get("input_ids", 0)
         return 0
 
+    def longest(self, positions: int) -> int:
+        """How many tokens fit into so many positions."""
+        return positions - max(self.rows.values(), default=0)
+
     def wide(self, entry: str, seq2seq: bool) -> frozenset[str]:
         """The ids that get rows in this entry; when decoding from a cache, it holds them."""
         return frozenset(ids for ids in self.rows if not _steps(ids, entry, seq2seq))
@@ -106,6 +110,12 @@ class Room:
 
 
 NONE = Room()
+
+
+def room_of(model: PreTrainedModel) -> Room:
+    """What stands in front of a model's sequences: of a compiled one, its plan's."""
+    plan = getattr(model, "plan", None)
+    return NONE if plan is None else plan.room
 
 
 def _label(ids: str) -> str:

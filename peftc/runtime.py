@@ -59,8 +59,15 @@ class _Texts:
             raise RuntimeFault(f"{self.directory} holds no tokenizer; pass token ids instead")
         return AutoTokenizer.from_pretrained(self.directory, local_files_only=True)
 
-    def encode(self, texts: Sequence[str], longest: int) -> dict[str, torch.Tensor]:
-        longest = min(longest, self.tokenizer.model_max_length)  # RoBERTa's is below its positions
+    @cached_property
+    def max_tokens(self) -> int:
+        """The longest text that there are positions for, besides rows in front of it."""
+        said = read_manifest(self.directory, ("kind", "graphs")).get("max_tokens")
+        return said if isinstance(said, int) else 512
+
+    def encode(self, texts: Sequence[str], longest: int | None = None) -> dict[str, torch.Tensor]:
+        most = self.tokenizer.model_max_length  # RoBERTa's is below its positions
+        longest = min(most, self.max_tokens, longest or most)
         encoded = self.tokenizer(
             list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt"
         )
@@ -87,9 +94,8 @@ class Classifier(_Texts):
     ) -> list[tuple[str, float]]:
         """The label and its probability for each text."""
         found = []
-        longest = min(max_length, int(getattr(self.config, "max_position_embeddings", max_length)))
         for start in range(0, len(texts), batch):
-            logits = self.logits(**self.encode(texts[start : start + batch], longest))
+            logits = self.logits(**self.encode(texts[start : start + batch], max_length))
             scores, labels = logits.softmax(-1).max(-1)
             found += [
                 (str(self.config.id2label[i]), s)
@@ -184,9 +190,8 @@ class Seq2Seq(_Texts, GenerationMixin):
     def write(self, texts: Sequence[str], batch: int = 8, **options: Any) -> list[str]:
         """A text for each text, by `generate(**options)`."""
         found: list[str] = []
-        longest = int(getattr(self.config, "max_position_embeddings", 512))
         for start in range(0, len(texts), batch):
-            encoded = self.encode(texts[start : start + batch], longest)
+            encoded = self.encode(texts[start : start + batch])
             encoded.pop("token_type_ids", None)
             runner: Any = self
             tokens = runner.generate(**encoded, **options)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ from peftc import expr as ex
 from peftc.errors import PeftcError, Place, suggest
 
 Arguments = Mapping[str, float | int]
-FORMULA = "formula"  # the Init whose argument is an expression of the site's weight
+Words = str | tuple[int, ...]  # a text, or its token ids
+FORMULA = "formula"  # the Init whose argument is an expression of the site's ports
 
 
 @dataclass(frozen=True)
 class Init:
-    """How a parameter starts; arguments are expressions over the site's dims, a formula's also over W and b."""
+    """How a parameter starts; arguments are expressions over the site's dims, a formula's also over its
+    ports: weights, or what they hold while the backbone reads the entry's words."""
 
     name: str
     args: tuple[ex.Expr, ...] = ()
@@ -69,6 +72,7 @@ class Entry:
     place: Place = field(compare=False)
     penalty: ex.Expr | None = None
     positions: str = "keep"
+    words: Words | None = None
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,23 @@ def combine(specs: Sequence[Spec]) -> Spec:
         entries=tuple(entry for spec in specs for entry in spec.entries),
         text="\n".join(spec.text for spec in specs),
     )
+
+
+def with_words(spec: Spec, words: Words) -> Spec:
+    """The spec with other words, where it starts from some. Raises PeftcError where it does not."""
+    entries = tuple(
+        entry if entry.words is None else replace(entry, words=words) for entry in spec.entries
+    )
+    if entries == spec.entries and all(entry.words is None for entry in entries):
+        raise PeftcError(f"{spec.name} starts from no words")
+    return replace(spec, entries=entries)
+
+
+def scopes(wanted: Sequence[str], paths: Iterable[str]) -> list[str]:
+    """`scope` for modules with the same last name: one glob where it means exactly these; else each path."""
+    glob = f"*.{wanted[0].rpartition('.')[2]}"
+    same = {path for path in paths if fnmatch.fnmatchcase(path, glob)}
+    return [glob] if same == set(wanted) else [*wanted]
 
 
 def directory() -> Path:
@@ -186,6 +207,7 @@ def _entry_data(entry: Entry) -> dict[str, Any]:
         "expect": entry.expect,
         **({} if entry.penalty is None else {"penalty": ex.show(entry.penalty)}),
         **({} if entry.positions == "keep" else {"positions": entry.positions}),
+        **({} if entry.words is None else {"words": entry.words}),
         "arguments": dict(entry.arguments),
     }
 
@@ -221,6 +243,7 @@ def _entry(data: Mapping[str, Any]) -> Entry:
         place=Place("<deltas>", 1, 1),
         penalty=optional(data.get("penalty")),
         positions=data.get("positions", "keep"),
+        words=tuple(words) if isinstance(words := data.get("words"), list) else words,
     )
 
 

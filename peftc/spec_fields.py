@@ -107,8 +107,8 @@ class Fields:
         for name, (key, node) in self.source.mapping(items["params"][1], "'params'").items():
             if not self.fresh(key, name, names):
                 continue
-            weights = {port for port in ("W", "b") if port in SITES[at].ports}
-            param = self.param(name, node, names, {*arguments, *SITES[at].dims}, weights)
+            ports = set(SITES[at].ports)
+            param = self.param(name, node, names, {*arguments, *SITES[at].dims}, ports)
             names.shapes[name] = tuple(_symbol(dim) for dim in param.shape)
             found.append(param)
         return tuple(found)
@@ -123,7 +123,7 @@ class Fields:
         return False
 
     def param(
-        self, name: str, node: yaml.Node, names: Scope, sizes: set[str], weights: set[str]
+        self, name: str, node: yaml.Node, names: Scope, sizes: set[str], ports: set[str]
     ) -> Param:
         items = self.source.mapping(node, f"'{name}'", PARAM)
         shape = [
@@ -135,7 +135,7 @@ class Fields:
             if items and key not in items:
                 self.source.fail(node, f"parameter '{name}' has no '{key}'")
         init = (
-            self.init(items["init"][1], names, sizes, weights) if "init" in items else Init("zeros")
+            self.init(items["init"][1], names, sizes, ports) if "init" in items else Init("zeros")
         )
         per = self.source.choice(items["per"][1], "'per'", PER) if "per" in items else "site"
         word = "true"
@@ -159,14 +159,14 @@ class Fields:
             self.source.fail(node, f"'{expression.value}' is not a size")
         return expression
 
-    def init(self, node: yaml.Node, names: Scope, sizes: set[str], weights: set[str]) -> Init:
-        """An initialiser, or a formula of the site's own weight such as `norm(W)`."""
+    def init(self, node: yaml.Node, names: Scope, sizes: set[str], ports: set[str]) -> Init:
+        """An initialiser, or a formula of the site's own weight such as `norm(W)`, or of its values."""
         expression = self.expression(node, "'init'")
         if expression is None:
             return Init("zeros")
         read = ex.leaves(expression)
-        if any(leaf.id in weights for leaf in read):
-            init, known = Init(FORMULA, (expression,)), sizes | weights
+        if any(leaf.id in ports for leaf in read):
+            init, known = Init(FORMULA, (expression,)), sizes | ports
         else:
             call = isinstance(expression, ex.Call)
             init = (

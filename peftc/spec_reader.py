@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from peftc import expr as ex
 from peftc.errors import PeftcError, SpecError, suggest
 from peftc.ops import agree, text
 from peftc.ports import BY_OP, SITES
-from peftc.spec import Arguments, Entry, Spec, Where, find
+from peftc.spec import FORMULA, Arguments, Entry, Param, Spec, Where, Words, find
 from peftc.spec_fields import POSITIONS, Fields, Scope
 from peftc.yaml_source import Item, Source, compose
 
@@ -26,6 +26,7 @@ ENTRY = (
     "compose",
     "rewrite",
     "positions",
+    "words",
     "penalty",
     "train",
     "use",
@@ -232,8 +233,39 @@ class Reader(Fields):
                 place_,
                 penalty,
                 positions,
+                self.words(items, params, at),
             )
         ]
+
+    def words(self, items: Mapping[str, Item], params: Sequence[Param], at: str) -> Words | None:
+        """What the backbone reads while the ports are recorded that parameters start as."""
+        ports = set(SITES[at].ports) - {"W", "b"}
+        starts = [
+            p
+            for p in params
+            if p.init.name == FORMULA
+            for arg in p.init.args
+            if ports & {*ex.names(arg)}
+        ]
+        if "words" not in items:
+            for param in starts:
+                key, _ = items["params"]
+                port = min(ports & {*ex.names(param.init.args[0])})
+                self.source.fail(
+                    key,
+                    f"'{param.name}' starts as '{port}', a value",
+                    "say of which text: words: ...",
+                )
+            return None
+        key, node = items["words"]
+        if not starts:
+            self.source.fail(key, "no parameter starts from the words", "init: k, for a prefix")
+        if isinstance(node, yaml.SequenceNode):
+            ids = [
+                self.source.integer(one, "a token") for one in self.source.items(node, "'words'")
+            ]
+            return tuple(one for one in ids if one is not None)
+        return self.source.text(node, "'words'")
 
     def _named(self, items: Mapping[str, Item], key: str) -> list[tuple[str, Item]]:
         node = items[key][1] if key in items else None

@@ -26,6 +26,10 @@ def json_schema() -> dict[str, Any]:
             "delta": _FORMULA,
             "compose": {**_FORMULA, "default": "h + delta"},
             "rewrite": _FORMULAS,
+            "words": {
+                "oneOf": [{"type": "string"}, {"type": "array", "items": {"type": "integer"}}],
+                "description": "what the backbone reads where an init is a value, such as k",
+            },
             "positions": {"enum": list(POSITIONS), "default": "keep"},
             "penalty": {**_FORMULA, "description": "a number at each site, added to the loss"},
             "train": {"type": "array", "items": {"type": "string"}, "minItems": 1},

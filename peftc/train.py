@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from peftc.errors import PeftcError
+from peftc.room import room_of
 
 MAX_DATA_BYTES = 4 << 30
 Row = Mapping[str, Any]
@@ -98,6 +99,14 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[Row]:
     return rows
 
 
+def _fitting(recipe: Recipe, model: PreTrainedModel) -> Recipe:
+    """The recipe with texts no longer than there are positions for, besides rows in front of them."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is None:
+        return recipe
+    return replace(recipe, max_length=min(recipe.max_length, room_of(model).longest(positions)))
+
+
 def encode_classes(
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
@@ -140,7 +149,7 @@ def train_classifier(
 ) -> TrainResult:
     """Train what requires grad on (texts, label indices); accuracy on `test`."""
     set_seed(recipe.seed)
-    start = time.perf_counter()
+    recipe, start = _fitting(recipe, model), time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         trainer = Trainer(
             model=model,
@@ -181,7 +190,7 @@ def train_seq2seq(
 ) -> TrainResult:
     """Train what requires grad on (sources, targets); generate on `test` and score ROUGE-L."""
     set_seed(recipe.seed)
-    start = time.perf_counter()
+    recipe, start = _fitting(recipe, model), time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         settings = _settings(recipe, Path(scratch))
         trainer = Seq2SeqTrainer(

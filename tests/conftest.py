@@ -208,7 +208,7 @@ _CELLS: dict[tuple[str, str], str] = {}
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Remember how each cell of the matrix ended."""
-    name = report.nodeid.partition("::test_cell[")[2].rstrip("]")
+    name = report.nodeid.partition("::test_cell[")[2].partition("]")[0]
     if name and (report.when == "call" or report.failed):
         method, _, family = name.partition("-")
         _CELLS[method, family] = {"passed": "✓", "skipped": "·"}.get(report.outcome, "✗")

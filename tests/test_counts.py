@@ -67,6 +67,16 @@ MODELS = (
 ADAPTER_ATTENTION = directory() / "paper" / "sa_attn_200.yaml"
 # spec, arguments -> weights for each of MODELS; 0 is a model that the method finds nothing in.
 WEIGHTS: dict[tuple[object, tuple[tuple[str, int], ...]], tuple[int, ...]] = {
+    ("prompt_tuning", (("l", 100),)): (
+        102400,
+        76800,
+        102400,
+        76800,
+        76800,
+        102400,
+        51200,
+        51200,
+    ),
     ("prefix_tuning", (("l", 30),)): (
         2211840,
         829440,

@@ -116,14 +116,79 @@ def test_a_head_that_was_saved_whole(tmp_path: Path) -> None:
     assert torch.equal(logits(again, inputs), logits(mine, inputs))
 
 
+TASK = {
+    "gpt2": "CAUSAL_LM",
+    "llama": "CAUSAL_LM",
+    "neox": "CAUSAL_LM",
+    "gemma2": "CAUSAL_LM",
+    "bert": "SEQ_CLS",
+    "roberta": "SEQ_CLS",
+    "bart": "SEQ_2_SEQ_LM",
+    "t5": "SEQ_2_SEQ_LM",
+}
+ROWS = {
+    "prompt": peft.PromptTuningConfig,
+    "p-tuning": peft.PromptEncoderConfig,
+    "prefix": peft.PrefixTuningConfig,
+}
+
+
+def rows(kind: str, family: str, path: Path) -> PreTrainedModel:
+    """PEFT's model with five rows of some size in front, and its checkpoint at `path`."""
+    torch.manual_seed(3)
+    settings = ROWS[kind](task_type=TASK[family], num_virtual_tokens=5)
+    model = peft.get_peft_model(tiny(family), settings).eval()
+    with torch.no_grad():
+        for value in (p for p in model.parameters() if p.requires_grad):
+            value.add_(torch.randn_like(value) * 0.3)
+    model.save_pretrained(path)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "family"),
+    [
+        *(("prompt", family) for family in ("gpt2", "llama", "gemma2", "roberta", "bart", "t5")),
+        *(("p-tuning", family) for family in ("gpt2", "neox", "bert")),
+        *(("prefix", family) for family in ("gpt2", "llama", "neox", "roberta")),
+    ],
+)
+def test_rows_in_front(kind: str, family: str, tmp_path: Path) -> None:
+    """The cases in which PEFT is right: no prefix of an encoder-decoder."""
+    theirs = rows(kind, family, tmp_path)
+    mine = import_peft(tmp_path, tiny(family))
+    inputs = batch(mine, "right")
+    want, got, bare = (logits(one, inputs) for one in (theirs, mine, tiny(family)))
+    if kind != "prefix" and TASK[family] == "CAUSAL_LM":
+        want = want[:, 5:]  # PEFT returns the outputs of its rows too
+    real = inputs["attention_mask"] > 0 if TASK[family] == "CAUSAL_LM" else slice(None)
+    assert (got - want)[real].abs().max() <= 1e-5 * want[real].abs().max().clamp(min=1)
+    assert (got - bare)[real].abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_prefix_of_peft_token_by_token(family: str, tmp_path: Path) -> None:
+    """The cache holds the tokens alone; their positions are behind the prefix all the same."""
+    theirs = rows("prefix", family, tmp_path)
+    mine = import_peft(tmp_path, tiny(family))
+    inputs = batch(mine)
+    settings = dict(max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=0)
+    got = mine.generate(**inputs, **settings)
+    assert torch.equal(got, theirs.generate(**inputs, **settings))
+    assert torch.equal(got, mine.generate(**inputs, **settings, use_cache=False))
+    kept = peftc.spec.parse_spec(mine.plan.spec.text.replace("    positions: shift\n", ""), "kept")
+    other = peftc.compile(tiny(family), kept)
+    for name, value in mine.deltas.values().items():
+        other.deltas.values()[name].data.copy_(value)
+    assert (logits(other, inputs) - logits(mine, inputs)).abs().max() > 1e-3
+
+
 def test_peft_prefixes_an_encoder_decoder_otherwise_than_the_paper(tmp_path: Path) -> None:
     """PEFT has one prefix, of the decoder's self-attention (FACTS 2.4); the paper has three."""
-    settings = peft.PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=5)
-    theirs = peft.get_peft_model(tiny("bart"), settings)
+    theirs = rows("prefix", "bart", tmp_path)
     paper = peftc.plan(tiny("bart"), peftc.load_spec("prefix_direct", l=5)).parameters.stored
     assert sum(p.numel() for p in theirs.parameters() if p.requires_grad) < paper
-    theirs.save_pretrained(tmp_path)
-    with pytest.raises(PeftcError, match="'prompt_embeddings' of a PREFIX_TUNING adapter"):
+    with pytest.raises(PeftcError, match="PEFT's prefix of an encoder-decoder"):
         import_peft(tmp_path, tiny("bart"))
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 import peftc
 from peftc.errors import PeftcError
+from peftc.parity import TOLERANCE
 from peftc.session import Session
 
 SMALL = {"lora": dict(r=4, alpha=8), "mam": dict(l=5, m=6, r=4)}
@@ -66,6 +67,22 @@ def test_certificate_and_files(written) -> None:  # type: ignore[no-untyped-def]
         assert here not in content and b"site-packages" not in content and b".py" not in content
     weights = (directory / "model.onnx.data").stat().st_size
     assert weights < 2 * 4 * tiny("bart").num_parameters() + 4096 * 200
+
+
+@pytest.mark.parametrize("family", ["bert", "bart"])
+def test_rows_in_front(family: str, tmp_path: Path) -> None:
+    """A prompt is in the graph; whoever runs it sees the tokens alone."""
+    model = stir(peftc.compile(tiny(family), peftc.load_spec("prompt_tuning", l=5)))
+    for parity in peftc.export(model, tmp_path):
+        assert parity.error <= parity.tolerance
+    runner = peftc.runtime.load(tmp_path)
+    assert runner.max_tokens == model.config.max_position_embeddings - 5
+    inputs = batch(model, "left")
+    if family == "bert":
+        got, want = runner.logits(**inputs), logits(model, inputs)
+        assert (got - want).abs().max() <= TOLERANCE * want.abs().max().clamp(min=1)
+    else:
+        assert torch.equal(generate(runner, "beam"), generate(model, "beam"))
 
 
 @pytest.mark.parametrize("family", ["roberta", "bert"])

@@ -47,6 +47,10 @@ BAD = {
     "deltas: [{at: ffn, delta: x, where: {layers: 1-x}}]": "s.yaml:1:46: 'layers' cannot be '1-x' (write it as \"0-5,11\")",
     "deltas: [{at: ffn, delta: x, where: {layers: 3-1}}]": "s.yaml:1:46: 'layers' selects nothing: '3-1'",
     "deltas: [{at: ffn, delta: x, where: {stack: top}}]": "s.yaml:1:45: 'stack' cannot be 'top' (one of: encoder, decoder, first)",
+    "deltas: [{at: ffn, delta: x, words: hello}]": "s.yaml:1:30: no parameter starts from the words (init: k, for a prefix)",
+    "deltas: [{at: ffn, delta: x, positions: move}]": "s.yaml:1:41: 'positions' cannot be 'move' (one of: keep, shift)",
+    HEAD
+    + "      a: {shape: [out], init: h}\n    delta: r * a\n": "s.yaml:4:5: 'a' starts as 'h', a value (say of which text: words: ...)",
     "deltas: [{at: ffn, delta: x, expect: some}]": "s.yaml:1:38: 'expect' must be a whole number",
     "deltas: [{at: ffn, delta: y}]": "s.yaml:1:27: unknown name 'y'",
     "deltas: [{at: ffn, delta: rellu(x)}]": "s.yaml:1:27: unknown op 'rellu' (did you mean 'relu'?)",
@@ -109,7 +113,7 @@ def test_all_problems_are_shown_in_file_order() -> None:
 
 
 def test_shipped_specs() -> None:
-    assert len(shipped()) == 31
+    assert len(shipped()) == 33
     for name in shipped():
         path = directory() / f"{name}.yaml"
         assert len(path.read_text().splitlines()) <= 30

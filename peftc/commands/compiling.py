@@ -28,6 +28,7 @@ def compile(  # the name of the command
     ] = None,
     no_save: Annotated[bool, typer.Option("--no-save", help="Write nothing.")] = False,
     sets: options.Set = None,
+    words: options.Words = None,
     print_after: Annotated[
         list[str] | None,
         typer.Option("--print-after", metavar="PASS", help="Print the graph after it."),
@@ -47,7 +48,7 @@ def compile(  # the name of the command
     peftc compile lora --model ./my-bert --task classification --num-labels 10
     peftc compile mam --model facebook/bart-large --random-weights --time-passes
     """
-    spec = options.spec(specs, sets)
+    spec = options.spec(specs, sets, words)
     target = None if no_save else output or Path(f"{spec.name}-{_basename(model)}")
     import torch
 

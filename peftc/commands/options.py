@@ -55,6 +55,10 @@ Set = Annotated[
         "--set", metavar="NAME=VALUE", help="Override an argument of the spec; repeatable."
     ),
 ]
+Words = Annotated[
+    str | None,
+    typer.Option("--words", metavar="TEXT", help="What a spec starts from that starts from words."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print data instead of text.")]
 
 
@@ -62,9 +66,9 @@ class OptionError(PeftcError):
     """A value on the command line that cannot be used."""
 
 
-def spec(names: list[str], sets: list[str] | None) -> Spec:
+def spec(names: list[str], sets: list[str] | None, words: str | None = None) -> Spec:
     """The spec that the command line names, with its --set values; several specs become one."""
-    from peftc.spec import combine, load_spec
+    from peftc.spec import combine, load_spec, with_words
 
     values = dict(_pair(one) for one in sets or ())
     loaded = [load_spec(name) for name in names]
@@ -74,7 +78,8 @@ def spec(names: list[str], sets: list[str] | None) -> Spec:
         if unknown:  # let the first spec say it, with its own suggestion
             known[0] |= {k: values[k] for k in unknown}
         loaded = [load_spec(name, **mine) for name, mine in zip(names, known, strict=True)]
-    return loaded[0] if len(loaded) == 1 else combine(loaded)
+    one = combine(loaded)
+    return one if words is None else with_words(one, words)
 
 
 def _pair(text: str) -> tuple[str, float | int]:

@@ -41,6 +41,7 @@ def train(
         str, typer.Option("--target-column", help="Summarization.")
     ] = "summary",
     sets: options.Set = None,
+    words: options.Words = None,
     no_head: Annotated[
         bool, typer.Option("--no-head", help="Leave a classifier's head as it is.")
     ] = False,
@@ -93,11 +94,11 @@ def train(
     recipe = Recipe(**{name: value for name, value in given.items() if value is not None})
     torch.manual_seed(recipe.seed)  # the deltas' own start
     if Path(specs[0]).is_dir():
-        compiled = _continued(specs, model, sets)
+        compiled = _continued(specs, model, sets or words)
     else:
         labels = _labels(rows, columns[1]) if task == "classification" else ()
         compiled = _started(
-            _with_head(specs, labels, no_head), sets, model, random_weights, task, labels
+            _with_head(specs, labels, no_head), (sets, words), model, random_weights, task, labels
         )
     tokenizer = options.tokenizer(Path(specs[0]), compiled)
     if tokenizer is None:
@@ -111,10 +112,10 @@ def train(
 
 
 def _continued(
-    specs: Sequence[str], model: str | None, sets: Sequence[str] | None
+    specs: Sequence[str], model: str | None, said: Sequence[str] | None
 ) -> CompiledModel:
-    if len(specs) > 1 or sets:
-        raise options.OptionError("deltas go on as they are: no other spec, no --set")
+    if len(specs) > 1 or said:
+        raise options.OptionError("deltas go on as they are: no other spec, no --set, no --words")
     return merging.load(Path(specs[0]), model)
 
 
@@ -127,13 +128,13 @@ def _with_head(specs: Sequence[str], labels: Sequence[str], no_head: bool) -> li
 
 def _started(
     specs: list[str],
-    sets: list[str] | None,
+    said: tuple[list[str] | None, str | None],
     model: str | None,
     random_weights: bool,
     task: str,
     labels: Sequence[str],
 ) -> CompiledModel:
-    spec = options.spec(specs, sets)
+    spec = options.spec(specs, *said)
     if model is None:
         raise options.OptionError("--model is needed to train a spec")
     settings = {
