@@ -9,8 +9,9 @@ import torch
 
 from peftc.algebra import Affine, NotAffine, Tensors, affine, evaluate, inlined, numbers
 from peftc.edit import Edit
-from peftc.expr import Expr, names
+from peftc.expr import Expr, calls, names
 from peftc.folding import Folding, Outcome
+from peftc.ops import OPS
 
 # The linear whose result a site's `h` is; its own anchor is `W`.
 _PRODUCER = {"attention": "o", "ffn": "down"}
@@ -56,6 +57,8 @@ def _fold(edit: Edit, weight: str, folding: Folding, blocked: bool) -> None:
         _write(edit, weight, _reparametrised(edit, assigned, base, *read), folding)
     elif edit.site.at == "norm":
         raise NotAffine("a norm's result is no linear map of its input")
+    elif edit.site.at == "conv":
+        _write(edit, weight, _of_convolution(edit, assigned, base, *read), folding)
     elif ports == {"x"}:
         before = affine(assigned["x"], {"x": _identity(edit, base)}, *read)
         _write(edit, weight, _after(before, base), folding)
@@ -78,6 +81,23 @@ def _after(before: Affine, base: Affine) -> Affine:
     if base.offset is not None:
         offset = base.offset if offset is None else base.offset + offset
     return Affine(before.matrix @ base.matrix, offset)
+
+
+def _of_convolution(
+    edit: Edit,
+    assigned: Mapping[str, Expr],
+    base: Affine,
+    env: Tensors,
+    sizes: Mapping[str, float | int],
+) -> Affine:
+    """A convolution whose result is changed at each position alike: its kernels, [in, out], are."""
+    if "x" in assigned:
+        raise NotAffine("a convolution reads its input through a kernel")
+    result = affine(assigned["h"], {"h": base}, env, sizes)
+    mixed = [one.op for one in calls(assigned["h"]) if OPS[one.op].affine == "matmul"]
+    if mixed and edit.site.dims["groups"] > 1:
+        raise NotAffine(f"'{mixed[0]}' mixes the groups of the convolution")
+    return result
 
 
 def _reparametrised(
@@ -109,7 +129,7 @@ def _stored_as_map(edit: Edit) -> bool:
 def _base(edit: Edit, weight: str, folding: Folding) -> Affine:
     """The linear as it is, `x @ W + b` with W [in, out], cut to the site's columns."""
     matrix = folding.weight(weight)
-    matrix = matrix if _stored_as_map(edit) else matrix.T
+    matrix = matrix if _stored_as_map(edit) else matrix.flatten(1).T
     bias = _bias(edit, weight, folding)
     offset = folding.weight(bias) if bias else None
     if edit.site.columns:
@@ -131,11 +151,11 @@ def _write(edit: Edit, weight: str, result: Affine, folding: Folding) -> None:
     bias = _bias(edit, weight, folding)
     if result.offset is not None and bias is None:
         raise NotAffine("the delta adds a bias and the linear has none")
-    matrix = folding.weight(weight).clone()
-    matrix = matrix if _stored_as_map(edit) else matrix.T
+    stored = folding.weight(weight).clone()
+    matrix = stored if _stored_as_map(edit) else stored.flatten(1).T
     part = edit.site.columns.index() if edit.site.columns else slice(None)
     matrix[..., part] = result.matrix
-    folding.weights[weight] = matrix if _stored_as_map(edit) else matrix.T
+    folding.weights[weight] = (matrix if _stored_as_map(edit) else matrix.T).reshape(stored.shape)
     if bias is not None and result.offset is not None:
         offset = folding.weight(bias).clone()
         offset[part] = result.offset

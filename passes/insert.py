@@ -16,7 +16,7 @@ from peftc.edit import Edit
 from peftc.expr import Expr, Name, names, substitute
 from peftc.lower import Builder, Operand
 from peftc.pipeline import PassError
-from peftc.places import Place, Ports, consumers, locate
+from peftc.places import Place, Ports, locate, weights_used
 from peftc.ports import SITES
 from peftc.program import Keys, Part, Port, Program, Read, Slot, Value, aten, is_call
 
@@ -50,7 +50,7 @@ def _must_be_absent(program: Program, edit: Edit) -> None:
         read = {edit.site.anchors["ids"], edit.site.anchors["ids"].replace("_ids", "s_embeds")}
         present = sorted(read & program.inputs)
     else:
-        present = [w for w in edit.site.weights if consumers(program, w)]
+        present = weights_used(program, edit.site)
     if present:
         raise PassError(f"{edit.name} has no place in '{program.entry}', yet it uses {present[0]}")
 
@@ -132,8 +132,9 @@ def take(builder: Builder, program: Program, port: Port, name: str) -> fx.Node:
     if isinstance(port, Read):
         return port.node
     value = take(builder, program, port.whole, name)
-    if port.turned:
-        value = builder.call(aten.transpose.int, value, 0, 1, name=f"{name}_turned")
+    form = port.form
+    if form is not None:
+        value = builder.call(form.op, value, *form.args, name=f"{name}_{form.name}")
     if port.columns is None:
         return value
     one, axis = port.columns, _inner(port.axis)
@@ -147,8 +148,8 @@ def take(builder: Builder, program: Program, port: Port, name: str) -> fx.Node:
 
 def put(builder: Builder, program: Program, port: Part, new: fx.Node, name: str) -> fx.Node:
     """What the whole becomes when this part of it becomes `new`."""
-    whole = take(builder, program, replace(port, columns=None), name)
-    one, axis = port.columns, _inner(port.axis)
+    one, axis, form = port.columns, _inner(port.axis), port.form
+    whole = take(builder, program, replace(port, columns=None), name) if one else new
     if one is None:
         full = new
     elif one.groups == 1:
@@ -170,8 +171,8 @@ def put(builder: Builder, program: Program, port: Part, new: fx.Node, name: str)
             aten.slice_scatter.default, groups, mine, axis, one.start, one.stop, name=f"{name}_put"
         )
         full = builder.call(aten.flatten.using_ints, both, *_axes(port.axis), name=f"{name}_whole")
-    if port.turned:
-        full = builder.call(aten.transpose.int, full, 0, 1, name=f"{name}_back")
+    if form is not None:
+        full = builder.call(form.inverse, full, *form.inverse_args, name=f"{name}_back")
     return full
 
 

@@ -17,29 +17,40 @@ _ASSERTS = (
 )
 
 # Of a matrix these are its transpose.
-_TURNS = (aten.numpy_T.default, aten.t.default, aten.transpose.int, aten.permute.default)
+_TURNS = (aten.numpy_T.default, aten.t.default, aten.transpose.int)
+# Ops that keep the elements and their order.
+_RESHAPE = (
+    aten.view.default,
+    aten.reshape.default,
+    aten.squeeze.dim,
+    aten.unsqueeze.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+)
 
 
 @dataclass(frozen=True)
 class Normalize:
-    """Drop metadata assertions, casts to the dtype and device a value already has, and dead code; write a
-    product with a turned weight as the linear that it is."""
+    """Drop metadata assertions, casts to the dtype and device a value already has, reshapes of a parameter
+    to the shape it is stored in, updates of running statistics, and dead code; write a product with a turned
+    weight as the linear that it is."""
 
     name: str = "normalize"
 
     def run(self, program: Program) -> int:
         removed = 0
         for node in list(program.graph.nodes):
-            if node.op == "call_function" and node.target in _ASSERTS:
-                program.graph.erase_node(node)
-                removed += 1
-            elif _is_idle_cast(node):
-                node.replace_all_uses_with(node.args[0])
+            same = node.args[0] if _is_idle_cast(node) else _stored(program, node)
+            if same is not None:
+                node.replace_all_uses_with(same)
+            if same is not None or is_call(node, *_ASSERTS) or _is_count(program, node):
                 program.graph.erase_node(node)
                 removed += 1
             elif _is_linear(program, node):
                 node.target = aten.linear.default
                 node.update_arg(1, node.args[1].args[0])
+            elif is_call(node, aten.batch_norm.default) and _is_buffer(program, node.args[3]):
+                node.update_arg(5, False)
         before = len(program.graph.nodes)
         program.graph.eliminate_dead_code()
         return removed + before - len(program.graph.nodes)
@@ -55,6 +66,26 @@ def _is_linear(program: Program, node: fx.Node) -> bool:
     assert isinstance(turned, fx.Node)
     weight = turned.args[0]
     return program.parameter(weight) is not None and len(weight.meta["val"].shape) == 2  # type: ignore[union-attr]
+
+
+def _is_count(program: Program, node: fx.Node) -> bool:
+    """Whether `node` counts batches. A frozen backbone's statistics stay: deltas are saved without them."""
+    return is_call(node, aten.add_.Tensor) and _is_buffer(program, node.args[0]) and not node.users
+
+
+def _is_buffer(program: Program, node: object) -> bool:
+    slot = program.slot(node) if isinstance(node, fx.Node) else None
+    return slot is not None and slot.kind == "buffer"
+
+
+def _stored(program: Program, node: fx.Node) -> fx.Node | None:
+    """The parameter that `node` is again (Mamba squeezes its kernels and takes it back)."""
+    source = node
+    while is_call(source, *_RESHAPE):
+        source = source.args[0]  # type: ignore[assignment]
+    if source is node or not program.parameter(source):
+        return None
+    return source if source.meta["val"].shape == node.meta["val"].shape else None
 
 
 def _is_idle_cast(node: fx.Node) -> bool:

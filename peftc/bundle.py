@@ -132,6 +132,11 @@ def _graphs(model: PreTrainedModel) -> Iterator[Graph]:
         names = {k: k for k in inputs}
         yield Graph("model", program, inputs, names, {"logits": "logits"}, dict.fromkeys(inputs, 0))
         return
+    if "attention_mask" not in inputs:
+        raise ExportError(
+            f"{type(model).__name__} cannot be exported yet: its encoder reads {model.main_input_name}, "
+            "and texts alone can be exported"
+        )
     tokens = inputs.pop("decoder_input_ids")
     with torch.no_grad():
         cache = model(**inputs, decoder_input_ids=tokens, use_cache=True).past_key_values

@@ -11,6 +11,15 @@ from torch import fx
 from peftc.program import Program, Read, aten, is_call
 
 LINEAR = (aten.linear.default, aten.addmm.default)
+CONV = (
+    aten.conv1d.default,
+    aten.conv1d.padding,
+    aten.conv2d.default,
+    aten.conv2d.padding,
+    aten.conv3d.default,
+    aten.conv3d.padding,
+    aten.convolution.default,
+)
 DROPOUT = (aten.dropout.default, aten.native_dropout.default)
 ADD = (aten.add.Tensor, aten.add_.Tensor)
 MUL = (
@@ -93,9 +102,18 @@ def result_of(linear: fx.Node) -> fx.Node:
 
 
 def weight_of(linear: fx.Node) -> fx.Node:
+    """The weight of a linear or a convolution."""
     node = linear.args[2 if linear.target is aten.addmm.default else 1]
     assert isinstance(node, fx.Node)
     return node
+
+
+def is_convolution(node: object) -> bool:
+    """Whether `node` convolves by a weight [out, channels / groups, *kernel]; a transposed one's is another."""
+    if not is_call(node, *CONV):
+        return False
+    assert isinstance(node, fx.Node)
+    return not (node.target is aten.convolution.default and node.args[6])
 
 
 def bias_of(linear: fx.Node) -> fx.Node | None:

@@ -78,10 +78,13 @@ def _formed(
 
 
 def weights_at(site: Site, read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The site's own W and b as specs see them: of a linear [out, in], of a fused one its slice."""
+    """The site's own W and b as specs see them: of a linear [out, in], of a fused one its slice, of a
+    convolution the matrix of its kernels."""
     found = {port: read(site.anchors[port]).detach() for port in ("W", "b") if port in site.anchors}
     if site.transposed:
         found["W"] = found["W"].T
+    if site.kernel:
+        found["W"] = found["W"].flatten(1)
     if site.columns is not None:
         found = {port: value[site.columns.index()] for port, value in found.items()}
     return found

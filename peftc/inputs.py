@@ -12,6 +12,7 @@ from peftc.errors import PeftcError
 
 Tensors = Mapping[str, torch.Tensor]
 
+IMAGE = 224  # of models whose configuration names no size, because any is theirs
 # Sizes of the example that is traced: all >= 2, because export specialises 0 and 1, and all
 # different, so that no two axes are taken for one.
 SIZES = {"batch": 3, "seq": 11, "target": 7, "past": 5, "query": 2, "total": 7}
@@ -93,8 +94,8 @@ def reads_its_end(model: PreTrainedModel) -> bool:
 def _features(model: PreTrainedModel, name: str) -> tuple[int, ...]:
     """The sizes of one image, spectrogram or wave, by what the configuration says of it."""
     config = model.config
-    size = getattr(config, "image_size", None)
-    if name == "pixel_values" and size is not None:
+    if name == "pixel_values":
+        size = getattr(config, "image_size", None) or IMAGE
         height, width = (size, size) if isinstance(size, int) else size
         return (getattr(config, "num_channels", 3), height, width)
     if name == "input_features" and hasattr(config, "num_mel_bins"):

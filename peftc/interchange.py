@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 from transformers import PreTrainedModel
 
-from peftc import driver, peft_rows
+from peftc import driver, peft_kernels, peft_rows
 from peftc.errors import PeftcError
 from peftc.model import CompiledModel
 from peftc.peft_rows import ROWS
@@ -79,7 +80,7 @@ FORMS = (
     Form({**_KRON_2, **_PAIR}, "delta: x @ kron(small_down @ small_up, down @ up)"),
 )
 _READ = {
-    "T": lambda value: value.T,
+    "T": lambda value: value.flatten(1).T,
     "column": lambda value: value.reshape(-1, 1),
     "flat": lambda value: value.reshape(-1),
     "": lambda value: value,
@@ -95,6 +96,7 @@ class Module:
     scale: float | None
     tensors: Mapping[str, torch.Tensor]
     frozen: tuple[str, ...] = ()
+    op: str = "linear"
 
     @property
     def kind(self) -> tuple[object, ...]:
@@ -106,7 +108,7 @@ class Module:
 def import_peft(directory: str | Path, backbone: PreTrainedModel) -> CompiledModel:
     """The checkpoint of a PEFT adapter as a compiled model on its backbone.
 
-    Reads LoRA (rank and alpha patterns, rsLoRA), DoRA, IA3, VeRA, LoHa, LoKr, `modules_to_save`, prompt
+    Reads LoRA (rank and alpha patterns, rsLoRA; of convolutions too), DoRA, IA3, VeRA, LoHa, LoKr, `modules_to_save`, prompt
     and p-tuning, and prefix tuning of models with one stack, from safetensors alone. Raises
     InterchangeError for what it cannot read exactly.
     """
@@ -181,12 +183,12 @@ def _modules(
     for path, one in found.items():
         if f"{path}.weight" not in weights:
             raise InterchangeError(f"the backbone has no linear '{path}'")
-        modules.append(_module(config, path, one, shared, weights[f"{path}.weight"].shape))
+        modules.append(_module(config, path, one, shared, backbone.get_submodule(path)))
     return modules, whole
 
 
 def _module(
-    config: Mapping[str, Any], path: str, found: Tensors, shared: Tensors, shape: torch.Size
+    config: Mapping[str, Any], path: str, found: Tensors, shared: Tensors, owner: nn.Module
 ) -> Module:
     form = next((form for form in FORMS if form.fits(found)), None)
     if form is None:
@@ -197,10 +199,14 @@ def _module(
     body = form.body
     if "ia3_l" in found and found["ia3_l"].shape[0] == 1:
         body = "rewrite: {x: x * scale}"
+    weight, op = owner.get_parameter("weight"), "linear"
+    if weight.ndim > 2:
+        body, op = peft_kernels.body(path, owner, body, found), "conv"
     if "vera_lambda_d" in found:
-        return Module(path, body, None, tensors | _projections(shared, shape), ("down", "up"))
+        projections = _projections(shared, weight.shape)
+        return Module(path, body, None, tensors | projections, ("down", "up"))
     scale = _scale(config, path, tensors) if form.scaled else None
-    return Module(path, body, scale, {k: v.contiguous() for k, v in tensors.items()})
+    return Module(path, body, scale, {k: v.contiguous() for k, v in tensors.items()}, op=op)
 
 
 def _projections(shared: Tensors, shape: torch.Size) -> Tensors:
@@ -251,7 +257,7 @@ def _spec(name: str, modules: list[Module], whole: Tensors, backbone: PreTrained
 
 
 def _entry(module: Module, scope: str) -> list[str]:
-    lines = [f'  - at: {{op: linear, scope: "{scope}"}}', "    params:"]
+    lines = [f'  - at: {{op: {module.op}, scope: "{scope}"}}', "    params:"]
     for name, value in module.tensors.items():
         shared = ", per: shape, trainable: false" if name in module.frozen else ""
         lines.append(f"      {name}: {{shape: {list(value.shape)}, init: zeros{shared}}}")

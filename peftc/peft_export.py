@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from peftc import peft_kernels
 from peftc.algebra import inlined, numbers
 from peftc.delta import write_directory
 from peftc.edit import Edit
@@ -21,7 +22,7 @@ from peftc.model import CompiledModel
 
 @dataclass(frozen=True)
 class LowRank:
-    """`h + scale * (x @ down @ up)` at one site."""
+    """`h + scale * (x @ down @ up)` at one site, or `W + scale * transpose(down @ up)`."""
 
     edit: Edit
     scale: float
@@ -31,13 +32,15 @@ class LowRank:
 
 def low_rank(edit: Edit) -> LowRank:
     """The form PEFT calls LoRA, read off the expression. Raises InterchangeError when it is another."""
-    assigned = inlined(edit)[1]
-    match assigned.get("h") if len(assigned) == 1 else None:
-        case Call("add", (Name("h"), change)):
+    own, assigned = {p.name for p in edit.parameters}, tuple(inlined(edit)[1].items())
+    match assigned:
+        case ((port, Call("add", (Name(old), change))),) if old == port:
             scale, product = _factor(change, edit)
-            match product:
-                case Call("matmul", (Call("matmul", (Name("x"), Name(down))), Name(up))):
-                    own = {p.name for p in edit.parameters}
+            match port, product:
+                case ("h", Call("matmul", (Call("matmul", (Name("x"), Name(down))), Name(up)))) | (
+                    "W",
+                    Call("transpose", (Call("matmul", (Name(down), Name(up))),)),
+                ):
                     if {down, up} <= own and "W" in edit.site.anchors:
                         return LowRank(edit, scale, down, up)
     raise InterchangeError(f"{edit.name} is not LoRA-like: PEFT has no form for it")
@@ -66,8 +69,12 @@ def export_peft(model: CompiledModel, directory: str | Path) -> tuple[str, ...]:
     tensors: Tensors = {}
     for module, group in groups.items():
         down, up = _pair(model, group)
-        tensors[f"{PREFIX}{module}.lora_A.weight"] = down
-        tensors[f"{PREFIX}{module}.lora_B.weight"] = up
+        kernel = group[0].edit.site.kernel
+        if kernel:
+            peft_kernels.require(module, model.get_submodule(module))
+        ones = (1,) * (len(kernel) - 1)
+        tensors[f"{PREFIX}{module}.lora_A.weight"] = down.reshape(-1, *(kernel or down.shape[1:]))
+        tensors[f"{PREFIX}{module}.lora_B.weight"] = up.reshape(*up.shape, *ones)
     for one in model.plan.unfrozen:
         tensors[PREFIX + one.path] = model.get_parameter(one.path).detach().clone()
     config = _lora_config(model, groups)

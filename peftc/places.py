@@ -11,7 +11,19 @@ from torch import fx
 from peftc import dataflow as flow
 from peftc.attention import Core, cores
 from peftc.fused import SiteError
-from peftc.program import Keys, Part, Port, Program, Read, Value, aten, is_call, scope_of
+from peftc.program import (
+    TURNED,
+    Form,
+    Keys,
+    Part,
+    Port,
+    Program,
+    Read,
+    Value,
+    aten,
+    is_call,
+    scope_of,
+)
 from peftc.sites import Site
 
 Ports = Mapping[str, Port]
@@ -43,6 +55,8 @@ def _ports(program: Program, site: Site) -> tuple[Ports, ...]:
         return tuple(_norm_ports(one) for one in flow.norms(program) if _is(program, one, site))
     if site.at == "embedding":
         return tuple(_embedding_ports(n) for n in _embeddings(program, site))
+    if site.at == "conv":
+        return tuple(_convolution_ports(n, site.kernel) for n in _convolutions(program, site))
     places = [_linear_ports(n, site) for n in consumers(program, site.anchors["W"])]
     if "input" not in site.anchors:
         return tuple(places)
@@ -64,6 +78,22 @@ def consumers(program: Program, weight: str) -> list[fx.Node]:
         for n in program.graph.nodes
         if is_call(n, *flow.LINEAR) and program.parameter(flow.weight_of(n)) == weight
     ]
+
+
+def weights_used(program: Program, site: Site) -> list[str]:
+    """The weights of the site that this Program computes with, in the way that the site is about."""
+    if site.at != "conv":
+        return [weight for weight in site.weights if consumers(program, weight)]
+    slots = {program.parameter(n) for n in program.graph.nodes if n.op == "placeholder" and n.users}
+    return [weight for weight in site.weights if weight in slots]
+
+
+def _convolutions(program: Program, site: Site) -> Iterator[fx.Node]:
+    for node in program.graph.nodes:
+        if flow.is_convolution(node) and (
+            program.parameter(flow.weight_of(node)) == site.anchors["W"]
+        ):
+            yield node
 
 
 def _embeddings(program: Program, site: Site) -> Iterator[fx.Node]:
@@ -127,7 +157,23 @@ def _linear_ports(linear: fx.Node, site: Site) -> Ports:
         "x": flow.input_of(linear),
         "h": Part(result, -1, cut) if cut else result,
     }
-    ports["W"] = Part(weight, 0, cut, transposed) if cut or transposed else weight
+    form = TURNED if transposed else None
+    ports["W"] = Part(weight, 0, cut, form) if cut or form else weight
     if flow.bias_of(linear) is not None:
         ports["b"] = Part(bias, 0, cut) if cut else bias
+    return ports
+
+
+def _convolution_ports(conv: fx.Node, kernel: tuple[int, ...]) -> Ports:
+    """x and h with their channels last, W [out, in] with the kernel flattened, and b."""
+    axis = -len(kernel)
+    last = Form(aten.movedim.int, (axis, -1), aten.movedim.int, (-1, axis), "last")
+    flat = Form(aten.flatten.using_ints, (1,), aten.unflatten.int, (1, kernel), "flat")
+    ports: dict[str, Port] = {
+        "x": Part(Read(conv, 0), -1, form=last),
+        "h": Part(Value(conv), -1, form=last),
+        "W": Part(Read(conv, 1), form=flat),
+    }
+    if flow.bias_of(conv) is not None:
+        ports["b"] = Read(conv, 2)
     return ports

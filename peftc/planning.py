@@ -16,8 +16,9 @@ from peftc.edit import Edit, Parameter
 from peftc.errors import PeftcError, suggest
 from peftc.ports import SITES
 from peftc.program import Program
+from peftc.reach import unreached
 from peftc.room import Room
-from peftc.sites import Site, Stacks, find_sites, opaque_weights
+from peftc.sites import Site, Stacks, find_sites
 from peftc.spec import FORMULA, Entry, Param, Spec
 
 # What ports call the lengths of a sequence.
@@ -83,14 +84,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class Survey:
-    """What a model has to offer: its sites, and the weights out of reach with the op that reads each."""
+    """What a model has to offer: its sites, and for each op the weights out of reach with the reason."""
 
     sites: tuple[Site, ...]
-    opaque: Mapping[str, str]
+    unreached: Mapping[str, Mapping[str, str]]
 
     @staticmethod
     def of(program: Program, stacks: Stacks) -> Survey:
-        return Survey(find_sites(program, stacks), opaque_weights(program))
+        return Survey(find_sites(program, stacks), unreached(program))
 
 
 def make_plan(spec: Spec, survey: Survey, backbone: Mapping[str, tuple[int, ...]]) -> Plan:
@@ -119,7 +120,7 @@ def make_plan(spec: Spec, survey: Survey, backbone: Mapping[str, tuple[int, ...]
         if taken & _paths(placed):  # the same method twice at one site
             placed, missed, broken = _edits(entry, f"{entry.method}_{index}", chosen)
         taken |= _paths(placed)
-        passed = list(_passed_by(entry, survey.opaque))
+        passed = list(_passed_by(entry, survey.unreached))
         problems += broken or _unmatched(entry, len(placed), sites, [*missed, *passed])
         edits += placed
         misses += [*missed, *passed]
@@ -167,13 +168,12 @@ def _owners(site: Site) -> set[str]:
     return {path.rpartition(".")[0] for path in site.weights}
 
 
-def _passed_by(entry: Entry, opaque: Mapping[str, str]) -> Iterator[Miss]:
-    """Matrices in the reach of an entry for linears that no linear reads (experts, fused kernels)."""
-    if entry.at != "linear" and not entry.at.startswith("ffn"):
-        return
-    for path, op in opaque.items():
+def _passed_by(entry: Entry, unreached: Mapping[str, Mapping[str, str]]) -> Iterator[Miss]:
+    """Weights that an entry means and no op of its kind reads (experts, fused kernels, weight norm)."""
+    op = "linear" if entry.at.startswith("ffn") else entry.at
+    for path, reason in unreached.get(op, {}).items():
         if entry.scope is None or fnmatch.fnmatchcase(path.rpartition(".")[0], entry.scope):
-            yield Miss(entry.method, path, f"'{op}' reads this weight, and it is no linear")
+            yield Miss(entry.method, path, reason)
 
 
 def _unmatched(
@@ -252,7 +252,7 @@ def _unfit(entry: Entry, site: Site) -> str:
     if site.columns is not None and "x" in ports:
         return "the input of a fused projection is read by its other parts too"
     if "b" in (ports | used) and "b" in SITES[entry.at].ports and "b" not in site.anchors:
-        return "this linear has no bias"
+        return "this convolution has no bias" if entry.at == "conv" else "this linear has no bias"
     return ""
 
 

@@ -92,5 +92,20 @@ _ROWS = (
     ),
     _linear("head", "a linear of the task head: outside the pretrained body"),
     _linear("linear", "any linear, by {op: linear, scope: glob over module paths}"),
+    SiteType(
+        "conv",
+        {
+            "x": ("...", "inputs", "channels"),
+            "h": ("...", "outputs", "out"),
+            "W": ("out", "in"),
+            "b": ("out",),
+        },
+        ("x", "h", "W", "b"),
+        (*_LINEAR_DIMS, "channels", "groups"),
+        "any convolution, by {op: conv, scope: glob}: x and h with their channels last, "
+        "in = channels / groups * kernel: what one output sees",
+    ),
 )
+# Sites that a spec names by {op: ..., scope: ...}, not by where they are in a model.
+BY_OP = ("linear", "conv")
 SITES: Mapping[str, SiteType] = {row.name: row for row in _ROWS}

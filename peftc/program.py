@@ -63,13 +63,27 @@ class Columns:
 
 
 @dataclass(frozen=True)
+class Form:
+    """How specs see a value that a model has in another layout: an op with its arguments, and its inverse."""
+
+    op: Any
+    args: tuple[Any, ...]
+    inverse: Any
+    inverse_args: tuple[Any, ...]
+    name: str
+
+
+TURNED = Form(aten.transpose.int, (0, 1), aten.transpose.int, (0, 1), "turned")
+
+
+@dataclass(frozen=True)
 class Part:
-    """A port inside another: some features of it along `axis` (0 or -1), of its transpose where it is `turned`."""
+    """A port inside another: some features of it along `axis` (0 or -1), of its other `form` where it has one."""
 
     whole: Read | Value
-    axis: int
+    axis: int = 0
     columns: Columns | None = None
-    turned: bool = False
+    form: Form | None = None
 
 
 @dataclass(frozen=True)
@@ -213,6 +227,11 @@ def scope_of(node: fx.Node) -> str:
         return ""
     path: str = next(reversed(stack.values()))[0]
     return path.partition(".")[2]
+
+
+def op_name(node: fx.Node) -> str:
+    """`grouped_mm` of `transformers.grouped_mm.default`."""
+    return str(node.target).partition(".")[2].partition(".")[0] or str(node.target)
 
 
 def is_call(node: object, *targets: Any) -> bool:

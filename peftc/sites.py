@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any
 
 from torch import fx
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 from peftc import dataflow as flow
 from peftc import fused
 from peftc.attention import Core, cores
-from peftc.program import Columns, Program, aten, is_call, scope_of
+from peftc.program import Columns, Program, aten, is_call, op_name, scope_of
 
 # The anchors that are paths of a site's own parameters; others only help to find it.
 ROLES = ("W", "b", "q", "o", "up", "gate", "down")
@@ -26,7 +27,8 @@ class Site:
     `anchors` maps a role (`W` of a linear; `up`, `down` of a feed-forward; ...) to a weight path;
     `columns` is the slice of a fused projection; `dims` are the sizes that specs may use; `transposed`
     says that the linear which produces `h` stores its weight as [in, out] (GPT-2's Conv1D); `shared` names
-    another op that reads its weight too (a tied embedding, a fused kernel).
+    another op that reads its weight too (a tied embedding, a fused kernel); `kernel` is what a convolution's
+    stored weight has behind its first axis, [channels / groups, *kernel].
     """
 
     at: str
@@ -39,6 +41,7 @@ class Site:
     columns: Columns | None = None
     transposed: bool = False
     shared: str = ""
+    kernel: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
@@ -152,38 +155,7 @@ def _linear(
 
 def _shared(weight: fx.Node, own: tuple[Any, ...]) -> str:
     """The op outside `own` that reads this weight, if there is one."""
-    return next((_name(user) for user in weight.users if not is_call(user, *own)), "")
-
-
-def _name(node: fx.Node) -> str:
-    """`grouped_mm` of `transformers.grouped_mm.default`."""
-    return str(node.target).partition(".")[2].partition(".")[0] or str(node.target)
-
-
-# Products of matrices that are no linear: experts in one batch, `x @ W` with W as it is.
-_PRODUCTS = ("matmul", "mm", "bmm", "baddbmm", "addmm", "einsum", "_grouped_mm")
-
-
-def opaque_weights(program: Program) -> dict[str, str]:
-    """Matrices that a product other than a linear reads, or an op from outside torch, and that op."""
-    found = {}
-    for node in program.graph.nodes:
-        path = program.parameter(node) if node.op == "placeholder" else None
-        if path and len(flow.static_shape(node)) > 1:
-            readers = [one for one in _readers(node) if not is_call(one, *flow.LINEAR)]
-            outside = [one for one in readers if not str(one.target).startswith("aten.")]
-            products = [one for one in readers if _name(one) in _PRODUCTS]
-            if outside or products:
-                found[path] = _name([*outside, *products][0])
-    return found
-
-
-def _readers(node: fx.Node) -> Iterator[fx.Node]:
-    for user in node.users:
-        if is_call(user, *flow.MOVE):
-            yield from _readers(user)
-        elif user.op == "call_function":
-            yield user
+    return next((op_name(user) for user in weight.users if not is_call(user, *own)), "")
 
 
 def _attention(program: Program, core: Core, stacks: Stacks) -> Iterator[Site]:
@@ -258,7 +230,7 @@ def _common_scope(scopes: list[str]) -> str:
 
 
 def _by_weight(program: Program, stacks: Stacks) -> Iterator[Site]:
-    """Norms and token embeddings: ops that own a parameter and stand alone."""
+    """Norms, token embeddings and convolutions: ops that own a parameter and stand alone."""
     for norm in flow.norms(program):
         anchors = {"W": program.parameter(norm.weight.node) or ""}
         if norm.bias is not None:
@@ -272,6 +244,23 @@ def _by_weight(program: Program, stacks: Stacks) -> Iterator[Site]:
                 shared = _shared(table, (aten.embedding.default,))
                 vocab = flow.static_shape(table)[0]
                 yield _owner(node, "embedding", anchors, stacks, shared, vocab=vocab)
+        elif flow.is_convolution(node) and _weight(program, node):
+            yield _convolution(program, node, stacks)
+
+
+def _convolution(program: Program, conv: fx.Node, stacks: Stacks) -> Site:
+    """Its weight is a matrix [out, in], in = channels / groups * kernel: all that one output sees."""
+    n_out, *kernel = flow.static_shape(flow.weight_of(conv))
+    channels = flow.static_shape(conv.args[0])[-len(kernel)]  # type: ignore[arg-type]
+    anchors = {"W": _weight(program, conv) or ""}
+    scope = anchors["W"].rpartition(".")[0]  # Mamba calls it from outside its module
+    if bias := program.parameter(flow.bias_of(conv)):
+        anchors["b"] = bias
+    dims = {"in": prod(kernel), "out": n_out, "d": n_out}
+    dims |= {"channels": channels, "groups": channels // kernel[0]}
+    shared, sizes = _shared(flow.weight_of(conv), flow.CONV), tuple(kernel)
+    stack, layer = stacks.of(scope), _layer(scope)
+    return Site("conv", scope, stack, "", layer, dims, anchors, shared=shared, kernel=sizes)
 
 
 def _owner(

@@ -11,7 +11,7 @@ import yaml
 from peftc import expr as ex
 from peftc.errors import PeftcError, SpecError, suggest
 from peftc.ops import agree, text
-from peftc.ports import SITES
+from peftc.ports import BY_OP, SITES
 from peftc.spec import FORMULA, Arguments, Entry, Param, Spec, Where, Words, find
 from peftc.spec_fields import POSITIONS, Fields, Scope
 from peftc.yaml_source import Item, Source, compose
@@ -282,13 +282,14 @@ class Reader(Fields):
         _, node = items["at"]
         if isinstance(node, yaml.MappingNode):
             inner = self.source.mapping(node, "'at'", ("op", "scope"))
-            op = self.source.choice(inner["op"][1], "'op'", ("linear",)) if "op" in inner else None
+            op = self.source.choice(inner["op"][1], "'op'", BY_OP) if "op" in inner else None
             scope = self.source.text(inner["scope"][1], "'scope'") if "scope" in inner else None
             if op is None or scope is None:
-                self.source.fail(node, "give both: {op: linear, scope: a glob over module paths}")
+                ops = " or ".join(BY_OP)
+                self.source.fail(node, f"give both: {{op: {ops}, scope: a glob over module paths}}")
                 return "", None
             return op, scope
-        sites = tuple(name for name in SITES if name != "linear")
+        sites = tuple(name for name in SITES if name not in BY_OP)
         return self.source.choice(node, "'at'", sites) or "", None
 
     def penalty(self, items: Mapping[str, Item], names: Scope, ports: set[str]) -> ex.Expr | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from peftc.ops import OPS
-from peftc.ports import SITES
+from peftc.ports import BY_OP, SITES
 from peftc.spec_fields import INITS, PER, POSITIONS, STACKS
 
 _FORMULA = {"type": ["string", "number"], "description": "ops: " + ", ".join(OPS)}
@@ -60,24 +60,29 @@ def json_schema() -> dict[str, Any]:
 
 
 def _place() -> dict[str, Any]:
-    return {"oneOf": [_sites(), _linear()]}
+    return {"oneOf": [_sites(), _by_op()]}
 
 
 def _sites() -> dict[str, Any]:
-    rows = [row for name, row in SITES.items() if name != "linear"]
+    rows = [row for name, row in SITES.items() if name not in BY_OP]
     return {
         "enum": [row.name for row in rows],
         "description": "; ".join(f"{row.name}: {row.doc}" for row in rows),
     }
 
 
-def _linear() -> dict[str, Any]:
+def _by_op() -> dict[str, Any]:
     return {
         "type": "object",
         "additionalProperties": False,
         "required": ["op", "scope"],
-        "properties": {"op": {"const": "linear"}, "scope": {"type": "string"}},
+        "properties": {"op": _op(), "scope": {"type": "string"}},
     }
+
+
+def _op() -> dict[str, Any]:
+    doc = "; ".join(f"{name}: {SITES[name].doc}" for name in BY_OP)
+    return {"enum": list(BY_OP), "description": doc}
 
 
 def _where() -> dict[str, Any]:

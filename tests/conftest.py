@@ -166,7 +166,9 @@ def batch(
     torch.manual_seed(seed)
     if model.main_input_name != "input_ids":
         inputs = {
-            k: torch.randn(v.shape) for k, v in dummy_inputs(model).items() if v.is_floating_point()
+            k: torch.randn(v.shape).to(v)
+            for k, v in dummy_inputs(model).items()
+            if v.is_floating_point()
         }
         if model.config.is_encoder_decoder:
             inputs["decoder_input_ids"] = torch.randint(4, 120, (size, 7))

@@ -31,6 +31,7 @@ SMALL: dict[str, dict[str, float]] = {
     "learned_scale_adapter": dict(r=4),
     "lokr": dict(r=2, f=2),
     "lora": dict(r=4, alpha=8),
+    "lora_conv": dict(r=2),
     "lora_ffn": dict(r=4, alpha=8),
     "mam": dict(l=5, m=6, r=4),
     "multi_head_parallel_adapter": dict(r=3),
@@ -58,6 +59,7 @@ EXACT = [
     "loha",
     "lokr",
     "lora",
+    "lora_conv",
     "lora_embedding",
     "lora_ffn",
     "norm_tuning",
@@ -80,6 +82,7 @@ FOLDS = [
     "loha",
     "lokr",
     "lora",
+    "lora_conv",
     "lora_embedding",
     "lora_ffn",
     "norm_tuning",
@@ -131,6 +134,10 @@ LACKS = {
 LACKS["mixtral"] += ("bitfit", "bitfit_subset")
 # A slice of a fused projection has no bias of its own to train; nothing else of the method fails.
 LACKS |= dict.fromkeys(("gpt2", "neox", "bloom"), ("bitfit_subset",))
+CONVOLVE = ("vit", "whisper", "mamba")
+LACKS |= {
+    family: (*LACKS.get(family, ()), "lora_conv") for family in FAMILIES if family not in CONVOLVE
+}
 # T5 is its own body, without a module that is the head.
 CELLS = [
     pytest.param(method, family, id=f"{method}-{family}", marks=pytest.mark.xdist_group(family))
@@ -318,7 +325,7 @@ HALF = ("bart", "roberta", "gpt2", "llama")
 def _half_cell(method: str) -> object:
     """Each method in one family, the families in turn."""
     turn = shipped().index(method) % len(HALF)
-    order = (*HALF[turn:], *HALF[:turn])
+    order = (*HALF[turn:], *HALF[:turn], "vit")  # the one with a convolution
     family = next(one for one in order if method not in LACKS.get(one, ()))
     mark = pytest.mark.xdist_group(family)
     return pytest.param(method, family, id=f"{method}-{family}", marks=mark)

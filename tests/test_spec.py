@@ -38,7 +38,7 @@ BAD = {
     "deltas: [{use: lora, at: ffn}]": "s.yaml:1:22: 'at' does not go with 'use'",
     "deltas: [{delta: x}]": "s.yaml:1:10: 'at' is missing (say which site the delta modifies, such as ffn)",
     "deltas: [{at: fnn, delta: x}]": "s.yaml:1:15: 'at' cannot be 'fnn' (did you mean 'ffn'?)",
-    "deltas: [{at: {op: linear}, delta: x}]": "s.yaml:1:15: give both: {op: linear, scope: a glob over module paths}",
+    "deltas: [{at: {op: linear}, delta: x}]": "s.yaml:1:15: give both: {op: linear or conv, scope: a glob over module paths}",
     "deltas: [{at: ffn}]": "s.yaml:1:10: give either 'delta' or 'rewrite'",
     "deltas: [{at: ffn, delta: x, rewrite: {h: x}}]": "s.yaml:1:10: give either 'delta' or 'rewrite'",
     "deltas: [{at: ffn, rewrite: {h: x}, compose: h}]": "s.yaml:1:37: 'compose' does not go with 'rewrite'",
@@ -113,7 +113,7 @@ def test_all_problems_are_shown_in_file_order() -> None:
 
 
 def test_shipped_specs() -> None:
-    assert len(shipped()) == 32
+    assert len(shipped()) == 33
     for name in shipped():
         path = directory() / f"{name}.yaml"
         assert len(path.read_text().splitlines()) <= 30

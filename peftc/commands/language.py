@@ -40,7 +40,8 @@ name: NAME
 with: {r: 8, s: 1.0}  # arguments; --set r=16 overrides one
 deltas:
   # Where: attention, attention.q .k .v .o, attention.heads, ffn, ffn.up .gate .down .hidden, embedding,
-  # norm, head, {op: linear, scope: "*.dense"}, or a list of these. `peftc plan --sites` lists a model's own.
+  # norm, head, {op: linear, scope: "*.dense"}, {op: conv, scope: "*"}, or a list of these.
+  # `peftc plan --sites` lists a model's own.
   - at: ffn
     # where: {stack: decoder, kind: cross, layers: "0-5,11"}
     # expect: 24  # how many sites must match
