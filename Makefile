@@ -20,7 +20,7 @@ demo: .venv/.done  ## train, fold, export and run MAM on real text with a real B
 test: .venv/.done  ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-slow: .venv/.done  ## run the tests, and 10,000 texts as specs and expressions
+slow: .venv/.done  ## run the tests, 10,000 texts as specs, and AdapterHub as an oracle
 	$(BIN)/python -m pytest -m "slow or not slow"
 
 lint: .venv/.done  ## check style and format

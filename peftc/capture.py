@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import linecache
 import logging
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -248,18 +252,41 @@ def _check_dynamic(
 
 def _explain(model: PreTrainedModel, entry: str, error: Exception) -> str:
     reason = str(error).strip().splitlines() or [type(error).__name__]
+    place = _place(model, error)
     return (
         f"{type(model).__name__} cannot be traced ({entry}): {type(error).__name__}: {reason[0][:300]}\n"
-        "  the model's forward must be one graph: no branch on tensor values"
+        + (f"  in {place}\n" if place else "")
+        + "  the model's forward must be one graph: no branch on tensor values"
     )
+
+
+def _place(model: PreTrainedModel, error: Exception) -> str:
+    """The innermost module that was running and its line, from the traceback of the error or its cause."""
+    names = {id(module): name for name, module in model.named_modules()}
+    found = ""
+    chain: BaseException | None = error
+    while chain is not None:
+        for frame, line in traceback.walk_tb(chain.__traceback__):
+            name = names.get(id(frame.f_locals.get("self")))
+            if (
+                name
+                and frame.f_code.co_name != "_call_impl"
+                and "/torch/" not in frame.f_code.co_filename
+            ):
+                file = frame.f_code.co_filename
+                code = linecache.getline(file, line).strip()
+                found = f"'{name}', {Path(file).name}:{line}: {code[:100]}"
+        chain = chain.__cause__ or chain.__context__
+    return found
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """torch.export warns about its own internals; only errors concern the user."""
+    """torch.export warns about its own internals, and prints the graph so far when it fails; only the error
+    concerns the user."""
     loggers = [logging.getLogger(name) for name in ("torch.export", "torch.fx", "torch._export")]
     levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)

@@ -76,6 +76,16 @@ def test_a_family_takes_a_method(name: str, method: str) -> None:
         assert torch.equal(cached, model.generate(**prompt, **settings, use_cache=False))
 
 
+def test_what_cannot_be_traced_says_where(capfd: pytest.CaptureFixture[str]) -> None:
+    """Attention in chunks, whose number the code computes from a tensor."""
+    config = transformers.LEDConfig(**SEQ2SEQ, attention_window=4)
+    with pytest.raises(PeftcError) as error:
+        peftc.plan(transformers.LEDForConditionalGeneration(config), SPECS["lora"])
+    place = "in 'led.encoder.layers.0.self_attn.longformer_self_attn', modeling_led.py:"
+    assert place in str(error.value) and "no branch on tensor values" in str(error.value)
+    assert capfd.readouterr().err == ""
+
+
 def test_a_head_on_an_encoder_decoder_trains_and_is_not_exported(tmp_path: Path) -> None:
     model = stir(peftc.compile(built("bart_head"), ["lora", "head"]))
     inputs = seeded_inputs(model)
