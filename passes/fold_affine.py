@@ -12,6 +12,7 @@ from peftc.edit import Edit
 from peftc.expr import Expr, calls, names
 from peftc.folding import Folding, Outcome
 from peftc.ops import OPS
+from peftc.tying import own_path
 
 # The linear whose result a site's `h` is; its own anchor is `W`.
 _PRODUCER = {"attention": "o", "ffn": "down"}
@@ -27,7 +28,7 @@ class FoldAffine:
         kept: list[Edit] = []
         blocked: set[str] = set()
         for edit in folding.edits:
-            weight = edit.site.anchors.get(_PRODUCER.get(edit.site.at, "W"), "")
+            weight = _weight(edit, folding)
             try:
                 _fold(edit, weight, folding, weight in blocked)
             except NotAffine as reason:
@@ -41,13 +42,23 @@ class FoldAffine:
         return count
 
 
+def _weight(edit: Edit, folding: Folding) -> str:
+    """The weight that the delta would be part of; of a tied one that can be untied, the site's own."""
+    path = edit.site.anchors.get(_PRODUCER.get(edit.site.at, "W"), "")
+    return own_path(edit) if path in folding.tied and _separable(edit, folding) else path
+
+
+def _separable(edit: Edit, folding: Folding) -> bool:
+    return "W" in edit.site.anchors and own_path(edit) in folding.separable
+
+
 def _fold(edit: Edit, weight: str, folding: Folding, blocked: bool) -> None:
     assigned = inlined(edit)[1]
     ports = set(assigned)
     if not weight or not (ports <= {"W", "b"} or ports in ({"h"}, {"x"})):
         op = next((one.op for one in assigned.values() if hasattr(one, "op")), "it")
         raise NotAffine(f"'{op}' rewrites '{', '.join(assigned)}', which is no linear's result")
-    if weight in folding.tied:
+    if weight in folding.tied and not _separable(edit, folding):
         raise NotAffine(f"'{weight}' is tied to another parameter")
     if blocked:
         raise NotAffine("an earlier delta of the same linear stays")

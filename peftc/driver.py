@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 import passes
-from peftc import backbones, delta, verify
+from peftc import backbones, delta, tying, verify
 from peftc.algebra import constant_form
 from peftc.budget import BudgetError, Solved, solve
 from peftc.capture import capture
@@ -213,40 +213,47 @@ def merge(model: CompiledModel, *, trace: Trace | None = None) -> tuple[PreTrain
     and folded are compared on a seeded batch.
     """
     trace = trace or Trace()
-    backbone, folding = fold(model, trace)
+    backbone, folding = fold(model, trace, tying.separable)
+    apart = folding.weights.keys() & folding.tied
+    if apart:
+        tying.untie(backbone)
     weights = dict(backbone.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for path, weight in folding.weights.items():
             weights[path].copy_(weight)
     merged: PreTrainedModel = backbone.train(model.training)
     if folding.edits:
-        left = replace(model.plan, edits=tuple(folding.edits))
+        edits = tying.anchored(folding.edits, folding.separable if apart else frozenset())
+        left = replace(model.plan, edits=edits)
         merged = _attach(backbone, left, trace, "stored")
         for path, value in merged.deltas.values().items():
             value.data.copy_(folding.tensors[path])
     return merged, _report(model, merged, folding)
 
 
-def fold(model: CompiledModel, trace: Trace) -> tuple[PreTrainedModel, Folding]:
-    """A copy of the backbone as it is, and its weights with what folds, in float64."""
+def fold(
+    model: CompiledModel,
+    trace: Trace,
+    separable: Callable[[PreTrainedModel], frozenset[str]] = lambda _: frozenset(),
+) -> tuple[PreTrainedModel, Folding]:
+    """A copy of the backbone as it is, and its weights with what folds, in float64.
+
+    `separable` says which tied paths may get a weight of their own.
+    """
     backbone = copy.deepcopy(model.__dict__["_backbone"])
     for path, required in model.__dict__["_required_grad"].items():
         backbone.get_parameter(path).requires_grad_(required)
+    edits, tied = list(model.plan.edits), tying.tied(backbone)
+    concerned = any(edit.site.anchors.get("W") in tied for edit in edits)
     folding = Folding(
-        list(model.plan.edits),
+        edits,
         dict(model.deltas.values()),
         backbone.get_parameter,
-        _tied(backbone),
+        tied,
+        separable(backbone) if concerned else frozenset(),
     )
     trace.run(passes.FOLD, folding)
     return backbone, folding
-
-
-def _tied(model: PreTrainedModel) -> frozenset[str]:
-    paths: dict[int, list[str]] = {}
-    for path, weight in model.named_parameters(remove_duplicate=False):
-        paths.setdefault(id(weight), []).append(path)
-    return frozenset(path for group in paths.values() if len(group) > 1 for path in group)
 
 
 def _report(model: CompiledModel, merged: PreTrainedModel, folding: Folding) -> Report:

@@ -43,12 +43,14 @@ class Report:
 
 @dataclass
 class Folding:
-    """`read` fetches a backbone weight by path; `weights` holds the rewritten ones in float64."""
+    """`read` fetches a backbone weight by path; `weights` holds the rewritten ones in float64. Of the `tied`
+    paths the `separable` ones may get a weight of their own."""
 
     edits: list[Edit]
     tensors: dict[str, torch.Tensor]
     read: Callable[[str], torch.Tensor]
     tied: frozenset[str] = frozenset()
+    separable: frozenset[str] = frozenset()
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
     outcomes: list[Outcome] = field(default_factory=list)
 
