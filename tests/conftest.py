@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from torch import fx
 from transformers import AutoModelForSequenceClassification, BertTokenizer, PreTrainedModel
 
 import peftc
 from peftc import cli
+from peftc.capture import capture as traced
 from peftc.inputs import dummy_inputs
+from peftc.program import Program
+from peftc.room import NONE, Room
 
 transformers.logging.set_verbosity_error()
 
@@ -148,7 +154,11 @@ def tiny(
     config = getattr(transformers, config_name)(
         **{**sizes, **changes}, attn_implementation=attention
     )
-    model: PreTrainedModel = getattr(transformers, model_name)(config)
+    return wide(getattr(transformers, model_name)(config))
+
+
+def wide(model: PreTrainedModel) -> PreTrainedModel:
+    """The model in evaluation mode, with matrices of some size and vectors of some noise."""
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim > 1:
@@ -198,6 +208,38 @@ def logits(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Ten
     with torch.no_grad():
         out: torch.Tensor = model(**inputs).logits
     return out
+
+
+_TRACES: dict[tuple[object, ...], Program] = {}
+
+
+@pytest.fixture(autouse=True)
+def traces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trace a model once for all tests: a graph holds no weights, so models of one configuration share it."""
+
+    def capture(
+        model: PreTrainedModel,
+        entry: str,
+        inputs: Mapping[str, torch.Tensor],
+        flags: Mapping[str, object] | None = None,
+        room: Room = NONE,
+    ) -> Program:
+        key = (
+            (type(model), model.config.to_json_string(use_diff=False), model.loss_function),
+            (model.config._attn_implementation, model.dtype, model.device),
+            tuple((one.training, type(one)) for one in model.modules()),
+            any(one.requires_grad for one in model.parameters()),  # by which Mamba picks its kernel
+            (entry, tuple((k, v.dtype, v.ndim, v.device) for k, v in sorted(inputs.items()))),
+            repr((flags, room)),
+        )
+        if key not in _TRACES:
+            _TRACES[key] = traced(model, entry, inputs, flags, room)
+        one = _TRACES[key]
+        graph = fx.GraphModule(one.module, copy.deepcopy(one.graph))
+        return replace(one, module=graph, slots=dict(one.slots), replaced={})
+
+    monkeypatch.setattr("peftc.driver.capture", capture)
+    monkeypatch.setattr("peftc.model.capture", capture)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import logits, stir, tiny
+from conftest import logits, stir, tiny, wide
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -73,21 +73,12 @@ def build(family: str) -> PreTrainedModel:
     name, sizes = IMAGES[family]
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(**sizes, num_labels=3)
-    return wide(getattr(transformers, f"{name}ForImageClassification")(config))
-
-
-def wide(model: PreTrainedModel) -> PreTrainedModel:
-    """Weights wide enough that every convolution matters."""
+    model = wide(getattr(transformers, f"{name}ForImageClassification")(config))
     with torch.no_grad():
-        for weight in model.parameters():
-            if weight.ndim > 1:
-                weight.mul_(4)
-            else:
-                weight.add_(torch.randn_like(weight) * 0.1)
-        for name, layer_scale in model.named_parameters():
-            if name.endswith("layer_scale_parameter"):
-                layer_scale.fill_(1.0)
-    return model.eval()
+        for path, scale in model.named_parameters():
+            if path.endswith("layer_scale_parameter"):
+                scale.fill_(1.0)  # wide enough that every convolution matters
+    return model
 
 
 def noise(model: PreTrainedModel) -> dict[str, torch.Tensor]:

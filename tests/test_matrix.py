@@ -5,24 +5,18 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import EAGER, FAMILIES, batch, logits, stir, tiny
-from torch import fx
 from transformers import PreTrainedModel
 
 import peftc
-from peftc.capture import capture as real_capture
 from peftc.driver import merge
 from peftc.errors import PeftcError
-from peftc.program import Program
-from peftc.room import NONE, Room
 from peftc.spec import Spec, shipped, with_words
 
 SMALL: dict[str, dict[str, float]] = {
@@ -174,36 +168,6 @@ def spec(method: str) -> Spec:
     return with_words(one, (7, 8, 9)) if method == "prefix_words" else one
 
 
-@pytest.fixture
-def traces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trace a family once for all methods: what is traced is the bare backbone, the same each time."""
-    variant = Variant.of(**request.node.callspec.params)
-
-    def capture(
-        model: PreTrainedModel,
-        entry: str,
-        inputs: Mapping[str, torch.Tensor],
-        flags: Mapping[str, object] | None = None,
-        room: Room = NONE,
-    ) -> Program:
-        signature = tuple((k, v.dtype, v.ndim) for k, v in sorted(inputs.items()))
-        modes = tuple(one.training for one in model.modules())
-        said = repr((flags, room))
-        key = (variant.family, variant.attention, model.dtype, entry, signature, said, modes)
-        if key not in _TRACES:
-            _TRACES[key] = real_capture(model, entry, inputs, flags, room)
-        one = _TRACES[key]
-        graph = fx.GraphModule(one.module, copy.deepcopy(one.graph))
-        return replace(one, module=graph, slots=dict(one.slots), replaced={})
-
-    monkeypatch.setattr("peftc.driver.capture", capture)
-    monkeypatch.setattr("peftc.model.capture", capture)
-
-
-_TRACES: dict[object, Program] = {}
-
-
-@pytest.mark.usefixtures("traces")
 @pytest.mark.parametrize(("method", "family"), CELLS)
 def test_cell(method: str, family: str, tmp_path: Path) -> None:
     variant = Variant.of(method, family)
@@ -330,7 +294,6 @@ def _half_cell(method: str) -> object:
     return pytest.param(method, family, id=f"{method}-{family}", marks=mark)
 
 
-@pytest.mark.usefixtures("traces")
 @pytest.mark.parametrize(("method", "family"), [_half_cell(method) for method in shipped()])
 def test_bfloat16(method: str, family: str, tmp_path: Path) -> None:
     """In half precision: exact where exact, trains, comes back, and folds to what float64 says, rounded."""
