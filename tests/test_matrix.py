@@ -142,8 +142,8 @@ CELLS = [
 
 @dataclass(frozen=True)
 class Variant:
-    """How a cell runs: eager or SDPA, full or padded batches, greedy or beams, so that each pair of these
-    occurs with each method and each family."""
+    """How a cell runs: full or padded batches, greedy or beams, so that each pair of these occurs with each
+    method and each family; eager and SDPA in turn over the families, because each takes graphs of its own."""
 
     family: str
     attention: str
@@ -152,8 +152,9 @@ class Variant:
 
     @staticmethod
     def of(method: str, family: str) -> Variant:
-        turn = shipped().index(method) + list(FAMILIES).index(family)
-        attention = "eager" if family in EAGER or turn % 2 else "sdpa"
+        place = list(FAMILIES).index(family)
+        turn, attention = shipped().index(method) + place, "eager" if place % 2 else "sdpa"
+        attention = "eager" if family in EAGER else attention
         return Variant(
             family, attention, ("right", "none", "left")[turn // 2 % 3], turn // 3 % 2 + 1
         )
