@@ -16,7 +16,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from peftc.inputs import CaptureError, Tensors, axes
+from peftc.inputs import CaptureError, Tensors, axes, reads_its_end
 
 # Labels that no loss counts, as torch's cross entropy has it.
 _IGNORED = -100
@@ -36,7 +36,13 @@ class Room:
         return bool(self.rows) or self.shift > 0
 
     def require(self, model: PreTrainedModel) -> None:
-        """Raise CaptureError where positions cannot be moved: the model is not told them."""
+        """Raise CaptureError where positions cannot be moved, because the model is not told them, and where
+        the decoder of a classifier would read as tokens what keeps the rows' place."""
+        if self.rows and reads_its_end(model):
+            raise CaptureError(
+                f"{type(model).__name__}: its decoder reads the encoder's ids, and rows in front of them are no "
+                "tokens; use prefix_tuning"
+            )
         if self.shift and "position_ids" not in inspect.signature(type(model).forward).parameters:
             raise CaptureError(
                 f"{type(model).__name__} takes no position_ids, so 'positions: shift' moves nothing; "

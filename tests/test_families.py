@@ -60,6 +60,10 @@ def test_a_family_has_its_sites(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_a_family_takes_a_method(name: str, method: str) -> None:
     backbone = built(name)
+    if method == "prompt" and name.endswith("_head"):
+        with pytest.raises(PeftcError, match="its decoder reads the encoder's ids"):
+            peftc.plan(backbone, SPECS[method])
+        return
     model, inputs = peftc.compile(backbone, SPECS[method]), seeded_inputs(backbone)
     before, bare = (outputs(one, inputs)["logits"] for one in (model, backbone))
     if method == "lora":
