@@ -5,11 +5,13 @@ Weights as the papers count (no biases, no reparametrising MLP) and, where they 
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from functools import cache
 
 import pytest
 import torch
 import transformers
+from conftest import tiny
 from transformers import PreTrainedModel
 
 from peftc import backbones
@@ -257,3 +259,66 @@ def test_bart_large() -> None:
     counts = [plan.parameters for plan in planned("bart-large", BART)]
     got = [(one.weights, one.stored, one.training) for one in counts]
     assert dict(zip(BART, got, strict=True)) == BART
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the general formulas read (FACTS 2.3): attentions and their kinds, feed-forwards, the width, that
+    of queries and that of keys."""
+
+    attentions: int = 2
+    kinds: int = 1
+    ffns: int = 2
+    d: int = 32
+    q: int = 32
+    kv: int = 32
+
+
+SEQ2SEQ = Sizes(attentions=6, kinds=3, ffns=4)
+GROUPED = Sizes(kv=16)
+TINY = {
+    **dict.fromkeys(("bart", "mbart", "t5", "whisper"), SEQ2SEQ),
+    **dict.fromkeys(("roberta", "bert", "distilbert", "deberta", "vit", "modernbert"), Sizes()),
+    **dict.fromkeys(("gpt2", "neox", "bloom", "mpt"), Sizes()),
+    **dict.fromkeys(("llama", "phi3", "gemma2"), GROUPED),
+    "mixtral": replace(GROUPED, ffns=0),
+    "t5_gated": replace(SEQ2SEQ, q=24, kv=24),
+}
+
+
+def formulas(one: Sizes, rank: int, length: int, hidden: int) -> dict[str, int]:
+    """Numbers that train, method by method."""
+    adapter = 2 * rank * one.d + rank + one.d
+    tokens = length * one.d + one.d * hidden + hidden
+    mlp = one.kinds * tokens + one.attentions * 2 * one.kv * (hidden + 1)
+    return {
+        "lora": one.attentions * rank * (one.d + one.q + one.d + one.kv),
+        "prefix_direct": 2 * length * one.kv * one.attentions,
+        "prefix_tuning": mlp,
+        "prompt_tuning": length * one.d,
+        "scaled_parallel_adapter": one.ffns * adapter,
+        "learned_scale_adapter": one.ffns * (adapter + 1),
+        "houlsby_adapter": (one.attentions + one.ffns) * adapter,
+        "pfeiffer_adapter": one.ffns * adapter,
+        "mam": mlp + one.ffns * adapter,
+    }
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_every_family_by_the_formulas(family: str) -> None:
+    one, given = TINY[family], {"r": 4, "l": 5, "m": 6}
+    ffn = (
+        "scaled_parallel_adapter",
+        "learned_scale_adapter",
+        "houlsby_adapter",
+        "pfeiffer_adapter",
+    )
+    lacks = (*ffn, "mam") if not one.ffns else ()
+    lacks += ("prompt_tuning",) if family in ("vit", "whisper") else ()
+    want = {name: n for name, n in formulas(one, *given.values()).items() if name not in lacks}
+    some = []
+    for name in want:
+        known = load_spec(name).arguments
+        some.append(load_spec(name, **{k: v for k, v in given.items() if k in known}))
+    got = [plan.parameters.training for plan in plans(tiny(family), some)]
+    assert dict(zip(want, got, strict=True)) == want
