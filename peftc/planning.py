@@ -9,20 +9,18 @@ from functools import cached_property
 from math import prod
 
 from peftc import expr as ex
-from peftc.algebra import grown, inlined, port_shapes, shape_of, ungrown
+from peftc.algebra import grown, inlined
 from peftc.counts import Counts, Unfrozen, count, numel
 from peftc.deltas import Deltas
 from peftc.edit import Edit, Parameter
 from peftc.errors import PeftcError, suggest
+from peftc.fits import behind_rows, check
 from peftc.ports import SITES
 from peftc.program import Program
 from peftc.reach import unreached
 from peftc.room import Room
 from peftc.sites import Site, Stacks, find_sites
 from peftc.spec import FORMULA, Entry, Param, Spec
-
-# What ports call the lengths of a sequence.
-LENGTHS = ("tokens", "keys", "queries")
 
 
 class PlanError(PeftcError):
@@ -125,7 +123,7 @@ def make_plan(spec: Spec, survey: Survey, backbone: Mapping[str, tuple[int, ...]
         edits += placed
         misses += [*missed, *passed]
         matches.append(Match(entry, len(placed), numel(placed)))
-    problems += _behind_rows(edits)
+    problems += behind_rows(edits)
     if problems:
         raise PlanError("\n".join(problems))
     counts = count(edits, list(unfrozen.values()), backbone)
@@ -230,7 +228,7 @@ def _edits(
             edit = Edit(
                 site, entry, path, tuple(_parameter(p, site, entry, label) for p in entry.params)
             )
-            _check_shapes(edit)
+            check(edit)
         except ex.ExprError as error:
             problems.setdefault(error.fact, f"{entry.place}: at {site.name}: {error.fact}")
             continue
@@ -254,19 +252,6 @@ def _unfit(entry: Entry, site: Site) -> str:
     if "b" in (ports | used) and "b" in SITES[entry.at].ports and "b" not in site.anchors:
         return "this convolution has no bias" if entry.at == "conv" else "this linear has no bias"
     return ""
-
-
-def _behind_rows(edits: Sequence[Edit]) -> Iterator[str]:
-    """What acts on the tokens of an embedding must come before the rows that are put in front of them."""
-    grown_by: dict[str, str] = {}
-    for edit in edits:
-        if edit.site.at != "embedding":
-            continue
-        first = grown_by.get(edit.site.name)
-        if first and "h" in dict(edit.entry.assign):
-            yield f"{edit.entry.place}: {edit.name} comes after the rows of {first}; put it before them"
-        if any(grown(expression, edit) for expression in inlined(edit)[1].values()):
-            grown_by[edit.site.name] = edit.entry.method
 
 
 def _paths(edits: Iterable[Edit]) -> set[str]:
@@ -298,57 +283,3 @@ def _size(dim: ex.Expr, sizes: Mapping[str, float | int], param: Param) -> int:
     if size != int(size) or size < 0:
         raise ex.ExprError(0, f"'{param.name}' has a size of {size} ({ex.show(dim)})", "")
     return int(size)
-
-
-def _check_shapes(edit: Edit) -> None:
-    """The language's own shape rules, now with this site's numbers."""
-    site, entry = edit.site, edit.entry
-    ports = port_shapes(site)
-    for parameter in edit.parameters:
-        if parameter.formula is not None:
-            _check_formula(parameter, ports)
-    lets: dict[str, ex.Shape] = {}
-    for name, expression in entry.let:
-        lets[name] = shape_of(expression, edit, lets)
-    _check_growth(edit)
-    for port, expression in entry.assign:
-        got, want = shape_of(expression, edit, lets), ports[port]
-        if got[-1:] != want[-1:] and got != ():
-            raise ex.ExprError(
-                0, f"'{port}' has the shape {_text(want)} but is assigned {_text(got)}", ""
-            )
-
-
-def _check_growth(edit: Edit) -> None:
-    """Rows go in front of ports that grow, of keys and values alike, and nowhere inside a formula."""
-    assigned, grows = inlined(edit)[1], SITES[edit.site.at].grows
-    for port, expression in assigned.items():
-        inner = expression if port not in grows else ungrown(expression)
-        if any(call.op == "prepend" for call in ex.calls(inner)):
-            fix = f"rows go in front of {', '.join(grows)}" if grows else "this site has no rows"
-            raise ex.ExprError(0, f"'{port}' of {edit.site.at} is prepended to; {fix}")
-    counts = {port: grown(expression, edit) for port, expression in assigned.items()}
-    if edit.site.at == "attention.heads" and counts.get("k", 0) != counts.get("v", 0):
-        raise ex.ExprError(0, f"k gets {counts.get('k', 0)} rows and v {counts.get('v', 0)}")
-    if edit.entry.positions == "shift" and not counts.get("k"):
-        raise ex.ExprError(0, "'positions: shift' goes with keys that are prepended")
-
-
-def _check_formula(parameter: Parameter, ports: Mapping[str, ex.Shape]) -> None:
-    assert parameter.formula is not None
-    got = ex.infer(parameter.formula, ports)
-    if got[:1] == (
-        "...",
-    ):  # a value at the site: without its batch, and as long as the words are made
-        got = tuple(
-            size if one in LENGTHS else one
-            for one, size in zip(got[1:], parameter.shape, strict=False)
-        )
-    if got != parameter.shape:
-        raise ex.ExprError(
-            0, f"'{parameter.name}' is {_text(parameter.shape)} but starts as {_text(got)}", ""
-        )
-
-
-def _text(shape: ex.Shape) -> str:
-    return "[" + ", ".join(map(str, shape)) + "]"
