@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import yaml
 
 from peftc import expr as ex
 from peftc.errors import suggest
-from peftc.ops import OPS
-from peftc.ports import SITES
-from peftc.spec import FORMULA, Arguments, Init, Param, Where
+from peftc.ops import OPS, text
+from peftc.ports import BY_OP, SITES
+from peftc.spec import FORMULA, Arguments, Init, Param, Where, Words
 from peftc.yaml_source import Item, Source
 
 WHERE = ("stack", "kind", "layers")
@@ -81,6 +81,20 @@ class Fields:
         if "layers" in inner:
             layers = self.layers(inner["layers"][1])
         return Where(stack, kind, layers)
+
+    def at(self, items: Mapping[str, Item]) -> tuple[str, str | None]:
+        _, node = items["at"]
+        if isinstance(node, yaml.MappingNode):
+            inner = self.source.mapping(node, "'at'", ("op", "scope"))
+            op = self.source.choice(inner["op"][1], "'op'", BY_OP) if "op" in inner else None
+            scope = self.source.text(inner["scope"][1], "'scope'") if "scope" in inner else None
+            if op is None or scope is None:
+                ops = " or ".join(BY_OP)
+                self.source.fail(node, f"give both: {{op: {ops}, scope: a glob over module paths}}")
+                return "", None
+            return op, scope
+        sites = tuple(name for name in SITES if name not in BY_OP)
+        return self.source.choice(node, "'at'", sites) or "", None
 
     def layers(self, node: yaml.Node) -> tuple[int, ...] | None:
         written = self.source.text(node, "'layers'") or ""
@@ -222,6 +236,51 @@ class Fields:
         except ex.ExprError as error:
             self.source.fail(node, error.fact, error.fix, error.column)
             return None, ("...",)
+
+    def penalty(self, items: Mapping[str, Item], names: Scope, ports: set[str]) -> ex.Expr | None:
+        """A number at each site, of parameters alone."""
+        if "penalty" not in items:
+            return None
+        node = items["penalty"][1]
+        expression, shape = self.checked(node, names)
+        read = set(ex.names(expression)) if expression is not None else set()
+        if read & ports:
+            self.source.fail(
+                node, f"'penalty' reads the value '{min(read & ports)}'", "parameters alone"
+            )
+        elif expression is not None and shape != ():
+            self.source.fail(node, f"'penalty' is {text(shape)}, not a number", "sum(...) it")
+        return expression
+
+    def words(self, items: Mapping[str, Item], params: Sequence[Param], at: str) -> Words | None:
+        """What the backbone reads while the ports are recorded that parameters start as."""
+        ports = set(SITES[at].ports) - {"W", "b"}
+        starts = [
+            p
+            for p in params
+            if p.init.name == FORMULA
+            for arg in p.init.args
+            if ports & {*ex.names(arg)}
+        ]
+        if "words" not in items:
+            for param in starts:
+                key, _ = items["params"]
+                port = min(ports & {*ex.names(param.init.args[0])})
+                self.source.fail(
+                    key,
+                    f"'{param.name}' starts as '{port}', a value",
+                    "say of which text: words: ...",
+                )
+            return None
+        key, node = items["words"]
+        if not starts:
+            self.source.fail(key, "no parameter starts from the words", "init: k, for a prefix")
+        if isinstance(node, yaml.SequenceNode):
+            ids = [
+                self.source.integer(one, "a token") for one in self.source.items(node, "'words'")
+            ]
+            return tuple(one for one in ids if one is not None)
+        return self.source.text(node, "'words'")
 
 
 def _symbol(dim: ex.Expr) -> ex.Dim:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +11,8 @@ import yaml
 from peftc import expr as ex
 from peftc.errors import PeftcError, SpecError, suggest
 from peftc.ops import agree, text
-from peftc.ports import BY_OP, SITES
-from peftc.spec import FORMULA, Arguments, Entry, Param, Spec, Where, Words, find
+from peftc.ports import SITES
+from peftc.spec import Arguments, Entry, Spec, Where, find
 from peftc.spec_fields import POSITIONS, Fields, Scope
 from peftc.yaml_source import Item, Source, compose
 
@@ -237,36 +237,6 @@ class Reader(Fields):
             )
         ]
 
-    def words(self, items: Mapping[str, Item], params: Sequence[Param], at: str) -> Words | None:
-        """What the backbone reads while the ports are recorded that parameters start as."""
-        ports = set(SITES[at].ports) - {"W", "b"}
-        starts = [
-            p
-            for p in params
-            if p.init.name == FORMULA
-            for arg in p.init.args
-            if ports & {*ex.names(arg)}
-        ]
-        if "words" not in items:
-            for param in starts:
-                key, _ = items["params"]
-                port = min(ports & {*ex.names(param.init.args[0])})
-                self.source.fail(
-                    key,
-                    f"'{param.name}' starts as '{port}', a value",
-                    "say of which text: words: ...",
-                )
-            return None
-        key, node = items["words"]
-        if not starts:
-            self.source.fail(key, "no parameter starts from the words", "init: k, for a prefix")
-        if isinstance(node, yaml.SequenceNode):
-            ids = [
-                self.source.integer(one, "a token") for one in self.source.items(node, "'words'")
-            ]
-            return tuple(one for one in ids if one is not None)
-        return self.source.text(node, "'words'")
-
     def _named(self, items: Mapping[str, Item], key: str) -> list[tuple[str, Item]]:
         node = items[key][1] if key in items else None
         if not isinstance(node, yaml.MappingNode):
@@ -277,35 +247,6 @@ class Reader(Fields):
         for name, (key, _) in items.items():
             if name not in allowed:
                 self.source.fail(key, f"'{name}' does not go with {what}")
-
-    def at(self, items: Mapping[str, Item]) -> tuple[str, str | None]:
-        _, node = items["at"]
-        if isinstance(node, yaml.MappingNode):
-            inner = self.source.mapping(node, "'at'", ("op", "scope"))
-            op = self.source.choice(inner["op"][1], "'op'", BY_OP) if "op" in inner else None
-            scope = self.source.text(inner["scope"][1], "'scope'") if "scope" in inner else None
-            if op is None or scope is None:
-                ops = " or ".join(BY_OP)
-                self.source.fail(node, f"give both: {{op: {ops}, scope: a glob over module paths}}")
-                return "", None
-            return op, scope
-        sites = tuple(name for name in SITES if name not in BY_OP)
-        return self.source.choice(node, "'at'", sites) or "", None
-
-    def penalty(self, items: Mapping[str, Item], names: Scope, ports: set[str]) -> ex.Expr | None:
-        """A number at each site, of parameters alone."""
-        if "penalty" not in items:
-            return None
-        node = items["penalty"][1]
-        expression, shape = self.checked(node, names)
-        read = set(ex.names(expression)) if expression is not None else set()
-        if read & ports:
-            self.source.fail(
-                node, f"'penalty' reads the value '{min(read & ports)}'", "parameters alone"
-            )
-        elif expression is not None and shape != ():
-            self.source.fail(node, f"'penalty' is {text(shape)}, not a number", "sum(...) it")
-        return expression
 
     def composed(
         self, items: Mapping[str, Item], names: Scope, at: str
