@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 
 from peftc import delta
 from peftc.capture import capture, flatten_cache
-from peftc.driver import merge, seeded_inputs
+from peftc.driver import merge
 from peftc.folding import Report
-from peftc.inputs import forward_flags, reads_its_end
+from peftc.inputs import forward_flags, reads_its_end, seeded_inputs
 from peftc.model import CompiledModel
 from peftc.onnx_data import write_models
 from peftc.onnx_graph import ExportError, Graph, require_onnx, to_onnx

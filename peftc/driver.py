@@ -17,7 +17,7 @@ from peftc.algebra import constant_form
 from peftc.budget import BudgetError, Solved, solve
 from peftc.capture import capture
 from peftc.folding import Folding, Report
-from peftc.inputs import dummy_inputs, forward_flags, reads_its_end
+from peftc.inputs import dummy_inputs, forward_flags, seeded_inputs
 from peftc.model import CompiledModel, attach
 from peftc.pipeline import PassResult, Pipeline
 from peftc.planning import Plan, Survey, make_plan
@@ -266,26 +266,6 @@ def _report(model: CompiledModel, merged: PreTrainedModel, folding: Folding) -> 
         scale=verify.magnitude(before),
         changed=verify.difference(before, bare),
     )
-
-
-def seeded_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """One batch for a certificate, the same each time; token ids avoid the special ones at the start."""
-    generator = torch.Generator().manual_seed(0)
-    inputs = dummy_inputs(model)
-    for name, tensor in inputs.items():
-        if name.endswith("input_ids"):
-            low, high = min(10, model.config.vocab_size // 2), model.config.vocab_size
-            ids = torch.randint(low, high, tensor.shape, generator=generator)
-            if reads_its_end(model):
-                ids[ids == model.config.eos_token_id] = low
-                ids[:, -1] = model.config.eos_token_id
-            inputs[name] = ids.to(tensor.device)
-        elif tensor.is_floating_point():
-            noise = torch.randn(tensor.shape, generator=generator)
-            inputs[name] = noise.to(tensor)
-    if "attention_mask" in inputs:
-        inputs["attention_mask"][0, -3:] = 0
-    return inputs
 
 
 def outputs(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

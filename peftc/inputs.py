@@ -85,6 +85,26 @@ def dummy_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return inputs
 
 
+def seeded_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """One batch for a certificate, the same each time; token ids avoid the special ones at the start."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = dummy_inputs(model)
+    for name, tensor in inputs.items():
+        if name.endswith("input_ids"):
+            low, high = min(10, model.config.vocab_size // 2), model.config.vocab_size
+            ids = torch.randint(low, high, tensor.shape, generator=generator)
+            if reads_its_end(model):
+                ids[ids == model.config.eos_token_id] = low
+                ids[:, -1] = model.config.eos_token_id
+            inputs[name] = ids.to(tensor.device)
+        elif tensor.is_floating_point():
+            noise = torch.randn(tensor.shape, generator=generator)
+            inputs[name] = noise.to(tensor)
+    if "attention_mask" in inputs:
+        inputs["attention_mask"][0, -3:] = 0
+    return inputs
+
+
 def reads_its_end(model: PreTrainedModel) -> bool:
     """A classifier on an encoder-decoder: the decoder reads the input too, and the head its last state."""
     head = model.base_model is not model and not model.can_generate()

@@ -14,6 +14,7 @@ from peftc.budget import elements
 from peftc.errors import PeftcError
 from peftc.expr import Name, substitute
 from peftc.folding import Folding
+from peftc.inputs import seeded_inputs
 from peftc.model import CompiledModel
 from peftc.planning import Plan
 from peftc.ports import SITES
@@ -69,7 +70,7 @@ def prune(model: CompiledModel, keep: str | int = "0.5%") -> tuple[CompiledModel
     masks = largest(differences, count)
     pruned = driver.compile(backbone, _spec(model.plan, [k for k, v in masks.items() if v.any()]))
     _fill(pruned, differences, masks)
-    inputs = driver.seeded_inputs(model)
+    inputs = seeded_inputs(model)
     before, after = driver.outputs(model, inputs), driver.outputs(pruned, inputs)
     moved, scale = verify.difference(after, before), verify.magnitude(before)
     return pruned, Pruning(count, changed, model.plan.parameters.backbone, moved, scale)

@@ -11,8 +11,9 @@ from conftest import GROUPED, SEQ2SEQ, T5, stir
 from transformers import PreTrainedModel
 
 import peftc
-from peftc.driver import merge, outputs, seeded_inputs, survey
+from peftc.driver import merge, outputs, survey
 from peftc.errors import PeftcError
+from peftc.inputs import seeded_inputs
 
 SMALL = dict(vocab_size=120, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
 HEAD = dict(num_labels=3, eos_token_id=2)

@@ -53,11 +53,12 @@ def compile(  # the name of the command
     import torch
 
     from peftc import backbones, delta, driver, table
+    from peftc.inputs import seeded_inputs
 
     if target is not None:
         delta.require_ours(target)
     backbone = options.backbone(model, random_weights, task=task, num_labels=num_labels)
-    inputs = driver.seeded_inputs(backbone)
+    inputs = seeded_inputs(backbone)
     with step("running the backbone"):
         bare = driver.outputs(backbone, inputs)
 

@@ -73,6 +73,7 @@ def _delta_checks(directory: Path, model: str | None) -> Iterator[Check]:
 
     compiled = merging.load(directory, model)  # raises when the fingerprint or a shape is wrong
     from peftc import driver
+    from peftc.inputs import seeded_inputs
     from peftc.verify import difference
 
     yield Check("fingerprint of the backbone, names and shapes", 0, 0)
@@ -82,7 +83,7 @@ def _delta_checks(directory: Path, model: str | None) -> Iterator[Check]:
         sum(int((~torch.isfinite(v)).sum()) for v in values),
         0,
     )
-    inputs = driver.seeded_inputs(compiled)
+    inputs = seeded_inputs(compiled)
     with step("running the compiled model"):
         once, again = (driver.outputs(compiled, inputs) for _ in range(2))
     yield Check("two runs of the compiled model", difference(once, again), 0)
@@ -139,16 +140,17 @@ def _bundle_checks(directory: Path, model: str | None) -> Iterator[Check]:
 
 def _logits(runner: Any, model: PreTrainedModel, tolerance: float) -> Check:
     from peftc import driver
+    from peftc.inputs import seeded_inputs
 
-    inputs = driver.seeded_inputs(model)
+    inputs = seeded_inputs(model)
     error = (runner.logits(**inputs) - driver.outputs(model, inputs)["logits"]).abs().max()
     return Check("ONNX logits against torch, now", float(error), tolerance)
 
 
 def _tokens(runner: Any, model: Any) -> Check:
-    from peftc import driver
+    from peftc.inputs import seeded_inputs
 
-    inputs = driver.seeded_inputs(model)
+    inputs = seeded_inputs(model)
     inputs.pop("decoder_input_ids")
     settings = {"num_beams": 4, "max_new_tokens": 16, "do_sample": False}
     ours, theirs = (one.generate(**inputs, **settings) for one in (runner, model))
