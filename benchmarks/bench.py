@@ -26,8 +26,8 @@ import resource, sys, time, torch, transformers
 transformers.logging.set_verbosity_error()
 from transformers import BartConfig, BartForConditionalGeneration
 import peftc
-from peftc.capture import capture
-from peftc.inputs import dummy_inputs
+from peftc.graph.capture import capture
+from peftc.graph.arguments import dummy_inputs
 start = time.perf_counter()
 model = BartForConditionalGeneration(BartConfig()).eval()
 if sys.argv[1] == "peftc":

@@ -23,14 +23,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import transformers
+from corpus import Corpus, Package, load_packages
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 import peftc
-from peftc.corpus import Corpus, Package, load_packages
-from peftc.train import Recipe, train_classifier
+from peftc.training.recipes import Recipe, train_classifier
 
 ROOT = Path(__file__).parents[1]
 FULL, QUICK = (4000, 1000), (320, 100)  # rows to train and to test on

@@ -16,10 +16,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from peftc import backbones
+from peftc.cli.tables import paper_percent
 from peftc.driver import plans
-from peftc.spec import directory, load_spec
-from peftc.table import paper_percent
+from peftc.language.reader import load_spec
+from peftc.language.shelf import directory
+from peftc.model import backbones
 
 BART, ROBERTA = "facebook/bart-large", "roberta-base"
 ROUNDED = "rounded, not cut"

@@ -4,7 +4,7 @@ from passes.fold_affine import FoldAffine
 from passes.fold_constants import FoldConstants
 from passes.insert import Insert
 from passes.normalize import Normalize
-from peftc.edit import Edit
+from peftc.plan.edit import Edit
 
 FOLD = (FoldConstants(), FoldAffine())
 

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
-from peftc.algebra import Affine, NotAffine, Tensors, affine, evaluate, inlined, numbers
-from peftc.edit import Edit
-from peftc.expr import Expr, calls, names
-from peftc.folding import Folding, Outcome
-from peftc.ops import OPS
-from peftc.tying import own_path
+from peftc.language.expr import Expr, calls, names
+from peftc.language.ops import OPS
+from peftc.plan.algebra import inlined, numbers
+from peftc.plan.edit import Edit
+from peftc.rewrite.affine import Affine, NotAffine, affine
+from peftc.rewrite.evaluate import Tensors, evaluate
+from peftc.rewrite.folding import Folding, Outcome
+from peftc.rewrite.tying import own_path
 
 # The linear whose result a site's `h` is; its own anchor is `W`.
 _PRODUCER = {"attention": "o", "ffn": "down"}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from peftc.algebra import constant_form, constant_values
-from peftc.folding import Folding
+from peftc.plan.algebra import constant_form
+from peftc.rewrite.evaluate import constant_values
+from peftc.rewrite.folding import Folding
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from peftc.algebra import constant_parts, grown, inlined, replaced, ungrown
-from peftc.attention import FILL, SDPA
-from peftc.edit import Edit
-from peftc.expr import Expr, Name, names, substitute
-from peftc.lower import Builder, Operand
-from peftc.pipeline import PassError
-from peftc.places import Place, Ports, locate, weights_used
-from peftc.ports import SITES
-from peftc.program import Keys, Part, Port, Program, Read, Slot, Value, aten, is_call
+from peftc.graph.program import Keys, Part, Port, Program, Read, Slot, Value, aten, is_call
+from peftc.language.expr import Expr, Name, names, substitute
+from peftc.language.ports import SITES
+from peftc.plan.algebra import constant_parts, grown, inlined, replaced, ungrown
+from peftc.plan.edit import Edit
+from peftc.rewrite.lower import Builder, Operand
+from peftc.rewrite.pipeline import PassError
+from peftc.sites.attention import FILL, SDPA
+from peftc.sites.locate import Place, Ports, locate, weights_used
 
 
 @dataclass(frozen=True)

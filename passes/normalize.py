@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from peftc.program import Program, aten, is_call
+from peftc.graph.program import Program, aten, is_call
 
 _ASSERTS = (
     aten._assert_tensor_metadata.default,

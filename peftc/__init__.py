@@ -10,30 +10,33 @@ peftc.export(model, "bundle")               # ONNX; run it with peftc.runtime.lo
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from peftc import runtime
-    from peftc.bundle import export
     from peftc.driver import compile, load, merge, plan
     from peftc.errors import PeftcError
-    from peftc.model import CompiledModel, detach
-    from peftc.pruning import prune
-    from peftc.spec import Spec, load_spec
+    from peftc.export.bundle import export
+    from peftc.language.reader import load_spec
+    from peftc.language.spec import Spec
+    from peftc.model.compiled import CompiledModel, detach
+    from peftc.prune import prune
 
 # Loaded on first use, so that `peftc --help` and the spec language do not wait for torch.
 _HOME = {
-    "CompiledModel": "peftc.model",
+    "CompiledModel": "peftc.model.compiled",
     "PeftcError": "peftc.errors",
-    "Spec": "peftc.spec",
+    "Spec": "peftc.language.spec",
     "compile": "peftc.driver",
-    "detach": "peftc.model",
-    "export": "peftc.bundle",
+    "detach": "peftc.model.compiled",
+    "export": "peftc.export.bundle",
     "load": "peftc.driver",
-    "load_spec": "peftc.spec",
+    "load_spec": "peftc.language.reader",
     "merge": "peftc.driver",
     "plan": "peftc.driver",
-    "prune": "peftc.pruning",
+    "prune": "peftc.prune",
 }
 __version__ = "0.1.0"
 __all__ = [
@@ -52,9 +55,20 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "runtime":
-        return importlib.import_module("peftc.runtime")
-    if name not in _HOME:
-        raise AttributeError(f"module 'peftc' has no attribute '{name}'")
-    return getattr(importlib.import_module(_HOME[name]), name)
+class _Face(ModuleType):
+    """The public verbs. `plan`, `export` and `prune` name a function here and a module of the package too:
+    importing the module would put it in the function's place, so what is set under a verb's name is left out."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "runtime":
+            return importlib.import_module("peftc.runtime")
+        if name not in _HOME:
+            raise AttributeError(f"module 'peftc' has no attribute '{name}'")
+        return getattr(importlib.import_module(_HOME[name]), name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Face

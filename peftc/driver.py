@@ -12,19 +12,25 @@ import torch
 from transformers import PreTrainedModel
 
 import passes
-from peftc import backbones, delta, tying, verify
-from peftc.algebra import constant_form
-from peftc.budget import BudgetError, Solved, solve
-from peftc.capture import capture
-from peftc.folding import Folding, Report
-from peftc.inputs import dummy_inputs, forward_flags, seeded_inputs
-from peftc.model import CompiledModel, attach
-from peftc.pipeline import PassResult, Pipeline
-from peftc.planning import Plan, Survey, make_plan
-from peftc.program import Program
-from peftc.sites import Site, Stacks, find_sites
-from peftc.spec import Spec, combine, load_spec
-from peftc.words import Activations
+from peftc.graph.arguments import dummy_inputs, forward_flags, seeded_inputs
+from peftc.graph.capture import capture
+from peftc.graph.facts import Stacks
+from peftc.graph.program import Program
+from peftc.language.reader import load_spec
+from peftc.language.spec import Spec, combine
+from peftc.model import backbones
+from peftc.model.compiled import CompiledModel, attach
+from peftc.model.saving import check_backbone
+from peftc.model.words import Activations
+from peftc.plan.algebra import constant_form
+from peftc.plan.budget import BudgetError, Solved, solve
+from peftc.plan.plan import Plan, Survey, make_plan
+from peftc.rewrite import tying, verify
+from peftc.rewrite.folding import Folding, Report
+from peftc.rewrite.pipeline import PassResult, Pipeline
+from peftc.sites.site import Site, find_sites
+from peftc.store import deltas as delta
+from peftc.store.directory import DeltaError, read_manifest
 
 SpecLike = Spec | str | Path | Sequence[Spec | str | Path]
 
@@ -134,9 +140,7 @@ def compile(  # the name that users of torch expect
     are captured when an entry (forward, encode, prefill, decode) is first used.
     """
     if isinstance(model, CompiledModel):
-        raise delta.DeltaError(
-            "the model is compiled already; combine specs in a list: [spec, spec]"
-        )
+        raise DeltaError("the model is compiled already; combine specs in a list: [spec, spec]")
     trace = trace or Trace()
     captured = _captured(model, example, trace)
     plan = _plan(model, as_spec(spec), captured)
@@ -169,13 +173,13 @@ def load(path: str | Path, backbone: PreTrainedModel | None = None) -> CompiledM
     Raises DeltaError when the directory is damaged or the backbone is another one.
     """
     path = Path(path)
-    manifest = delta.read_manifest(path)
+    manifest = read_manifest(path)
     if backbone is None:
         backbone = _named_backbone(manifest)
     trace = Trace()
     captured = _captured(backbone, None, trace)
     plan = _restored_plan(manifest, _plan(backbone, delta.spec_of(manifest, path), captured))
-    delta.check_backbone(manifest, backbone, plan)
+    check_backbone(manifest, backbone, plan)
     model = _attach(backbone, plan, trace, manifest["form"], captured)
     slots = {f"deltas.{k}": v for k, v in model.deltas.values().items()}
     weights = dict(backbone.named_parameters())
@@ -199,9 +203,7 @@ def _restored_plan(manifest: Mapping[str, Any], plan: Plan) -> Plan:
 def _named_backbone(manifest: Mapping[str, Any]) -> PreTrainedModel:
     named = manifest["backbone"]
     if not named["name"]:
-        raise delta.DeltaError(
-            f"the deltas name no backbone ({named['class']}); pass backbone=model"
-        )
+        raise DeltaError(f"the deltas name no backbone ({named['class']}); pass backbone=model")
     return backbones.resolve(named["name"], cls=named["class"], settings=named.get("labels"))
 
 

@@ -16,10 +16,10 @@ from transformers import AutoModelForSequenceClassification, BertTokenizer, PreT
 
 import peftc
 from peftc import cli
-from peftc.capture import capture as traced
-from peftc.inputs import dummy_inputs
-from peftc.program import Program
-from peftc.room import NONE, Room
+from peftc.graph.arguments import dummy_inputs
+from peftc.graph.capture import capture as traced
+from peftc.graph.program import Program
+from peftc.graph.rows import NONE, Room
 
 transformers.logging.set_verbosity_error()
 
@@ -238,7 +238,7 @@ def traces(monkeypatch: pytest.MonkeyPatch) -> None:
         return replace(one, module=graph, slots=dict(one.slots), replaced={})
 
     monkeypatch.setattr("peftc.driver.capture", capture)
-    monkeypatch.setattr("peftc.model.capture", capture)
+    monkeypatch.setattr("peftc.model.compiled.capture", capture)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -26,8 +26,8 @@ from transformers import PreTrainedModel
 
 import peftc
 from peftc.driver import SpecLike
-from peftc.edit import Edit
-from peftc.spec import parse_spec
+from peftc.language.reader import parse_spec
+from peftc.plan.edit import Edit
 
 pytestmark = pytest.mark.slow
 

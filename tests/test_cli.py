@@ -14,8 +14,8 @@ import torch
 from conftest import Run, saved, tiny
 from transformers import AutoModelForSequenceClassification, BertTokenizer, PreTrainedModel
 
-from peftc import cli
-from peftc.delta import fingerprint
+from peftc.cli.main import COMMANDS
+from peftc.store.fingerprint import fingerprint
 
 BART = ("--model", "facebook/bart-large", "--random-weights")
 
@@ -250,7 +250,7 @@ def test_specs_and_schema(run: Run) -> None:
     assert json.loads(run("schema")[1])["type"] == "object"
 
 
-@pytest.mark.parametrize("command", [cli.name_of(command) for command in cli.COMMANDS])
+@pytest.mark.parametrize("command", [*COMMANDS])
 def test_help_teaches_by_example(run: Run, command: str) -> None:
     code, out, _ = run(command, "--help")
     assert code == 0
@@ -275,7 +275,7 @@ def test_our_fault_is_exit_2_with_a_traceback(
 def test_a_pipe_gets_plain_text(folder: Path) -> None:
     """In its own process: no colour, nothing wider than 80, no noise from the libraries."""
     environment = {**os.environ, "TERM": "xterm-256color", "HF_HUB_OFFLINE": "1"}
-    script = "import sys; from peftc.cli import main; sys.exit(main())"
+    script = "import sys; from peftc.cli.main import main; sys.exit(main())"
     done = subprocess.run(
         [sys.executable, "-c", script, "plan", "mam", "--model", str(folder)],
         capture_output=True,
@@ -290,9 +290,7 @@ def test_a_pipe_gets_plain_text(folder: Path) -> None:
 
 
 def test_the_language_needs_no_torch() -> None:
-    script = (
-        "import sys; from peftc.cli import main; main(['specs']); assert 'torch' not in sys.modules"
-    )
+    script = "import sys; from peftc.cli.main import main; main(['specs']); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
 
 

@@ -77,7 +77,9 @@ def test_wrong_input_is_one_clear_message(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("peftc.backbones._hub_refusal", lambda name: "the hub cannot be reached")
+    monkeypatch.setattr(
+        "peftc.model.backbones._hub_refusal", lambda name: "the hub cannot be reached"
+    )
     arguments, message = WRONG[case]
     places = {**_places(folder, lora, tmp_path), "rows": rows}
     code, _, err = run(*(one.format(**places) for one in arguments))

@@ -18,10 +18,11 @@ from transformers.modeling_outputs import ImageClassifierOutput
 import peftc
 from peftc.driver import survey
 from peftc.errors import PeftcError
-from peftc.inputs import dummy_inputs
-from peftc.interchange import import_peft
-from peftc.peft_export import export_peft
-from peftc.spec import Spec, parse_spec
+from peftc.graph.arguments import dummy_inputs
+from peftc.interchange.read import import_peft
+from peftc.interchange.write import export_peft
+from peftc.language.reader import parse_spec
+from peftc.language.spec import Spec
 
 IMAGES = {
     "convnext": (

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 
+import corpus
 import pytest
+from corpus import SECTIONS, load_packages, parse_index, read_sample
 
-from peftc import corpus
-from peftc.corpus import SECTIONS, load_packages, parse_index, read_sample
 from peftc.errors import PeftcError
 
 INDEX = """\

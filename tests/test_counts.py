@@ -14,11 +14,13 @@ import transformers
 from conftest import tiny
 from transformers import PreTrainedModel
 
-from peftc import backbones
 from peftc.driver import plans
 from peftc.errors import PeftcError
-from peftc.planning import Plan
-from peftc.spec import Spec, directory, load_spec
+from peftc.language.reader import load_spec
+from peftc.language.shelf import directory
+from peftc.language.spec import Spec
+from peftc.model import backbones
+from peftc.plan.plan import Plan
 
 BART_BASE = dict(
     d_model=768,

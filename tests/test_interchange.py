@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 import peftc
 from peftc.errors import PeftcError
-from peftc.interchange import import_peft
-from peftc.peft_export import export_peft
+from peftc.interchange.read import import_peft
+from peftc.interchange.write import export_peft
 
 Q, K, V, DOWN = (
     {"bart": "q_proj", "roberta": "query", "llama": "q_proj"},

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import peftc
-from peftc.algebra import evaluate
 from peftc.driver import within
 from peftc.errors import PeftcError
-from peftc.expr import ExprError, infer, parse
-from peftc.ops import OPS
-from peftc.spec import load_spec, parse_spec
+from peftc.language.expr import ExprError, parse
+from peftc.language.ops import OPS, infer
+from peftc.language.reader import load_spec, parse_spec
+from peftc.rewrite.evaluate import evaluate
 
 
 def value(text: str, **tensors: torch.Tensor) -> torch.Tensor:
@@ -75,7 +75,7 @@ def test_hard_concrete(u: float, alpha: float, z: float) -> None:
 
 def test_every_op_has_a_meaning() -> None:
     """A row of the op table without a lowering would fail only when a spec first uses it."""
-    from peftc.lower import target
+    from peftc.rewrite.lower import target
 
     assert all(callable(target(name)) for name in OPS)
 

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 import peftc
 from peftc.driver import merge
 from peftc.errors import PeftcError
-from peftc.spec import Spec, shipped, with_words
+from peftc.language.shelf import shipped
+from peftc.language.spec import Spec, with_words
 
 SMALL: dict[str, dict[str, float]] = {
     "compacter": dict(r=8),

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 import peftc
 from peftc.errors import PeftcError
-from peftc.parity import TOLERANCE
-from peftc.session import Session
+from peftc.export.parity import TOLERANCE
+from peftc.runtime.session import Session
 
 SMALL = {"lora": dict(r=4, alpha=8), "mam": dict(l=5, m=6, r=4)}
 MODES = {

@@ -9,15 +9,15 @@ import torch
 from conftest import tiny
 
 from passes import FOLD, Insert, Normalize
-from peftc.capture import capture
 from peftc.driver import plan as make
-from peftc.folding import Folding
-from peftc.inputs import dummy_inputs
-from peftc.pipeline import PassError, Pipeline
-from peftc.program import Program
-from peftc.spec import parse_spec
-from peftc.text import diff, folding_text, program_text
-from peftc.verify import check
+from peftc.graph.arguments import dummy_inputs
+from peftc.graph.capture import capture
+from peftc.graph.program import Program
+from peftc.language.reader import parse_spec
+from peftc.rewrite.folding import Folding
+from peftc.rewrite.pipeline import PassError, Pipeline
+from peftc.rewrite.text import diff, folding_text, program_text
+from peftc.rewrite.verify import check
 
 LORA = """
 deltas:

@@ -11,7 +11,7 @@ from conftest import batch, stir, tiny
 from transformers import PreTrainedModel
 
 import peftc
-from peftc.edit import Edit
+from peftc.plan.edit import Edit
 
 # family -> (PEFT's names of the query and value projections)
 TARGETS = {

@@ -13,9 +13,9 @@ from conftest import batch, logits, stir, tiny
 from safetensors.torch import load_file, save_file
 
 import peftc
-from peftc import backbones
 from peftc.errors import PeftcError
-from peftc.spec import parse_spec
+from peftc.language.reader import parse_spec
+from peftc.model import backbones
 
 NAMES = {
     "bart": "facebook/bart-large",

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from peftc import backbones, cli
-from peftc.spec import load_spec
+from peftc.cli.main import COMMANDS
+from peftc.language.reader import load_spec
+from peftc.model import backbones
 
 ROOT = Path(__file__).parents[1]
 # The arguments of an example, and what it must print.
@@ -127,7 +128,7 @@ def readme_commands(heading: str = "") -> list[str]:
 
 def test_readme_commands_exist() -> None:
     """Every `make` target, `peftc` command, shipped spec and option that the README types is there."""
-    known = {cli.name_of(command) for command in cli.COMMANDS}
+    known = set(COMMANDS)
     for line in readme_commands():
         program, *words = line.split()
         if program == "make":

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from transformers import BertTokenizer, PreTrainedModel, Trainer, TrainingArguments
 
 import peftc
-from peftc import sparse
-from peftc.algebra import constant_form
 from peftc.errors import PeftcError
-from peftc.pruning import largest
-from peftc.spec import parse_spec
+from peftc.language.reader import parse_spec
+from peftc.plan.algebra import constant_form
+from peftc.prune import largest
+from peftc.store import sparse
 
 Tensors = dict[str, torch.Tensor]
 Damage = Callable[[Tensors], object]

@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peftc.errors import PeftcError
-from peftc.expr import ExprError, Name, names, number, parse, show, substitute
-from peftc.spec import Spec, directory, from_data, load_spec, parse_spec, shipped, to_data
-from peftc.spec_schema import json_schema
+from peftc.language.expr import ExprError, Name, names, number, parse, show, substitute
+from peftc.language.reader import load_spec, parse_spec
+from peftc.language.schema import json_schema
+from peftc.language.shelf import directory, shipped
+from peftc.language.spec import Spec, from_data, to_data
 
 HEAD = "with: {r: 4}\ndeltas:\n  - at: ffn\n    params:\n"
 DOWN = "      down: {shape: [in, r], init: zeros}\n"

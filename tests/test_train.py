@@ -18,7 +18,7 @@ from transformers import (
 
 import peftc
 from peftc.errors import PeftcError
-from peftc.train import Recipe, read_rows, train_classifier, train_seq2seq
+from peftc.training.recipes import Recipe, read_rows, train_classifier, train_seq2seq
 
 WORDS = ["good", "fine", "great", "bad", "poor", "sad", "very", "so", "film", "song"]
 

@@ -10,7 +10,7 @@ from conftest import batch, logits, stir, tiny
 
 import peftc
 from peftc.driver import merge
-from peftc.tying import separable, tied
+from peftc.rewrite.tying import separable, tied
 
 SPEC = peftc.load_spec("lora_embedding", r=4)
 

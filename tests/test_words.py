@@ -11,7 +11,8 @@ from transformers.cache_utils import DynamicCache
 
 import peftc
 from peftc.errors import PeftcError
-from peftc.spec import parse_spec, with_words
+from peftc.language.reader import parse_spec
+from peftc.language.spec import with_words
 
 WORDS = (7, 8, 9)
 SPEC = with_words(peftc.load_spec("prefix_words", l=5), WORDS)

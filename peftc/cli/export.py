@@ -1,0 +1,45 @@
+"""`peftc export` and `peftc run`: an ONNX bundle, and text through it by ONNX Runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from peftc.cli import directories, options
+from peftc.cli.console import say, step
+from peftc.export import bundle
+
+
+def export(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR|HF_DIR", help="Deltas, or an ordinary checkpoint.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="BUNDLE", help="A new directory.")
+    ],
+    opset: Annotated[int, typer.Option("--opset", help="ONNX opset.")] = 23,
+    model: options.Backbone = None,
+) -> None:
+    """Write an ONNX bundle that `peftc run` and ONNX Runtime serve.
+
+    \b
+    peftc export lora-my-bert -o bundle
+    peftc export merged -o bundle --opset 20
+    """
+    directories.new_directory(output)
+    compiled = directories.model_of(directory, model)
+    tokenizer = directories.tokenizer(directory, compiled)
+
+    with step("exporting") as progress:
+        parity = bundle.export(
+            compiled, output, opset=opset, tokenizer=tokenizer, progress=progress
+        )
+    for one in parity:
+        say(
+            f"{one.graph}: max |ONNX - torch| = {one.error:.3g} "
+            f"in {one.cases} cases (at most {one.tolerance:.1e})"
+        )
+    size = sum(one.stat().st_size for one in output.rglob("*") if one.is_file())
+    say(f"wrote {output} ({size:,} bytes)")

@@ -1,0 +1,81 @@
+"""`peftc merge`: deltas into the weights of their backbone, as far as algebra goes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from transformers import PreTrainedModel
+
+from peftc import driver
+from peftc.cli import directories, options
+from peftc.cli.console import say, step
+from peftc.model.compiled import CompiledModel
+from peftc.rewrite.folding import Report
+from peftc.store.directory import write_directory
+
+REST = "deltas"  # the folder in OUT for what could not fold
+
+
+def merge(
+    deltas: Annotated[Path, typer.Argument(metavar="DIR", help="A directory of deltas.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="A new directory.")],
+    model: options.Backbone = None,
+) -> None:
+    """Fold deltas into their backbone and write an ordinary Hugging Face checkpoint.
+
+    What cannot fold stays as deltas in OUT/deltas, and the reason is printed.
+
+    \b
+    peftc merge lora-my-bert -o merged
+    """
+    directories.new_directory(output)
+    compiled = directories.load(deltas, model)
+
+    with step("folding"):
+        merged, report = driver.merge(compiled)
+    say(report_text(report))
+    tokenizer = directories.tokenizer(deltas, compiled)
+
+    def fill(directory: Path) -> None:
+        plain: PreTrainedModel = merged
+        if isinstance(merged, CompiledModel):
+            _save_rest(merged, directory / REST, output)
+            plain = merged.__dict__["_backbone"]
+        plain.save_pretrained(directory)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(directory)
+
+    write_directory(output, fill)
+    say(_written(output, report))
+
+
+def _save_rest(merged: CompiledModel, directory: Path, output: Path) -> None:
+    """The deltas left, which name the folded checkpoint as their backbone."""
+    merged.config.name_or_path = str(output.resolve())
+    merged.save_pretrained(directory)
+
+
+def report_text(report: Report) -> str:
+    """What folded, what stayed with the op that kept it, and by how much the output moved."""
+    lines = [f"folded {len(report.folded)} of {len(report.outcomes)} deltas into the weights"]
+    reasons = Counter((one.edit.rpartition(":")[2], one.note) for one in report.kept)
+    lines += [f"kept {count} {method}: {note}" for (method, note), count in reasons.items()]
+    lines += [
+        f"max |folded - unfolded|  {report.error:.3g}  (outputs are up to {report.scale:.3g})",
+        f"max |unfolded - base|    {report.changed:.3g}",
+    ]
+    if report.changed == 0:
+        lines.append("the deltas change nothing: were they trained?")
+    return "\n".join(lines)
+
+
+def _written(output: Path, report: Report) -> str:
+    if not report.kept:
+        return f"wrote {output}: an ordinary checkpoint, load it with from_pretrained('{output}')"
+    return (
+        f"wrote {output}: the backbone with what folded, and {output / REST}: the {len(report.kept)} "
+        f"deltas left, load them with peftc.load('{output / REST}')"
+    )

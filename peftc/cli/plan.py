@@ -1,0 +1,82 @@
+"""`peftc plan`: what a spec would do to a model; no weight is built or read."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+from transformers import PreTrainedModel
+
+from peftc import driver
+from peftc.cli import listing, options
+from peftc.cli import tables as table
+from peftc.cli.console import console, raw, say, step
+from peftc.language.reader import load_spec
+
+
+def plan(
+    model: options.Model,
+    specs: options.OptionalSpecs = None,
+    random_weights: options.RandomWeights = False,
+    task: options.Task = None,
+    num_labels: options.NumLabels = None,
+    sets: options.Set = None,
+    as_json: options.Json = False,
+    sites: Annotated[
+        bool, typer.Option("--sites", help="List the model's sites, or those that a spec changes.")
+    ] = False,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            "--budget", metavar="6.7%", help="Solve each spec's size for a share, or a number."
+        ),
+    ] = None,
+) -> None:
+    """Show what a spec does to a model, without building weights.
+
+    Prints the design table, the number of parameters, and every site that is left alone with the reason.
+
+    \b
+    peftc plan mam --model facebook/bart-large --random-weights
+    peftc plan lora --set r=16 --model ./my-bert --json
+    peftc plan --sites --model ./my-bert
+    peftc plan lora mam --budget 1% --model ./my-bert
+    """
+    if not specs and not sites:
+        raise options.OptionError("name a spec, or ask for --sites")
+    spec = options.spec(specs, sets) if specs and not budget else None
+    built = options.backbone(model, random_weights, meta=True, task=task, num_labels=num_labels)
+
+    if budget is not None:
+        return _budgets(built, specs or [], sets, budget, as_json)
+    if spec is None:
+        with step("tracing"):
+            places = driver.survey(built)
+        return (
+            raw(json.dumps(listing.places_data(places), indent=2))
+            if as_json
+            else say(listing.places(places))
+        )
+    with step("tracing and planning"):
+        found = driver.plan(built, spec)
+    if as_json:
+        return raw(json.dumps(table.data(found), indent=2))
+    say(table.render(found, console().width))
+    if sites:
+        say(table.site_list(found))
+
+
+def _budgets(
+    model: PreTrainedModel, names: list[str], sets: list[str] | None, budget: str, as_json: bool
+) -> None:
+    """What each method gets for the budget: one line each."""
+
+    if not names or sets:
+        raise options.OptionError("--budget sizes specs one by one, as they are: no --set")
+    with step(f"fitting {len(names)} specs to {budget}"):
+        found = driver.within(model, [load_spec(name) for name in names], budget)
+    rows = listing.budget_rows(found)
+    if as_json:
+        return raw(json.dumps(rows, indent=2))
+    say(listing.columns(rows))

@@ -1,0 +1,1 @@
+"""ONNX out: tasks, graphs, weights, parity."""

@@ -1,0 +1,157 @@
+"""One Program as one ONNX graph: exported again with named axes, stripped of traces of this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import Dim
+from transformers import PreTrainedModel
+
+from peftc.errors import PeftcError
+from peftc.graph.arguments import axes, example
+from peftc.graph.program import Program
+from peftc.graph.rows import room_of
+from peftc.model.compiled import run_program
+
+# The axis names of the ONNX graphs. A total length (past + query) stays free.
+AXES = {"batch": "batch", "seq": "seq_len", "past": "past_len", "query": "q_len", "target": "q_len"}
+
+
+class ExportError(PeftcError):
+    """A model that cannot be exported, or an export that does not compute the same."""
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A Program with its real inputs and the names they have in ONNX. `outputs` maps ours to ONNX's; `held`
+    says how many rows in front of the tokens an input has already."""
+
+    role: str
+    program: Program
+    inputs: Mapping[str, torch.Tensor]
+    names: Mapping[str, str]
+    outputs: Mapping[str, str]
+    held: Mapping[str, int]
+
+
+class _Export(nn.Module):
+    def __init__(self, model: PreTrainedModel, graph: Graph) -> None:
+        super().__init__()
+        self.model = model
+        self.__dict__["graph"] = graph
+
+    def forward(self, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        graph: Graph = self.__dict__["graph"]
+        fields = run_program(self.model, graph.program, tensors)
+        return tuple(fields[name] for name in graph.outputs)
+
+
+def to_onnx(model: PreTrainedModel, graph: Graph, opset: int) -> Any:
+    """The graph as an onnx_ir Model, weights inside. Raises ExportError."""
+    seq2seq = bool(model.config.is_encoder_decoder)
+    entry = graph.program.entry
+    inputs = {
+        k: example(k, v, entry, seq2seq, graph.held[k]).clone() for k, v in graph.inputs.items()
+    }
+    dims = {label: Dim(label, min=1, max=longest(model, label)) for label in set(AXES.values())}
+
+    def dim(label: str, more: int) -> Any:
+        if label not in AXES:
+            return Dim.DYNAMIC
+        one = dims[AXES[label]]
+        return one + more if more and label != "batch" else one  # rows in front of the tokens
+
+    shapes = {
+        name: {
+            i: dim(a, graph.held[name])
+            for i, a in enumerate(axes(name, v.ndim, entry, seq2seq))
+            if a
+        }
+        for name, v in inputs.items()
+    }
+    with quiet(), torch.no_grad():
+        try:
+            exported = torch.export.export(
+                _Export(model, graph), (inputs,), dynamic_shapes=(shapes,), strict=False
+            )
+            program = torch.onnx.export(
+                exported,
+                input_names=[graph.names[name] for name in inputs],
+                output_names=list(graph.outputs.values()),
+                dynamic_shapes=(shapes,),
+                opset_version=opset,
+                dynamo=True,
+                verbose=False,
+            )
+        except Exception as error:
+            raise ExportError(f"{graph.role} cannot be exported: {str(error)[:400]}") from error
+    assert program is not None
+    strip(program.model)
+    check_ops(program.model, graph.role)
+    return program.model
+
+
+def longest(model: PreTrainedModel, label: str) -> int:
+    """The most tokens that there are positions for, besides the rows in front of them."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    return 4096 if label == "batch" or limit is None else room_of(model).longest(int(limit))
+
+
+def strip(model: Any) -> None:
+    """Node metadata holds Python stack traces with local paths."""
+    model.metadata_props.clear()
+    model.doc_string = None
+    for graph in model.graphs():
+        graph.doc_string = None
+        graph.metadata_props.clear()
+        for node in graph:
+            node.metadata_props.clear()
+            node.doc_string = None
+        for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()):
+            value.metadata_props.clear()
+            value.doc_string = None
+
+
+def check_ops(model: Any, role: str) -> None:
+    """Runtimes disagree on how `is_causal` aligns, and control flow stops fusion: neither may be there."""
+    for node in model.graph:
+        causal = node.op_type == "Attention" and "is_causal" in node.attributes
+        if causal and node.attributes["is_causal"].as_int() == 1:
+            raise ExportError(f"{role}: an Attention node relies on is_causal; pass a mask")
+        if node.op_type in ("If", "Loop"):
+            raise ExportError(f"{role}: the graph has control flow ({node.op_type})")
+
+
+def require_onnx() -> None:
+    try:
+        import onnx
+        import onnxruntime
+        import onnxscript
+    except ImportError as error:
+        raise ExportError(
+            'exporting needs ONNX: pip install "peftc[cpu]" or "peftc[gpu]"'
+        ) from error
+    del onnx, onnxruntime, onnxscript
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """The exporters print and warn about their own internals."""
+    names: Sequence[str] = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "torch._dynamo")
+    levels = {name: logging.getLogger(name).level for name in names}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in names:
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)

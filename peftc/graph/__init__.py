@@ -1,0 +1,1 @@
+"""Graphs: a model's entries captured as Programs, the table of its arguments, rows in front."""

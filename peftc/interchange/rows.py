@@ -1,0 +1,77 @@
+"""PEFT's prompts and prefixes: one table of rows, read as a prompt at the embedding or keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from peftc.errors import PeftcError
+from peftc.language.reader import load_spec, parse_spec
+from peftc.language.spec import Spec
+from peftc.model.compiled import CompiledModel
+
+ROWS = "prompt_embeddings"
+# Prefix tuning as PEFT has it: the rows are a cache, so the tokens stand behind them.
+_SHIFTED = """\
+# Imported from a PEFT adapter (prefix tuning): one prefix of the self-attention, positions moved behind it
+name: prefix_tuning
+with: {{l: {length}}}
+deltas:
+  - at: attention.heads
+    positions: shift
+    params:
+      P_k: {{shape: [kv_heads, l, head_dim], init: zeros}}
+      P_v: {{shape: [kv_heads, l, head_dim], init: zeros}}
+    rewrite: {{k: "prepend(P_k, k)", v: "prepend(P_v, v)"}}
+"""
+
+
+class RowsError(PeftcError):
+    """Rows of a PEFT adapter that this backbone has no place for."""
+
+
+def spec(config: Mapping[str, Any], table: torch.Tensor, backbone: PreTrainedModel) -> Spec:
+    """The spec that `prompt_embeddings` fits. Raises RowsError.
+
+    Prompt and p-tuning: [l, d]; of an encoder-decoder [2 l, d], of which PEFT uses the first l. Prefix
+    tuning: [l, layers * 2 * kv_heads * head_dim], each layer's keys before its values.
+    """
+    kind, length = config.get("peft_type"), config.get("num_virtual_tokens")
+    if not isinstance(length, int) or not 0 < length <= len(table):
+        raise RowsError(f"num_virtual_tokens is {length}, and there are {len(table)} rows")
+    if kind in ("PROMPT_TUNING", "P_TUNING"):
+        return load_spec("prompt_tuning", l=length)
+    if kind != "PREFIX_TUNING":
+        raise RowsError(f"'{ROWS}' of a {kind} adapter has no form here")
+    if backbone.config.is_encoder_decoder:
+        raise RowsError(
+            "PEFT's prefix of an encoder-decoder is the decoder's self-attention alone, with positions "
+            "that its decoder does not take; train specs/prefix_tuning.yaml instead"
+        )
+    return parse_spec(_SHIFTED.format(length=length), "prefix_tuning")
+
+
+def fill(model: CompiledModel, table: torch.Tensor) -> None:
+    """Copy the rows to the deltas of a model that was compiled with their spec. Raises RowsError."""
+    slots = model.deltas.values()
+    places = [(p.name, slots[p.path]) for edit in model.plan.edits for p in edit.parameters]
+    if places[0][0] == "P":  # PEFT puts its rows behind the scale that some embeddings have
+        (_, slot), scale = places[0], getattr(model.get_input_embeddings(), "embed_scale", 1.0)
+        values = [table[: len(slot)] / scale]
+    else:
+        heads, length, size = places[0][1].shape
+        layers = table.shape[1] // (heads * size) if table.ndim == 2 else 0
+        if tuple(table.shape) != (length, layers * heads * size) or layers != len(places):
+            raise RowsError(
+                f"'{ROWS}' has the shape {list(table.shape)}; {len(places) // 2} layers of {heads} heads "
+                f"of {size} need [{length}, {len(places) * heads * size}]"
+            )
+        values = list(table.view(length, layers, heads, size).permute(1, 2, 0, 3))
+    with torch.no_grad():
+        for (_, slot), value in zip(places, values, strict=True):
+            if value.shape != slot.shape:
+                raise RowsError(f"the rows are {list(value.shape)}, the model's {list(slot.shape)}")
+            slot.copy_(value)

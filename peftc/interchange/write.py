@@ -1,0 +1,137 @@
+"""LoRA-like deltas written as an adapter of Hugging Face PEFT, which vLLM and others load."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from peftc.interchange import kernels as peft_kernels
+from peftc.interchange.read import CONFIG, PREFIX, WEIGHTS, InterchangeError, Tensors
+from peftc.language.expr import Call, Expr, Name, names, number
+from peftc.model.compiled import CompiledModel
+from peftc.plan.algebra import inlined, numbers
+from peftc.plan.edit import Edit
+from peftc.store.directory import write_directory
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """`h + scale * (x @ down @ up)` at one site, or `W + scale * transpose(down @ up)`."""
+
+    edit: Edit
+    scale: float
+    down: str
+    up: str
+
+
+def low_rank(edit: Edit) -> LowRank:
+    """The form PEFT calls LoRA, read off the expression. Raises InterchangeError when it is another."""
+    own, assigned = {p.name for p in edit.parameters}, tuple(inlined(edit)[1].items())
+    match assigned:
+        case ((port, Call("add", (Name(old), change))),) if old == port:
+            scale, product = _factor(change, edit)
+            match port, product:
+                case ("h", Call("matmul", (Call("matmul", (Name("x"), Name(down))), Name(up)))) | (
+                    "W",
+                    Call("transpose", (Call("matmul", (Name(down), Name(up))),)),
+                ):
+                    if {down, up} <= own and "W" in edit.site.anchors:
+                        return LowRank(edit, scale, down, up)
+    raise InterchangeError(f"{edit.name} is not LoRA-like: PEFT has no form for it")
+
+
+def _factor(change: Expr, edit: Edit) -> tuple[float, Expr]:
+    values = numbers(edit)
+    match change:
+        case Call("mul", (factor, product)) if set(names(factor)) <= set(values):
+            return float(number(factor, values)), product
+    return 1.0, change
+
+
+def export_peft(model: CompiledModel, directory: str | Path) -> tuple[str, ...]:
+    """Write LoRA-like deltas as a PEFT adapter, for vLLM and others; returns the adapted modules.
+
+    Deltas at slices of one fused projection become one adapter whose rank is the sum of theirs. Raises
+    InterchangeError when a delta has another form, before anything is written.
+    """
+    groups: dict[str, list[LowRank]] = {}
+    for edit in model.plan.edits:
+        module = edit.site.anchors.get("W", "").removesuffix(".weight")
+        groups.setdefault(module, []).append(low_rank(edit))
+    if not groups:
+        raise InterchangeError("there are no deltas that PEFT could hold")
+    tensors: Tensors = {}
+    for module, group in groups.items():
+        down, up = _pair(model, group)
+        kernel = group[0].edit.site.kernel
+        if kernel:
+            peft_kernels.require(module, model.get_submodule(module))
+        ones = (1,) * (len(kernel) - 1)
+        tensors[f"{PREFIX}{module}.lora_A.weight"] = down.reshape(-1, *(kernel or down.shape[1:]))
+        tensors[f"{PREFIX}{module}.lora_B.weight"] = up.reshape(*up.shape, *ones)
+    for one in model.plan.unfrozen:
+        tensors[PREFIX + one.path] = model.get_parameter(one.path).detach().clone()
+    config = _lora_config(model, groups)
+
+    def fill(folder: Path) -> None:
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+    path = Path(directory)
+    if path.exists() and any(path.iterdir()):
+        raise InterchangeError(f"{path} exists and is not empty; choose another directory")
+    write_directory(path, fill)
+    return tuple(groups)
+
+
+def _pair(model: CompiledModel, group: list[LowRank]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(A [r, in], B [out, r]) of a module, with the slices' factors side by side and their scale in B."""
+    values = model.deltas.values()
+    downs = [values[f"{one.edit.path}.{one.down}"].detach().T for one in group]
+    width = model.get_parameter(group[0].edit.site.anchors["W"]).shape
+    out = width[1] if group[0].edit.site.transposed else width[0]
+    ups = []
+    for one in group:
+        up = values[f"{one.edit.path}.{one.up}"].detach().T
+        full = up.new_zeros(out, up.shape[1])
+        full[one.edit.site.columns.index() if one.edit.site.columns else slice(None)] = up
+        ups.append(full if _same_scale(group) else full * one.scale)
+    return torch.cat(downs).contiguous(), torch.cat(ups, 1).contiguous()
+
+
+def _same_scale(group: list[LowRank]) -> bool:
+    return len({one.scale for one in group}) == 1
+
+
+def _lora_config(model: CompiledModel, groups: Mapping[str, list[LowRank]]) -> dict[str, Any]:
+    values = model.deltas.values()
+    ranks = {
+        path: sum(values[f"{one.edit.path}.{one.down}"].shape[1] for one in group)
+        for path, group in groups.items()
+    }
+    alphas = {
+        path: ranks[path] * (group[0].scale if _same_scale(group) else 1.0)
+        for path, group in groups.items()
+    }
+    first = next(iter(groups))
+    owners = sorted({one.path.rpartition(".")[0] for one in model.plan.unfrozen})
+    return {
+        "peft_type": "LORA",
+        "base_model_name_or_path": model.config.name_or_path or None,
+        "r": ranks[first],
+        "lora_alpha": alphas[first],
+        "rank_pattern": {p: r for p, r in ranks.items() if r != ranks[first]},
+        "alpha_pattern": {p: a for p, a in alphas.items() if a != alphas[first]},
+        "target_modules": list(groups),
+        "modules_to_save": owners or None,
+        "fan_in_fan_out": any(group[0].edit.site.transposed for group in groups.values()),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+    }

@@ -1,0 +1,1 @@
+"""The compiled model: captured graphs, delta tensors, backbones."""

@@ -1,0 +1,119 @@
+"""The delta tensors as a module tree, so that `.to()`, optimizers, DDP and FSDP treat them as any other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from peftc.language.expr import names
+from peftc.plan.edit import Edit, Parameter
+from peftc.rewrite.evaluate import evaluate
+from peftc.sites.site import Site
+
+
+class Deltas(nn.Module):
+    """A tree of modules that follows the paths of the delta tensors; it computes nothing itself."""
+
+    def place(self, path: str, value: torch.Tensor, trainable: bool) -> None:
+        owner, last = self, path
+        while "." in last:
+            head, _, last = last.partition(".")
+            if head not in owner._modules:
+                owner.add_module(head, Deltas())
+            owner = owner._modules[head]  # type: ignore[assignment]
+        if trainable:
+            owner.register_parameter(last, nn.Parameter(value))
+        else:
+            owner.register_buffer(last, value)
+
+    def values(self) -> dict[str, torch.Tensor]:
+        """Every delta tensor by its path, frozen ones too."""
+        return {**dict(self.named_parameters()), **dict(self.named_buffers())}
+
+
+def started(
+    edits: Iterable[Edit],
+    read: Callable[[str], torch.Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+    activations: Activations | None = None,
+) -> Iterator[tuple[Parameter, torch.Tensor]]:
+    """Every parameter of a plan, shared ones once, and what it starts as; `read` fetches a backbone weight."""
+    seen: set[str] = set()
+    for edit in edits:
+        for parameter in edit.parameters:
+            if parameter.path in seen:
+                continue
+            seen.add(parameter.path)
+            if parameter.formula is None or device.type == "meta":
+                yield parameter, initial(parameter, device, dtype)
+            else:
+                yield parameter, _formed(edit, parameter, read, activations).to(device, dtype)
+
+
+class Activations(Protocol):
+    """What the ports of a site hold while the backbone reads the words of an entry."""
+
+    def at(self, edit: Edit, length: int) -> dict[str, torch.Tensor]: ...
+
+
+def _formed(
+    edit: Edit,
+    parameter: Parameter,
+    read: Callable[[str], torch.Tensor],
+    activations: Activations | None,
+) -> torch.Tensor:
+    """What a formula of the site's own weight, or of its activations, is here."""
+    assert parameter.formula is not None
+    env = weights_at(edit.site, read)
+    if edit.entry.words is not None and not set(names(parameter.formula)) <= env.keys():
+        if activations is None:
+            return torch.zeros(parameter.shape)
+        env |= activations.at(edit, parameter.rows)
+    return evaluate(parameter.formula, env, {})
+
+
+def weights_at(site: Site, read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The site's own W and b as specs see them: of a linear [out, in], of a fused one its slice, of a
+    convolution the matrix of its kernels."""
+    found = {port: read(site.anchors[port]).detach() for port in ("W", "b") if port in site.anchors}
+    if site.transposed:
+        found["W"] = found["W"].T
+    if site.kernel:
+        found["W"] = found["W"].flatten(1)
+    if site.columns is not None:
+        found = {port: value[site.columns.index()] for port, value in found.items()}
+    return found
+
+
+def initial(parameter: Parameter, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """A new tensor by the spec's `init:`. Matrices are [in, out], so fan-in is the first axis."""
+    value = torch.empty(parameter.shape, device=device, dtype=dtype)
+    if device.type == "meta":
+        return value
+    args = parameter.init_args
+    with torch.no_grad():
+        match parameter.init:
+            case "zeros":
+                return value.zero_()
+            case "ones":
+                return value.fill_(1.0)
+            case "constant":
+                return value.fill_(args[0])
+            case "normal":
+                return value.normal_(0.0, args[0] if args else 0.02)
+            case "uniform":
+                return value.uniform_(-args[0], args[0])
+            case "linear":  # torch.nn.Linear's default
+                bound = 1 / math.sqrt(args[0])
+                return value.uniform_(-bound, bound)
+            case "kaiming_uniform":  # a = sqrt(5), as loralib
+                bound = 1 / math.sqrt(parameter.shape[0])
+                return value.uniform_(-bound, bound)
+            case "identity":
+                return nn.init.eye_(value)
+    raise AssertionError(f"init '{parameter.init}' is in the language but not here")

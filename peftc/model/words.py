@@ -1,0 +1,117 @@
+"""Words: what the ports of a site hold while the backbone reads them; a delta may start as that (Li & Liang
+2021, section 7.4: a prefix from the activations of real words)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import cycle, islice
+from typing import Any
+
+import torch
+from torch import fx
+from transformers import PreTrainedModel
+
+from peftc.errors import PeftcError
+from peftc.graph.program import Port, Program, Read, Value
+from peftc.language.spec import Words
+from peftc.model import backbones
+from peftc.model.compiled import run_program
+from peftc.plan.edit import Edit
+from peftc.sites.locate import locate
+
+
+class WordsError(PeftcError):
+    """Words that this backbone cannot read."""
+
+
+@dataclass
+class Activations:
+    """The `forward` Program of the bare backbone, run on words; each run is kept."""
+
+    model: PreTrainedModel
+    program: Program
+    _runs: dict[tuple[Any, ...], Mapping[fx.Node, torch.Tensor]] = field(default_factory=dict)
+
+    def at(self, edit: Edit, length: int) -> dict[str, torch.Tensor]:
+        """The ports of a site, without the batch axis, where the entry's words fill `length` tokens, repeated.
+
+        k of 12 heads of 64 is [12, length, 64]. Raises WordsError.
+        """
+        place = locate(self.program, edit.site)[0]
+        assert edit.entry.words is not None  # the reader asks for them
+        values = self._run(edit.entry.words, length)
+        return {
+            name: value[0]
+            for name, port in place.ports.items()
+            if (value := _value(port, values)) is not None
+        }
+
+    def _run(self, words: Words, length: int) -> Mapping[fx.Node, torch.Tensor]:
+        key = (words, length)
+        if key not in self._runs:
+            ids = torch.tensor([list(islice(cycle(self._ids(words)), length))])
+            ids = ids.to(self.model.device)
+            inputs = {
+                name: ids if name.endswith("input_ids") else torch.ones_like(ids)
+                for name in self.program.inputs
+            }
+            with torch.no_grad():
+                self._runs[key] = _Recorder(self.program).read(self.model, inputs)
+        return self._runs[key]
+
+    def _ids(self, words: Words) -> tuple[int, ...]:
+        if self.model.main_input_name != "input_ids":
+            raise WordsError(f"{type(self.model).__name__} reads no words")
+        if isinstance(words, str):
+            words = self._tokens(words)
+        table: Any = self.model.get_input_embeddings().weight
+        size = len(table)
+        odd = [one for one in words if not 0 <= one < size]
+        if odd or not words:
+            fact = f"{odd[0]} is no token" if odd else "they are no tokens"
+            raise WordsError(f"words: {fact}; the backbone has {size} of them")
+        return words
+
+    def _tokens(self, text: str) -> tuple[int, ...]:
+        name = self.model.config.name_or_path
+        tokenizer = backbones.tokenizer(name) if name else None
+        if tokenizer is None:
+            raise WordsError(
+                f"words: there is no tokenizer with the backbone ({name or 'it has no name'}) to read "
+                f"'{text}'; give ids instead, such as [713, 16]"
+            )
+        return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a Program and keeps every tensor on the way."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__(program.module)
+        self.program = program
+        self.values: dict[fx.Node, torch.Tensor] = {}
+
+    def read(
+        self, model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]
+    ) -> dict[fx.Node, torch.Tensor]:
+        run_program(model, self.program, inputs, self.run)
+        return self.values
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, torch.Tensor) and n.op == "call_function":
+            self.values[n] = value
+        return value
+
+
+def _value(port: Port, values: Mapping[fx.Node, torch.Tensor]) -> torch.Tensor | None:
+    """The value of a port that is an activation; weights have none here."""
+    if isinstance(port, Value):
+        return values.get(port.node)
+    if isinstance(port, Read):
+        return values.get(port.node)
+    whole = _value(port.whole, values)
+    if whole is None or port.columns is None:
+        return whole
+    return whole.index_select(port.axis, port.columns.index().to(whole.device))

@@ -1,0 +1,1 @@
+"""The Plan: a Spec against the sites of a model, decided and checked before a graph is touched."""

@@ -1,0 +1,115 @@
+"""The algebra of deltas: what is constant in an expression, and what is an affine map of its input.
+
+Nothing here knows a method. A row of the op table says how an op acts on constants and affine maps;
+folding follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from math import prod
+
+from peftc.language.expr import Call, Expr, Name, Number, Shape, names, substitute
+from peftc.language.ops import infer
+from peftc.language.ports import SITES
+from peftc.plan.edit import Edit, Parameter
+from peftc.sites.site import Site
+
+
+def port_shapes(site: Site) -> dict[str, Shape]:
+    """The ports of a site with its own numbers in place of the names of dims."""
+    return {
+        port: tuple(site.dims.get(d, d) if isinstance(d, str) else d for d in shape)
+        for port, shape in SITES[site.at].ports.items()
+    }
+
+
+def numbers(edit: Edit) -> dict[str, float | int]:
+    """The names that stand for numbers here: arguments and dims."""
+    return {**edit.entry.arguments, **edit.site.dims}
+
+
+def shape_of(expression: Expr, edit: Edit, lets: Mapping[str, Shape] | None = None) -> Shape:
+    """The shape of an expression at this site. Raises ExprError where shapes do not fit."""
+    values = {name: Number(value) for name, value in numbers(edit).items()}
+    known = {**port_shapes(edit.site), **{p.name: p.shape for p in edit.parameters}, **(lets or {})}
+    return infer(substitute(expression, values), known)
+
+
+def inlined(edit: Edit) -> tuple[dict[str, Expr], dict[str, Expr]]:
+    """(`let` expressions, assigned expressions) with every `let` name replaced by its definition."""
+    lets: dict[str, Expr] = {}
+    for name, expression in edit.entry.let:
+        lets[name] = substitute(expression, lets)
+    return lets, {port: substitute(expression, lets) for port, expression in edit.entry.assign}
+
+
+def grown(expression: Expr, edit: Edit) -> int:
+    """How many rows an expression puts before those of its port."""
+    if not isinstance(expression, Call) or expression.op != "prepend":
+        return 0
+    rows, rest = expression.args
+    return int(shape_of(rows, edit)[-2]) + grown(rest, edit)
+
+
+def ungrown(expression: Expr) -> Expr:
+    """The expression without the rows that it puts in front."""
+    while isinstance(expression, Call) and expression.op == "prepend":
+        expression = expression.args[1]
+    return expression
+
+
+def constant_form(edit: Edit) -> Edit:
+    """The edit with each subexpression of parameters alone as one parameter, where that is no larger.
+
+    Prefix tuning loses its reparametrising MLP so (Li & Liang 2021, section 4.3); `A @ B` of two
+    factors stays, because the product has more elements than the factors; so does what is under a mask (a
+    frozen parameter of the same shape), which must hold when training goes on.
+    """
+    sizes = {p.name: p.numel for p in edit.parameters}
+    masks = {p.name: p.shape for p in edit.parameters if not p.trainable}
+    lets, assigned = inlined(edit)
+    found: dict[Expr, Parameter] = {}
+    for port, expression in assigned.items():
+        for part in constant_parts(expression, edit):
+            shape = tuple(int(n) for n in shape_of(part, edit))
+            if any(masks.get(name) == shape for name in names(part)):
+                continue
+            if prod(shape) <= sum(sizes[n] for n in names(part) if n in sizes):
+                label = next(
+                    (name for name, one in lets.items() if one == part), f"{port}_constant"
+                )
+                trainable = any(p.trainable for p in edit.parameters if p.name in names(part))
+                found.setdefault(
+                    part, Parameter(label, f"{edit.path}.{label}", shape, "zeros", (), trainable)
+                )
+    if not found:
+        return edit
+    named = {part: Name(parameter.name) for part, parameter in found.items()}
+    assign = tuple((port, replaced(one, named)) for port, one in assigned.items())
+    used = {name for _, one in assign for name in names(one)}
+    kept = tuple(p for p in edit.parameters if p.name in used)
+    entry = replace(edit.entry, let=(), assign=assign, params=())
+    return replace(edit, entry=entry, parameters=kept + tuple(found.values()))
+
+
+def constant_parts(expression: Expr, edit: Edit) -> list[Expr]:
+    """The maximal calls that read parameters and numbers alone, from left to right."""
+    parameters = {p.name for p in edit.parameters}
+    free = parameters | set(numbers(edit))
+    read = set(names(expression))
+    if not isinstance(expression, Call):
+        return []
+    if read <= free and read & parameters:
+        return [expression]
+    return [part for arg in expression.args for part in constant_parts(arg, edit)]
+
+
+def replaced(expression: Expr, found: Mapping[Expr, Name]) -> Expr:
+    """`expression` with each part that is found replaced by its name."""
+    if expression in found:
+        return found[expression]
+    if isinstance(expression, Call):
+        return replace(expression, args=tuple(replaced(arg, found) for arg in expression.args))
+    return expression

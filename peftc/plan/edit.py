@@ -1,0 +1,49 @@
+"""An Edit: one delta at one site, with its tensors named and sized. Pure data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from peftc.language.expr import Expr
+from peftc.language.spec import Entry
+from peftc.sites.site import Site
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A delta tensor: `name` in the expression, `path` in the module tree, shape in numbers.
+
+    It starts by `init`, one of the language's initialisers, or as the `formula` of the site's own weight.
+    """
+
+    name: str
+    path: str
+    shape: tuple[int, ...]
+    init: str
+    init_args: tuple[float, ...]
+    trainable: bool
+    formula: Expr | None = None
+
+    @property
+    def rows(self) -> int:
+        """The length of a prefix [heads, l, head_dim] or a prompt [l, d]."""
+        return self.shape[-2]
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One delta at one site. `path` is where its own tensors live among the deltas."""
+
+    site: Site
+    entry: Entry
+    path: str
+    parameters: tuple[Parameter, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.site.name}:{self.entry.method}"

@@ -1,0 +1,1 @@
+"""Rewriting: what passes are written with: pipeline, verifier, lowering, the algebra of folding."""

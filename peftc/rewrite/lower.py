@@ -1,0 +1,253 @@
+"""Lowering: an expression of the spec language becomes fx nodes."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from peftc.graph.program import aten
+from peftc.language.expr import Call, Expr, Name, Number, names, number
+from peftc.language.ops import OPS
+
+Operand = fx.Node | float | int
+
+
+@functools.cache
+def target(op: str) -> Any:
+    """The torch function that the op table names, such as `aten.relu.default`."""
+    found: Any = torch.ops
+    for part in OPS[op].target.split("."):
+        found = getattr(found, part)
+    return found
+
+
+@dataclass
+class Builder:
+    """Adds named, tagged nodes to one graph. With a `memo`, equal calls are one node. `axes` are those of
+    rows that are prepended: [heads, l, head_dim] or [l, d]."""
+
+    graph: fx.Graph
+    training: bool = False
+    label: str = "fold"
+    tag: str = ""
+    stack: Any = None
+    inserted: list[fx.Node] = field(default_factory=list)
+    memo: dict[str, fx.Node] | None = None
+    axes: int = 3
+
+    def call(self, fn: Any, *args: Any, name: str = "", **kwargs: Any) -> fx.Node:
+        key = f"{fn} {args} {kwargs}"
+        if self.memo is not None and key in self.memo:
+            return self.memo[key]
+        node = self.graph.create_node(
+            "call_function", fn, args, kwargs, name=f"{self.label}_{name}"
+        )
+        node.meta["delta"] = self.tag
+        if self.stack is not None:
+            node.meta["nn_module_stack"] = self.stack
+        self.inserted.append(node)
+        if self.memo is not None:
+            self.memo[key] = node
+        return node
+
+    def lower(self, expr: Expr, env: Mapping[str, Operand], name: str) -> Operand:
+        """Nodes for `expr`; the last one is called `name`. `env` binds ports, parameters and numbers."""
+        if isinstance(expr, Name):
+            return env[expr.id]
+        if isinstance(expr, Number) or _is_plain(expr, env):
+            return number(expr, env)  # type: ignore[arg-type]  # no name in it is a node
+        special = _SPECIAL.get(expr.op)
+        if special is not None:
+            return special(self, expr, env, name)
+        args = [self.lower(arg, env, f"{name}_{expr.op}") for arg in expr.args]
+        return self.call(target(expr.op), *_tensor_first(self, expr.op, args), name=name)
+
+
+def _tensor_first(builder: Builder, op: str, args: list[Operand]) -> list[Operand]:
+    """aten's binary ops want the tensor on the left."""
+    if len(args) != 2 or isinstance(args[0], fx.Node):
+        return args
+    if op in ("add", "mul"):
+        return [args[1], args[0]]
+    flipped = {"sub": (aten.neg.default, "neg"), "div": (aten.reciprocal.default, "reciprocal")}
+    fn, name = flipped[op]
+    return [builder.call(fn, args[1], name=name), args[0]]
+
+
+def _add(builder: Builder, expr: Call, env: Mapping[str, Operand], name: str) -> Operand:
+    """`h + c * e` with a constant c is one kernel: add with alpha. A bottleneck is scaled where it is narrow."""
+    left, right = expr.args
+    factor, rest = _constant_factor(right, env)
+    if factor != 1 and isinstance(rest, Call) and rest.op == "matmul" and _is_bottleneck(rest):
+        narrow = Call("mul", (rest.args[0], Number(factor)))
+        factor, rest = 1, Call("matmul", (narrow, rest.args[1]))
+    a, b = builder.lower(left, env, f"{name}_left"), builder.lower(rest, env, f"{name}_delta")
+    if isinstance(a, fx.Node) and isinstance(b, fx.Node) and factor != 1:
+        return builder.call(aten.add.Tensor, a, b, name=name, alpha=factor)
+    if not isinstance(b, fx.Node):
+        b = b * factor
+    elif factor != 1:
+        b = builder.call(aten.mul.Tensor, b, factor, name=f"{name}_scaled")
+    a, b = (a, b) if isinstance(a, fx.Node) else (b, a)
+    return builder.call(aten.add.Tensor, a, b, name=name)
+
+
+def _is_bottleneck(product: Call) -> bool:
+    """Whether the left factor of a product is one itself: `(x @ down) @ up`, whose gradient is as narrow."""
+    left = product.args[0]
+    return isinstance(left, Call) and left.op == "matmul"
+
+
+def _is_plain(expr: Expr, env: Mapping[str, Operand]) -> bool:
+    """Whether `expr` is a number here: no tensor in it."""
+    return not any(isinstance(env[name], fx.Node) for name in names(expr))
+
+
+def _constant_factor(expr: Expr, env: Mapping[str, Operand]) -> tuple[float | int, Expr]:
+    if isinstance(expr, Call) and expr.op == "mul" and _is_plain(expr.args[0], env):
+        return number(expr.args[0], env), expr.args[1]  # type: ignore[arg-type]
+    return 1, expr
+
+
+def _split_heads(builder: Builder, expr: Call, env: Mapping[str, Operand], name: str) -> Operand:
+    """[l, n * head_dim] -> [n, l, head_dim]"""
+    rows = builder.lower(expr.args[0], env, f"{name}_rows")
+    heads = builder.lower(expr.args[1], env, name)
+    split = builder.call(aten.unflatten.int, rows, -1, [heads, -1], name=f"{name}_split")
+    return builder.call(aten.transpose.int, split, 0, 1, name=name)
+
+
+def _prepend(builder: Builder, expr: Call, env: Mapping[str, Operand], name: str) -> Operand:
+    """P [n, l, head_dim] before k [batch, n, keys, head_dim] along the keys; [l, d] before [batch, tokens, d]."""
+    prefix = builder.lower(expr.args[0], env, f"{name}_prefix")
+    keys = builder.lower(expr.args[1], env, name)
+    batch = builder.call(aten.sym_size.int, keys, 0, name=f"{name}_batch")
+    row = builder.call(aten.unsqueeze.default, prefix, 0, name=f"{name}_row")
+    rows = builder.call(
+        aten.expand.default, row, [batch, *[-1] * builder.axes], name=f"{name}_rows"
+    )
+    return builder.call(aten.cat.default, [rows, keys], -2, name=name)
+
+
+def _dropout(builder: Builder, expr: Call, env: Mapping[str, Operand], name: str) -> Operand:
+    x = builder.lower(expr.args[0], env, f"{name}_x")
+    p = builder.lower(expr.args[1], env, name)
+    if p == 0 or not builder.training:
+        return x
+    return builder.call(aten.dropout.default, x, p, True, name=name)
+
+
+def _last_axis(*more: Any, **kwargs: Any) -> Callable[..., Operand]:
+    def rule(builder: Builder, expr: Call, env: Mapping[str, Operand], name: str) -> Operand:
+        x = builder.lower(expr.args[0], env, f"{name}_x")
+        return builder.call(target(expr.op), x, *more, name=name, **kwargs)
+
+    return rule
+
+
+def _norm(builder: Builder, expr: Call, env: Mapping[str, Operand], name: str) -> Operand:
+    x = builder.lower(expr.args[0], env, f"{name}_x")
+    return builder.call(aten.linalg_vector_norm.default, x, 2, [-1], True, name=name)
+
+
+def _sum_first(builder: Builder, expr: Call, env: Mapping[str, Operand], name: str) -> Operand:
+    x = builder.lower(expr.args[0], env, f"{name}_x")
+    return builder.call(aten.sum.dim_IntList, x, [0], name=name)
+
+
+def _kron(builder: Builder, expr: Call, env: Mapping[str, Operand], name: str) -> Operand:
+    """[..., m, n] and [..., p, q] to [..., m * p, n * q]"""
+    a, b = (builder.lower(arg, env, f"{name}_factor") for arg in expr.args)
+    for axis in (-1, -3):  # [..., m, 1, n, 1]
+        a = builder.call(aten.unsqueeze.default, a, axis, name=f"{name}_left")
+    for axis in (-2, -4):  # [..., 1, p, 1, q]
+        b = builder.call(aten.unsqueeze.default, b, axis, name=f"{name}_right")
+    product = builder.call(aten.mul.Tensor, a, b, name=f"{name}_product")
+    columns = builder.call(aten.flatten.using_ints, product, -2, -1, name=f"{name}_columns")
+    return builder.call(aten.flatten.using_ints, columns, -3, -2, name=name)
+
+
+def _block_diag(builder: Builder, expr: Call, env: Mapping[str, Operand], name: str) -> Operand:
+    """[n, a, b] to [n * a, n * b] with the blocks on the diagonal"""
+    x = builder.lower(expr.args[0], env, f"{name}_blocks")
+    last = builder.call(aten.permute.default, x, [1, 2, 0], name=f"{name}_last")
+    wide = builder.call(aten.diag_embed.default, last, name=f"{name}_wide")
+    order = builder.call(aten.permute.default, wide, [2, 0, 3, 1], name=f"{name}_order")
+    columns = builder.call(aten.flatten.using_ints, order, 2, 3, name=f"{name}_columns")
+    return builder.call(aten.flatten.using_ints, columns, 0, 1, name=name)
+
+
+def _cayley(builder: Builder, expr: Call, env: Mapping[str, Operand], name: str) -> Operand:
+    """(I + Q)^-1 (I - Q) of Q = (x - x^T) / 2: a rotation; the identity at x = 0."""
+    given = builder.lower(expr.args[0], env, f"{name}_x")
+    # Solving takes float32 at least; float64 stays what it is.
+    single = builder.call(
+        aten.new_zeros.default, given, [1], dtype=torch.float32, name=f"{name}_single"
+    )
+    x = builder.call(aten.add.Tensor, given, single, name=f"{name}_wide")
+    turned = builder.call(aten.transpose.int, x, -2, -1, name=f"{name}_transposed")
+    double = builder.call(aten.sub.Tensor, x, turned, name=f"{name}_double")
+    skew = builder.call(aten.mul.Tensor, double, 0.5, name=f"{name}_skew")
+    ones = builder.call(aten.ones_like.default, x, name=f"{name}_ones")
+    lower = builder.call(aten.tril.default, ones, name=f"{name}_lower")
+    eye = builder.call(aten.triu.default, lower, name=f"{name}_eye")
+    left = builder.call(aten.add.Tensor, eye, skew, name=f"{name}_left")
+    right = builder.call(aten.sub.Tensor, eye, skew, name=f"{name}_right")
+    rotation = builder.call(aten.linalg_solve.default, left, right, name=f"{name}_rotation")
+    return builder.call(aten.type_as.default, rotation, given, name=name)
+
+
+def _logistic_noise(builder: Builder, expr: Call, env: Mapping[str, Operand], name: str) -> Operand:
+    """log u - log(1 - u) of u ~ U(0, 1), clamped to [1e-4, 1 - 1e-4]; in evaluation 0, its median."""
+    x = builder.lower(expr.args[0], env, f"{name}_x")
+    if not builder.training:
+        return builder.call(aten.zeros_like.default, x, name=name)
+    draw = builder.call(aten.rand_like.default, x, name=f"{name}_draw")
+    return builder.call(aten.logit.default, draw, 1e-4, name=name)
+
+
+def _factor(rows: bool) -> Callable[..., Operand]:
+    """The best rank-r factors of W^T, `svd_in(W, r) @ svd_out(W, r)`, with the singular values in halves."""
+
+    def rule(builder: Builder, expr: Call, env: Mapping[str, Operand], name: str) -> Operand:
+        weight = builder.lower(expr.args[0], env, f"{name}_weight")
+        rank = builder.lower(expr.args[1], env, name)
+        parts = builder.call(aten.linalg_svd.default, weight, False, name=f"{name}_svd")
+        u, s, vh = (builder.call(operator.getitem, parts, i, name=f"{name}_{i}") for i in range(3))
+        root = builder.call(aten.sqrt.default, s, name=f"{name}_root")
+        turned = builder.call(
+            aten.transpose.int, vh if rows else u, -2, -1, name=f"{name}_transposed"
+        )
+        if not rows:
+            root = builder.call(aten.unsqueeze.default, root, -1, name=f"{name}_column")
+        scaled = builder.call(aten.mul.Tensor, turned, root, name=f"{name}_scaled")
+        axis = -1 if rows else 0
+        return builder.call(aten.slice.Tensor, scaled, axis, 0, rank, name=name)
+
+    return rule
+
+
+_SPECIAL: Mapping[str, Callable[[Builder, Call, Mapping[str, Operand], str], Operand]] = {
+    "add": _add,
+    "split_heads": _split_heads,
+    "prepend": _prepend,
+    "dropout": _dropout,
+    "softmax": _last_axis(-1),
+    "sum": _last_axis([-1]),
+    "transpose": _last_axis(-2, -1),
+    "gelu_tanh": _last_axis(approximate="tanh"),
+    "norm": _norm,
+    "sum_first": _sum_first,
+    "kron": _kron,
+    "block_diag": _block_diag,
+    "cayley": _cayley,
+    "logistic_noise": _logistic_noise,
+    "svd_in": _factor(rows=True),
+    "svd_out": _factor(rows=False),
+}

@@ -1,0 +1,97 @@
+"""Verify: what must hold of a Program or a Folding at each level, as tables; and numeric parity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from peftc.graph.program import Program, aten
+from peftc.plan.algebra import constant_form
+from peftc.rewrite.folding import Folding
+
+Row = tuple[str, Callable[[Program], Iterable[str]]]
+
+
+def _unbound(program: Program) -> Iterator[str]:
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and node.name not in program.slots:
+            yield node.name
+
+
+def _out_of_order(program: Program) -> Iterator[str]:
+    seen = set()
+    for node in program.graph.nodes:
+        seen.add(node)
+        yield from (node.name for one in node.all_input_nodes if one not in seen)
+
+
+def _untagged(program: Program) -> Iterator[str]:
+    """An op without a module path and without a delta tag came from nowhere."""
+    for node in program.graph.nodes:
+        traced = "nn_module_stack" in node.meta or "val" in node.meta
+        if node.op == "call_function" and not traced and "delta" not in node.meta:
+            yield node.name
+
+
+def _idle_deltas(program: Program) -> Iterator[str]:
+    for node in program.graph.nodes:
+        slot = program.slot(node)
+        if slot is not None and slot.kind == "delta" and not node.users:
+            yield slot.name
+
+
+def _asserts(program: Program) -> Iterator[str]:
+    for node in program.graph.nodes:
+        if node.target is aten._assert_tensor_metadata.default:
+            yield node.name
+
+
+TRACED: tuple[Row, ...] = (
+    ("placeholder without a slot", _unbound),
+    ("reads a later node", _out_of_order),
+    ("assertion left by export", _asserts),
+)
+DELTA: tuple[Row, ...] = (
+    *TRACED,
+    ("inserted without a tag", _untagged),
+    ("delta that nothing reads", _idle_deltas),
+)
+LEVELS: Mapping[str, tuple[Row, ...]] = {"normalize": TRACED, "insert": DELTA}
+
+
+def check(subject: object, level: str) -> tuple[str, ...]:
+    """Every violation at the level of the pass that has just run."""
+    if isinstance(subject, Program):
+        subject.graph.lint()
+        rows = LEVELS.get(level, DELTA)
+        return tuple(f"{name}: {node}" for name, find in rows for node in find(subject))
+    assert isinstance(subject, Folding)
+    return tuple(_folded(subject))
+
+
+def _folded(folding: Folding) -> Iterator[str]:
+    for path, weight in folding.weights.items():
+        if not torch.isfinite(weight).all():
+            yield f"'{path}' is not finite"
+    for edit in folding.edits:
+        if constant_form(edit) is not edit:
+            yield f"{edit.name} still has a constant part"
+        yield from (
+            f"{p.path} has no value" for p in edit.parameters if p.path not in folding.tensors
+        )
+
+
+def difference(left: Mapping[str, Any], right: Mapping[str, Any]) -> float:
+    """max |left - right| over the tensors that both outputs name."""
+    names = [k for k, v in left.items() if isinstance(v, torch.Tensor) and k in right]
+    assert names, "the outputs have no tensor in common"
+    worst: Sequence[float] = [
+        (left[k].double() - right[k].double()).abs().max().item() for k in names
+    ]
+    return max(worst)
+
+
+def magnitude(output: Mapping[str, Any]) -> float:
+    return max(v.abs().max().item() for v in output.values() if isinstance(v, torch.Tensor))

@@ -1,0 +1,129 @@
+"""Fused projections: which features of one linear a value is made of, by following labels through views."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
+
+from peftc.errors import PeftcError
+from peftc.graph.program import Columns, aten, is_call
+from peftc.sites import dataflow as flow
+
+# What only moves values: a label that goes in comes out, somewhere.
+_MOVES = (*flow.MOVE, *flow.CUT)
+
+_CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.type_as.default)
+
+
+class SiteError(PeftcError):
+    """A planned site that another entry of the model does not have in the same form."""
+
+
+def columns(node: fx.Node, linear: fx.Node) -> Columns | None:
+    """The features of `linear` that `node` is computed from; None when it is all of them, or no pattern."""
+    width = flow.features(linear)[1]
+    seen: set[int] = set()
+    for labels in _reaching(node, linear, width):
+        seen |= set(labels.flatten().tolist())
+    return _pattern(sorted(seen), width) if 0 < len(seen) < width else None
+
+
+def gated_halves(down: fx.Node, linear: fx.Node) -> tuple[Columns, Columns] | None:
+    """(up, gate) of a feed-forward whose two first projections are one linear: `up * act(gate)`."""
+    node = down.args[flow.x_index(down)]
+    while is_call(node, *flow.MOVE, *flow.DROPOUT):
+        node = node.args[0]  # type: ignore[union-attr]
+    if not isinstance(node, fx.Node) or not is_call(node, aten.mul.Tensor):
+        return None
+    sides = [one for one in node.args if isinstance(one, fx.Node)]
+    found = [columns(one, linear) for one in sides]
+    if len(found) != 2 or None in found:
+        return None
+    first, second = found
+    activated = any(is_call(one, *flow.ACTIVATION) for one in _ancestors(sides[0], linear))
+    return (second, first) if activated else (first, second)  # type: ignore[return-value]
+
+
+def _reaching(node: fx.Node, linear: fx.Node, width: int) -> Iterator[torch.Tensor]:
+    """The labels that leave the moves behind `linear` on their way to `node`."""
+    needed = _ancestors(node, linear)
+    labels: dict[fx.Node, Any] = {linear: _labels(linear, width)}
+    for one in linear.graph.nodes:
+        if one not in needed or one is linear:
+            continue
+        sources = [source for source in one.all_input_nodes if source in labels]
+        if not sources:
+            continue
+        moved = _moved(one, labels) if is_call(one, *_MOVES) else None
+        if moved is None:
+            yield from (labels[source] for source in sources)
+        elif one is node:
+            yield moved
+        else:
+            labels[one] = moved
+
+
+def _ancestors(node: fx.Node, stop: fx.Node) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        one = stack.pop()
+        if one not in found:
+            found.add(one)
+            stack += [] if one is stop else one.all_input_nodes
+    return found
+
+
+def _labels(linear: fx.Node, width: int) -> torch.Tensor:
+    shape = [hint(n) for n in linear.meta["val"].shape]
+    return torch.arange(width).expand(shape)
+
+
+def hint(size: Any) -> int:
+    """A size in the example that was traced."""
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+
+
+def _moved(node: fx.Node, labels: dict[fx.Node, Any]) -> Any:
+    """What a move makes of labels, or None when it needs a tensor that carries none."""
+
+    def value(one: fx.Node) -> Any:
+        if one in labels:
+            return labels[one]
+        val = _constant(one)
+        return hint(val) if isinstance(val, torch.SymInt) else val
+
+    args = fx.map_arg(node.args, value)
+    try:
+        moved = args[0] if is_call(node, *_CASTS) else node.target(*args, **node.kwargs)  # type: ignore[operator]
+    except (RuntimeError, TypeError):
+        return None
+    return None if isinstance(moved, FakeTensor) else moved
+
+
+def _constant(node: fx.Node) -> Any:
+    """The value of a constant of the graph; of all else what is known while tracing."""
+    source = node
+    while is_call(source, aten.lift_fresh_copy.default, *flow.MOVE):
+        source = source.args[0]  # type: ignore[assignment]
+    return source.meta.get("constant", node.meta.get("val"))
+
+
+def _pattern(features: list[int], width: int) -> Columns | None:
+    """The same run of columns in each of equally wide groups; contiguous columns are one group."""
+    runs: list[list[int]] = []
+    for one in features:
+        if runs and runs[-1][1] == one:
+            runs[-1][1] = one + 1
+        else:
+            runs.append([one, one + 1])
+    if width % len(runs):
+        return None
+    period = width // len(runs)
+    start, stop = runs[0]
+    even = [[start + i * period, stop + i * period] for i in range(len(runs))]
+    return Columns(len(runs), start, stop, period) if runs == even else None

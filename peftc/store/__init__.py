@@ -1,0 +1,1 @@
+"""Storage: atomic directories, manifests, delta files, fingerprints."""

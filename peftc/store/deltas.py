@@ -1,0 +1,76 @@
+"""Deltas on disk: safetensors, the resolved spec, and the fingerprint of the backbone they belong to."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from peftc.errors import PeftcError
+from peftc.language.spec import Spec, from_data
+from peftc.store import sparse
+from peftc.store.directory import MANIFEST, DeltaError, write_directory
+
+# Trainer looks for this name when it resumes; the file holds deltas alone.
+WEIGHTS = "model.safetensors"
+
+
+def write(path: Path, manifest: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    """`peftc.json` and `model.safetensors` at `path`.
+
+    A tensor of mostly zeros is written as its non-zeros (see `peftc.store.sparse`); reading gives the same bits.
+    """
+
+    def fill(directory: Path) -> None:
+        cpu = {k: v.detach().to("cpu").contiguous().clone() for k, v in tensors.items()}
+        save_file(sparse.packed(cpu), directory / WEIGHTS, {"format": "pt"})
+        os.chmod(directory / WEIGHTS, 0o644)  # safetensors writes for the owner alone
+        (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+
+    write_directory(path, fill)
+
+
+def spec_of(manifest: Mapping[str, Any], path: Path) -> Spec:
+    """The resolved spec that the deltas carry."""
+    try:
+        return from_data(manifest["spec"])
+    except (PeftcError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DeltaError(f"{path / MANIFEST} is damaged: {error}") from error
+
+
+def read_tensors(path: Path, expected: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """The tensors of `model.safetensors`, sparse ones made whole; names and shapes must be exactly the
+    expected ones, which is checked before anything is read."""
+    file = path / WEIGHTS
+    try:
+        with safe_open(file, framework="pt") as handle:
+            sizes = {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
+            _check_names(file, sizes, expected)
+            sparse.check_sizes(sizes, expected)
+            stored = {key: handle.get_tensor(key) for key in sizes}
+        return sparse.unpacked(stored, expected)
+    except sparse.SparseError as error:
+        raise DeltaError(f"{file} is damaged: {error}; save the deltas again") from error
+    except (SafetensorError, OSError) as error:
+        raise DeltaError(f"{file} cannot be read: {error}") from error
+
+
+def _check_names(
+    file: Path, sizes: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
+) -> None:
+    wanted = sparse.names(expected.keys(), sizes.keys())
+    missing, extra = sorted(wanted - sizes.keys()), sorted(sizes.keys() - wanted)
+    if missing or extra:
+        odd = f"lacks '{missing[0]}'" if missing else f"has '{extra[0]}', which the spec does not"
+        raise DeltaError(f"{file} {odd} ({len(missing)} missing, {len(extra)} unknown)")
+    for key, shape in expected.items():
+        if key in sizes and sizes[key] != tuple(shape):
+            raise DeltaError(
+                f"{file}: '{key}' has the shape {list(sizes[key])}, expected {list(shape)}"
+            )
