@@ -64,7 +64,7 @@ def _insert(program: Program, edit: Edit, where: Place, shared: Builder, top: fx
             hoisted = _hoist(expression, edit, env, shared)
         stack = root(place).meta.get("nn_module_stack")
         builder = Builder(program.graph, program.training, edit.entry.method, edit.name, stack)
-        builder.axes = len(SITES[edit.site.at].ports[port]) - 1
+        builder.axes = len(SITES[edit.site.at].shapes[port]) - 1
         with program.graph.inserting_before(_anchor(program, place, ports, expression)):
             read = {name: ports[name] for name in names(expression) if name in ports}
             env |= {name: take(builder, program, one, name) for name, one in read.items()}

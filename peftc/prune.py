@@ -167,7 +167,7 @@ def _scopes(wanted: list[str], every: list[str]) -> list[str]:
 
 def _entry(linear: Entry, at: str, port: str, scope: str) -> Entry:
     """The shipped entry, of a linear's weight, for another port or kind of site."""
-    shape = tuple(Name(str(dim)) for dim in SITES[at].ports[port])
+    shape = tuple(Name(str(dim)) for dim in SITES[at].ports[port].shape)
     params = tuple(replace(param, shape=shape) for param in linear.params)
     assign = tuple((port, substitute(one, {"W": Name(port)})) for _, one in linear.assign)
     return replace(linear, at=at, scope=scope, params=params, assign=assign)

@@ -11,7 +11,7 @@ import yaml
 from peftc.errors import suggest
 from peftc.language import expr as ex
 from peftc.language.ops import OPS, infer, text
-from peftc.language.ports import BY_OP, SITES
+from peftc.language.ports import SITES, STORED, by_op
 from peftc.language.source import Item, Source
 from peftc.language.spec import FORMULA, Arguments, Init, Param, Where, Words
 
@@ -86,14 +86,14 @@ class Fields:
         _, node = items["at"]
         if isinstance(node, yaml.MappingNode):
             inner = self.source.mapping(node, "'at'", ("op", "scope"))
-            op = self.source.choice(inner["op"][1], "'op'", BY_OP) if "op" in inner else None
+            op = self.source.choice(inner["op"][1], "'op'", by_op()) if "op" in inner else None
             scope = self.source.text(inner["scope"][1], "'scope'") if "scope" in inner else None
             if op is None or scope is None:
-                ops = " or ".join(BY_OP)
+                ops = " or ".join(by_op())
                 self.source.fail(node, f"give both: {{op: {ops}, scope: a glob over module paths}}")
                 return "", None
             return op, scope
-        sites = tuple(name for name in SITES if name not in BY_OP)
+        sites = tuple(row.name for row in SITES.values() if not row.by_op)
         return self.source.choice(node, "'at'", sites) or "", None
 
     def layers(self, node: yaml.Node) -> tuple[int, ...] | None:
@@ -254,7 +254,7 @@ class Fields:
 
     def words(self, items: Mapping[str, Item], params: Sequence[Param], at: str) -> Words | None:
         """What the backbone reads while the ports are recorded that parameters start as."""
-        ports = set(SITES[at].ports) - {"W", "b"}
+        ports = set(SITES[at].ports) - {*SITES[at].having(*STORED)}
         starts = [
             p
             for p in params

@@ -7,21 +7,8 @@ from dataclasses import dataclass
 
 from peftc.errors import suggest
 from peftc.language.expr import Dim, Expr, ExprError, Name, Number, Shape, show
+from peftc.language.ports import site_dims
 
-# Sizes of a site that may be equal on a real model, whatever they are called; the plan compares numbers.
-SITE_DIMS = (
-    "in",
-    "out",
-    "d",
-    "heads",
-    "kv_heads",
-    "head_dim",
-    "kv",
-    "keys",
-    "queries",
-    "vocab",
-    "tokens",
-)
 ShapeRule = Callable[[tuple[Shape, ...], tuple[Expr, ...]], Shape]
 
 
@@ -55,7 +42,7 @@ def agree(a: Dim, b: Dim) -> bool:
 
 
 def _open(dim: Dim) -> bool:
-    return isinstance(dim, int) or dim in SITE_DIMS
+    return isinstance(dim, int) or dim in site_dims()
 
 
 def _computed(dim: Dim) -> bool:

@@ -1,53 +1,89 @@
-"""The site table: which places a spec can name, the ports and dims they offer. New places are one row."""
+"""The site table: which places a spec can name, and the ports they offer. A new kind is a row, and its file in
+`peftc/sites`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from peftc.language.expr import Shape
 
-_ATTENTION_DIMS = ("in", "out", "d", "heads", "kv_heads", "head_dim", "kv")
-_LINEAR_DIMS = ("in", "out", "d")
-_LINEAR: Mapping[str, Shape] = {
-    "x": ("...", "in"),
-    "h": ("...", "out"),
-    "W": ("out", "in"),
-    "b": ("out",),
-}
+# What a port is, whatever its name: logic asks the role.
+INPUT, RESULT, RESIDUAL, IDS = "input", "result", "residual", "ids"
+QUERIES, KEYS, VALUES = "queries", "keys", "values"
+WEIGHT, BIAS = "weight", "bias"
+STORED = (WEIGHT, BIAS)  # what a model keeps; all others are values that flow
+
+
+@dataclass(frozen=True)
+class Port:
+    """A value that an expression may read and, where `assign` says so, replace.
+
+    `rows` names what may get rows in front: ports of one site with the same word grow together, such as keys
+    and values. Axes of `shape` are dims of the site; "..." stands for the axes before them.
+    """
+
+    shape: Shape
+    role: str
+    assign: bool = True
+    rows: str = ""
 
 
 @dataclass(frozen=True)
 class SiteType:
-    """`ports` are values that an expression may read; `assigns` those that it may replace, `grows` those
-    that may get rows in front."""
+    """A kind of site. `dims` are the sizes that specs may use; `counted` says whether the papers count what
+    trains here; a site `by_op` is named {op: ..., scope: ...}, not by where it is in a model."""
 
     name: str
-    ports: Mapping[str, Shape]
-    assigns: tuple[str, ...]
+    ports: dict[str, Port]
     dims: tuple[str, ...]
     doc: str
-    grows: tuple[str, ...] = ()
+    counted: bool = True
+    by_op: bool = False
+
+    @property
+    def assigns(self) -> tuple[str, ...]:
+        """The ports that a spec may replace."""
+        return tuple(name for name, port in self.ports.items() if port.assign)
+
+    @property
+    def grows(self) -> tuple[str, ...]:
+        """The ports that may get rows in front."""
+        return tuple(name for name, port in self.ports.items() if port.rows)
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        return {name: port.shape for name, port in self.ports.items()}
+
+    def having(self, *roles: str) -> tuple[str, ...]:
+        """The names of the ports of these roles."""
+        return tuple(name for name, port in self.ports.items() if port.role in roles)
 
 
-def _linear(name: str, doc: str, dims: tuple[str, ...] = _LINEAR_DIMS) -> SiteType:
-    return SiteType(name, _LINEAR, ("x", "h", "W", "b"), dims, doc)
+_LINEAR_DIMS = ("in", "out", "d")
+_HEAD_DIMS = ("heads", "kv_heads", "head_dim", "value_dim", "kv")
+_ATTENTION_DIMS = (*_LINEAR_DIMS, *_HEAD_DIMS)
+_WEIGHTS = {"W": Port(("out", "in"), WEIGHT), "b": Port(("out",), BIAS)}
+_LINEAR = {"x": Port(("...", "in"), INPUT), "h": Port(("...", "out"), RESULT), **_WEIGHTS}
+
+
+def _linear(name: str, doc: str, counted: bool = True, by_op: bool = False) -> SiteType:
+    return SiteType(name, _LINEAR, _LINEAR_DIMS, doc, counted, by_op)
 
 
 def _projection(side: str, what: str) -> SiteType:
     """A linear of an attention sub-layer, which also sees that sub-layer's `input`."""
-    ports = {**_LINEAR, "input": ("...", "d")}
+    ports = {**_LINEAR, "input": Port(("...", "d"), INPUT, assign=False)}
     doc = f"the {what} projection; input is the sub-layer's"
-    return SiteType(f"attention.{side}", ports, ("x", "h", "W", "b"), _ATTENTION_DIMS, doc)
+    return SiteType(f"attention.{side}", ports, _ATTENTION_DIMS, doc)
 
 
-_KEYS: Shape = ("...", "kv_heads", "keys", "head_dim")
-_QUERIES: Shape = ("...", "heads", "queries", "head_dim")
 _ROWS = (
     SiteType(
         "attention",
-        {"x": ("...", "in"), "h": ("...", "out")},
-        ("h",),
+        {
+            "x": Port(("...", "in"), INPUT, assign=False),
+            "h": Port(("...", "out"), RESULT),
+        },
         _ATTENTION_DIMS,
         "a sub-layer: x its input, h the output projection's result, before dropout and residual",
     ),
@@ -57,16 +93,22 @@ _ROWS = (
     ),
     SiteType(
         "attention.heads",
-        {"q": _QUERIES, "k": _KEYS, "v": _KEYS, "h": _QUERIES},
-        ("q", "k", "v", "h"),
+        {
+            "q": Port(("...", "heads", "queries", "head_dim"), QUERIES),
+            "k": Port(("...", "kv_heads", "keys", "head_dim"), KEYS, rows="keys"),
+            "v": Port(("...", "kv_heads", "keys", "value_dim"), VALUES, rows="keys"),
+            "h": Port(("...", "heads", "queries", "value_dim"), RESULT),
+        },
         _ATTENTION_DIMS,
         "scaled dot-product attention: per head queries, keys, values and result",
-        grows=("k", "v"),
     ),
     SiteType(
         "ffn",
-        {"x": ("...", "in"), "h": ("...", "out"), "residual": ("...", "out")},
-        ("h",),
+        {
+            "x": Port(("...", "in"), INPUT, assign=False),
+            "h": Port(("...", "out"), RESULT),
+            "residual": Port(("...", "out"), RESIDUAL, assign=False),
+        },
         _LINEAR_DIMS,
         "a feed-forward: x the first projection's input, h the last one's result; residual is added to h",
     ),
@@ -74,38 +116,54 @@ _ROWS = (
     _linear("ffn.gate", "the gating projection of a gated feed-forward"),
     _linear("ffn.down", "the last projection of a feed-forward"),
     _linear("ffn.linear", "every projection of a feed-forward, two or three"),
-    SiteType("ffn.hidden", {"h": ("...", "out")}, ("h",), _LINEAR_DIMS, "after the activation"),
+    SiteType(
+        "ffn.hidden", {"h": Port(("...", "out"), RESULT)}, _LINEAR_DIMS, "after the activation"
+    ),
     SiteType(
         "embedding",
-        {"ids": ("...", "tokens"), "h": ("...", "tokens", "out"), "W": ("vocab", "out")},
-        ("h", "W"),
+        {
+            "ids": Port(("...", "tokens"), IDS, assign=False),
+            "h": Port(("...", "tokens", "out"), RESULT, rows="tokens"),
+            "W": Port(("vocab", "out"), WEIGHT),
+        },
         (*_LINEAR_DIMS, "vocab"),
         "token embeddings: h the rows of W that ids name",
-        grows=("h",),
     ),
     SiteType(
         "norm",
-        {"h": ("...", "out"), "W": ("out",), "b": ("out",)},
-        ("h", "W", "b"),
+        {
+            "h": Port(("...", "out"), RESULT),
+            "W": Port(("out",), WEIGHT),
+            "b": Port(("out",), BIAS),
+        },
         _LINEAR_DIMS,
         "a layer norm or RMS norm: its result, scale and shift",
     ),
-    _linear("head", "a linear of the task head: outside the pretrained body"),
-    _linear("linear", "any linear, by {op: linear, scope: glob over module paths}"),
+    _linear("head", "a linear of the task head: outside the pretrained body", counted=False),
+    _linear("linear", "any linear, by {op: linear, scope: glob over module paths}", by_op=True),
     SiteType(
         "conv",
         {
-            "x": ("...", "inputs", "channels"),
-            "h": ("...", "outputs", "out"),
-            "W": ("out", "in"),
-            "b": ("out",),
+            "x": Port(("...", "inputs", "channels"), INPUT),
+            "h": Port(("...", "outputs", "out"), RESULT),
+            **_WEIGHTS,
         },
-        ("x", "h", "W", "b"),
         (*_LINEAR_DIMS, "channels", "groups"),
         "any convolution, by {op: conv, scope: glob}: x and h with their channels last, "
         "in = channels / groups * kernel: what one output sees",
+        by_op=True,
     ),
 )
-# Sites that a spec names by {op: ..., scope: ...}, not by where they are in a model.
-BY_OP = ("linear", "conv")
-SITES: Mapping[str, SiteType] = {row.name: row for row in _ROWS}
+SITES: dict[str, SiteType] = {row.name: row for row in _ROWS}
+
+
+def site_dims() -> frozenset[str]:
+    """Sizes of a site that may be equal on a real model, whatever they are called; the plan compares numbers."""
+    axes = {axis for row in SITES.values() for port in row.ports.values() for axis in port.shape}
+    sizes = {dim for row in SITES.values() for dim in row.dims}
+    return frozenset(str(one) for one in axes | sizes) - {"..."}
+
+
+def by_op() -> tuple[str, ...]:
+    """Sites that a spec names by {op: ..., scope: ...}."""
+    return tuple(row.name for row in SITES.values() if row.by_op)

@@ -298,7 +298,7 @@ class Reader(Fields):
 
     def fits(self, node: yaml.Node, port: str, got: ex.Shape, at: str) -> None:
         """An assigned value has the features of its port, and no more axes."""
-        want = SITES[at].ports[port]
+        want = SITES[at].shapes[port]
         if got and "..." not in got[-1:] and not agree(got[-1], want[-1]):
             self.source.fail(node, f"'{port}' is {text(want)} but is assigned {text(got)}")
 
@@ -306,7 +306,7 @@ class Reader(Fields):
 def _visible(at: str, arguments: Arguments) -> dict[str, ex.Shape]:
     site = SITES[at]
     numbers: dict[str, ex.Shape] = dict.fromkeys((*arguments, *site.dims), ())
-    return {**numbers, **site.ports}
+    return {**numbers, **site.shapes}
 
 
 def _narrow(own: Where, more: Where) -> Where:

@@ -6,7 +6,7 @@ from typing import Any
 
 from peftc.language.fields import INITS, PER, POSITIONS, STACKS
 from peftc.language.ops import OPS
-from peftc.language.ports import BY_OP, SITES
+from peftc.language.ports import SITES, by_op
 
 _FORMULA = {"type": ["string", "number"], "description": "ops: " + ", ".join(OPS)}
 _FORMULAS = {"type": "object", "additionalProperties": _FORMULA, "minProperties": 1}
@@ -64,7 +64,7 @@ def _place() -> dict[str, Any]:
 
 
 def _sites() -> dict[str, Any]:
-    rows = [row for name, row in SITES.items() if name not in BY_OP]
+    rows = [row for row in SITES.values() if not row.by_op]
     return {
         "enum": [row.name for row in rows],
         "description": "; ".join(f"{row.name}: {row.doc}" for row in rows),
@@ -81,8 +81,8 @@ def _by_op() -> dict[str, Any]:
 
 
 def _op() -> dict[str, Any]:
-    doc = "; ".join(f"{name}: {SITES[name].doc}" for name in BY_OP)
-    return {"enum": list(BY_OP), "description": doc}
+    doc = "; ".join(f"{name}: {SITES[name].doc}" for name in by_op())
+    return {"enum": list(by_op()), "description": doc}
 
 
 def _where() -> dict[str, Any]:

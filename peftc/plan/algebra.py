@@ -21,7 +21,7 @@ def port_shapes(site: Site) -> dict[str, Shape]:
     """The ports of a site with its own numbers in place of the names of dims."""
     return {
         port: tuple(site.dims.get(d, d) if isinstance(d, str) else d for d in shape)
-        for port, shape in SITES[site.at].ports.items()
+        for port, shape in SITES[site.at].shapes.items()
     }
 
 
