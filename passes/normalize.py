@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 
+from peftc.graph.aten import TURN, VIEW
 from peftc.graph.program import Program, aten, is_call
+from peftc.rewrite.lower import value_of
 
 _ASSERTS = (
     aten._assert_tensor_metadata.default,
@@ -16,8 +19,6 @@ _ASSERTS = (
     aten.sym_constrain_range_for_size.default,
 )
 
-# Of a matrix these are its transpose.
-_TURNS = (aten.numpy_T.default, aten.t.default, aten.transpose.int)
 # Ops that keep the elements and their order.
 _RESHAPE = (
     aten.view.default,
@@ -38,7 +39,7 @@ class Normalize:
     name: str = "normalize"
 
     def run(self, program: Program) -> int:
-        removed = 0
+        removed = written = 0
         for node in list(program.graph.nodes):
             same = node.args[0] if _is_idle_cast(node) else _stored(program, node)
             if same is not None:
@@ -49,11 +50,16 @@ class Normalize:
             elif _is_linear(program, node):
                 node.target = aten.linear.default
                 node.update_arg(1, node.args[1].args[0])
+                written += 1
+            elif is_call(node, aten.addmm.default) and _is_turned(program, node):
+                _write_linear(program, node)
+                written += 1
             elif is_call(node, aten.batch_norm.default) and _is_buffer(program, node.args[3]):
+                written += node.args[5] is not False
                 node.update_arg(5, False)
         before = len(program.graph.nodes)
         program.graph.eliminate_dead_code()
-        return removed + before - len(program.graph.nodes)
+        return written + removed + before - len(program.graph.nodes)
 
 
 def _is_linear(program: Program, node: fx.Node) -> bool:
@@ -61,11 +67,36 @@ def _is_linear(program: Program, node: fx.Node) -> bool:
     if not is_call(node, aten.matmul.default):
         return False
     turned = node.args[1]
-    if not is_call(turned, *_TURNS):
+    if not is_call(turned, *TURN):
         return False
     assert isinstance(turned, fx.Node)
     weight = turned.args[0]
     return program.parameter(weight) is not None and len(weight.meta["val"].shape) == 2  # type: ignore[union-attr]
+
+
+def _is_turned(program: Program, addmm: fx.Node) -> bool:
+    """Whether this is `b + x @ W` of a parameter W [in, out], as GPT-2 has it."""
+    return addmm.kwargs == {} and program.parameter(addmm.args[2]) is not None
+
+
+def _write_linear(program: Program, addmm: fx.Node) -> None:
+    """`addmm(b, x, W)` as the linear of W turned, of x as the model has it: around addmm it is flattened to two
+    axes and given its own back."""
+    bias, x, weight = addmm.args
+    users = list(addmm.users)
+    flat = is_call(x, *VIEW) and len(users) == 1 and is_call(users[0], *VIEW)
+    source, result = (x.args[0], users[0]) if flat else (x, addmm)  # type: ignore[union-attr]
+    with program.graph.inserting_before(addmm):
+        turned = _made(program, addmm, aten.transpose.int, (weight, 0, 1))
+        linear = _made(program, addmm, aten.linear.default, (source, turned, bias))
+    result.replace_all_uses_with(linear)
+
+
+def _made(program: Program, like: fx.Node, op: Any, args: tuple[Any, ...]) -> fx.Node:
+    """A node that stands for what `like` computes, with its module and its own value."""
+    node = program.graph.call_function(op, args)
+    node.meta = {**like.meta, "val": value_of(op, args, {})}
+    return node
 
 
 def _is_count(program: Program, node: fx.Node) -> bool:

@@ -24,11 +24,12 @@ from peftc.model.saving import check_backbone
 from peftc.model.words import Activations
 from peftc.plan.algebra import constant_form
 from peftc.plan.budget import BudgetError, Solved, solve
-from peftc.plan.plan import Plan, Survey, make_plan
+from peftc.plan.plan import Plan, make_plan
 from peftc.rewrite import tying, verify
-from peftc.rewrite.folding import Folding, Report
+from peftc.rewrite.folding import Folding, Report, rounded
 from peftc.rewrite.pipeline import PassResult, Pipeline
-from peftc.sites.site import Site, find_sites
+from peftc.sites.kinds import Survey
+from peftc.sites.site import Site
 from peftc.store import deltas as delta
 from peftc.store.directory import DeltaError, read_manifest
 
@@ -124,7 +125,7 @@ def survey(
 ) -> tuple[Site, ...]:
     """Every site of a model, in the order of the kinds of sites. Works on the meta device."""
     program = _captured(model, example, Trace()).program
-    return find_sites(program, Stacks.read(model))
+    return Survey.of(program, Stacks.read(model)).sites
 
 
 def compile(  # the name that users of torch expect
@@ -237,22 +238,27 @@ def fold(
     model: CompiledModel,
     trace: Trace,
     separable: Callable[[PreTrainedModel], frozenset[str]] = lambda _: frozenset(),
+    as_stored: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = rounded,
 ) -> tuple[PreTrainedModel, Folding]:
-    """A copy of the backbone as it is, and its weights with what folds, in float64.
+    """A copy of the backbone as it is, and the folding of the deltas into its weights.
 
-    `separable` says which tied paths may get a weight of their own.
+    `separable` says which tied paths may get a weight of their own; `as_stored(stored, folded)` what is kept of a
+    folded weight, which is float64.
     """
     backbone = copy.deepcopy(model.__dict__["_backbone"])
     for path, required in model.__dict__["_required_grad"].items():
         backbone.get_parameter(path).requires_grad_(required)
     edits, tied = list(model.plan.edits), tying.tied(backbone)
-    concerned = any(edit.site.anchors.get("W") in tied for edit in edits)
+    concerned = any(
+        "W" in edit.site.weights and edit.site.weights["W"].path in tied for edit in edits
+    )
     folding = Folding(
         edits,
         dict(model.deltas.values()),
         backbone.get_parameter,
         tied,
         separable(backbone) if concerned else frozenset(),
+        as_stored,
     )
     trace.run(passes.FOLD, folding)
     return backbone, folding
@@ -263,7 +269,7 @@ def _report(model: CompiledModel, merged: PreTrainedModel, folding: Folding) -> 
     before, after = outputs(model, inputs), outputs(merged, inputs)
     bare = outputs(model.__dict__["_backbone"], inputs)
     return Report(
-        tuple(folding.outcomes),
+        folding.outcomes(model.plan.edits),
         error=verify.difference(before, after),
         scale=verify.magnitude(before),
         changed=verify.difference(before, bare),

@@ -13,7 +13,7 @@ from peftc import driver
 from peftc.errors import PeftcError
 from peftc.graph.arguments import seeded_inputs
 from peftc.language.expr import Name, substitute
-from peftc.language.ports import SITES
+from peftc.language.ports import SITES, STORED
 from peftc.language.reader import load_spec
 from peftc.language.spec import Entry, Spec, scopes
 from peftc.model.compiled import CompiledModel
@@ -21,6 +21,7 @@ from peftc.plan.budget import elements
 from peftc.plan.plan import Plan
 from peftc.rewrite import verify
 from peftc.rewrite.folding import Folding
+from peftc.sites.kinds import KINDS
 from peftc.sites.site import Site
 
 SPEC = "sparse_difference"
@@ -59,14 +60,15 @@ def prune(model: CompiledModel, keep: str | int = "0.5%") -> tuple[CompiledModel
     odd = [name for name, one in model.deltas.values().items() if not torch.isfinite(one).all()]
     if odd:
         raise PruneError(f"delta '{odd[0]}' holds numbers that are not finite; train it again")
-    backbone, folding = driver.fold(model, driver.Trace())
+    free = {one.path for one in model.plan.unfrozen}
+    backbone, folding = driver.fold(model, driver.Trace(), as_stored=_difference)
     if folding.edits:
-        kept = next(one for one in folding.outcomes if not one.folded)
+        kept = folding.edits[0]
         raise PruneError(
-            f"{kept.edit} is no difference of weights: {kept.note}; prune deltas that fold, such as those "
+            f"{kept.name} is no difference of weights: {folding.reasons[kept.path]}; prune deltas that fold, such as those "
             "of diff_pruning or lora"
         )
-    differences = _differences(backbone, folding, {one.path for one in model.plan.unfrozen})
+    differences = _differences(backbone, folding, free)
     changed = sum(int(torch.count_nonzero(one)) for one in differences.values())
     count = _count(keep, changed, model.plan.parameters.backbone)
     masks = largest(differences, count)
@@ -92,20 +94,24 @@ def largest(differences: Tensors, count: int) -> dict[str, torch.Tensor]:
     }
 
 
+def _difference(stored: torch.Tensor, folded: torch.Tensor) -> torch.Tensor:
+    """Folded less original, in float64, rounded to the weights' own type."""
+    return (folded - stored.double()).to(stored.dtype)
+
+
 def _differences(
     backbone: PreTrainedModel, folding: Folding, free: set[str]
 ) -> dict[str, torch.Tensor]:
-    """Folded less original, in float64, rounded to the weights' own type, in the order of the model; into
-    `free` parameters of `backbone` it goes whole."""
+    """What the deltas change, in the order of the model; into `free` parameters of `backbone` it goes whole."""
     found = {}
     with torch.no_grad():
         for path, weight in backbone.named_parameters():
-            # float64 of a large model: kept no longer than needed
-            folded = folding.weights.pop(path, weight)
+            if path not in folding.weights:
+                continue
             if path in free:
-                weight.copy_(folded)
-            elif folded is not weight:
-                found[path] = (folded - weight.double()).to(weight.dtype)
+                weight.add_(folding.weights[path])
+            else:
+                found[path] = folding.weights[path]
     return found
 
 
@@ -145,13 +151,13 @@ def _spec(plan: Plan, paths: list[str]) -> Spec:
 
 
 def _owners(plan: Plan) -> dict[str, tuple[Site, str]]:
-    """The whole site that a weight belongs to, and the port that it is there."""
+    """The site that a weight is whole at, and the port that it is there."""
     found: dict[str, tuple[Site, str]] = {}
     for site in plan.sites:
-        if site.at in ("linear", "norm", "embedding") and not site.shared:
-            for port in ("W", "b"):
-                if port in site.anchors:
-                    found.setdefault(site.anchors[port], (site, port))
+        folds = KINDS[site.at].folds
+        for port in SITES[site.at].having(*STORED) if folds and folds.owns else ():
+            if port in site.weights and not site.weights[port].also:
+                found.setdefault(site.weights[port].path, (site, port))
     return found
 
 
@@ -178,9 +184,8 @@ def _fill(model: CompiledModel, differences: Tensors, masks: Tensors) -> None:
     with torch.no_grad():
         for edit in model.plan.edits:
             port = edit.entry.assign[0][0]
-            path = edit.site.anchors[port]
-            mask, turned = masks[path], edit.site.transposed and port == "W"
-            values = {"mask": mask, "w": differences[path].where(mask, 0)}
+            weight = edit.site.weights[port]
+            mask = masks[weight.path]
+            values = {"mask": mask, "w": differences[weight.path].where(mask, 0)}
             for parameter in edit.parameters:
-                value = values[parameter.name]
-                slots[parameter.path].copy_(value.T if turned else value)
+                slots[parameter.path].copy_(weight.read(values[parameter.name]))

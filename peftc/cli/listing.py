@@ -39,10 +39,16 @@ def places_data(sites: Sequence[Site]) -> list[dict[str, Any]]:
             "layer": site.layer,
             "ports": {port: list(shape) for port, shape in port_shapes(site).items()},
             "dims": dict(site.dims),
-            "slice": asdict(site.columns) if site.columns else None,
+            "slice": _slice(site),
         }
         for site in sites
     ]
+
+
+def _slice(site: Site) -> dict[str, int] | None:
+    """Which columns of a fused projection a site is."""
+    columns = site.weights["W"].view.columns if "W" in site.weights else None
+    return asdict(columns) if columns else None
 
 
 def places(sites: Sequence[Site]) -> RenderableType:
@@ -63,11 +69,10 @@ def places(sites: Sequence[Site]) -> RenderableType:
 
 def _ports(site: Site) -> tuple[str, ...]:
     """`x[..., 1024]` for each port; a bias that the linear lacks is none."""
-    absent = {"b"} if "b" not in site.anchors else set()
     return tuple(
         f"{port}[{', '.join(map(str, shape))}]"
         for port, shape in port_shapes(site).items()
-        if port not in absent
+        if port not in site.absent
     )
 
 

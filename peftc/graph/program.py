@@ -43,62 +43,6 @@ class Value:
 
 
 @dataclass(frozen=True)
-class Columns:
-    """The features [start, stop) in each of `groups` groups of `period` features: a slice of a fused
-    projection, contiguous (one group) or interleaved by heads."""
-
-    groups: int
-    start: int
-    stop: int
-    period: int
-
-    @property
-    def count(self) -> int:
-        return self.groups * (self.stop - self.start)
-
-    def index(self) -> torch.Tensor:
-        """The features, in order."""
-        first = torch.arange(self.groups)[:, None] * self.period
-        return (first + torch.arange(self.start, self.stop)).flatten()
-
-
-@dataclass(frozen=True)
-class Form:
-    """How specs see a value that a model has in another layout: an op with its arguments, and its inverse."""
-
-    op: Any
-    args: tuple[Any, ...]
-    inverse: Any
-    inverse_args: tuple[Any, ...]
-    name: str
-
-
-TURNED = Form(aten.transpose.int, (0, 1), aten.transpose.int, (0, 1), "turned")
-
-
-@dataclass(frozen=True)
-class Part:
-    """A port inside another: some features of it along `axis` (0 or -1), of its other `form` where it has one."""
-
-    whole: Read | Value
-    axis: int = 0
-    columns: Columns | None = None
-    form: Form | None = None
-
-
-@dataclass(frozen=True)
-class Keys:
-    """What follows the number of keys of an attention: its masks, and the views that have it among their
-    sizes, at that place."""
-
-    masks: tuple[Read, ...]
-    sized: tuple[tuple[fx.Node, int], ...]
-
-
-Port = Read | Value | Part
-
-
-@dataclass(frozen=True)
 class Output:
     """A field that a graph returns."""
 
@@ -126,6 +70,7 @@ class Program:
     output_type: type = dict
     wide: frozenset[str] = frozenset()
     replaced: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    _filled: dict[Slot, fx.Node] = field(default_factory=dict, init=False)
 
     @property
     def graph(self) -> fx.Graph:
@@ -140,14 +85,9 @@ class Program:
         return self.slots.get(node.name) if node.op == "placeholder" else None
 
     def parameter(self, node: object) -> str | None:
-        """The path of the backbone parameter that `node` is or stands for, or None."""
-        if not isinstance(node, fx.Node):
-            return None
-        slot = self.slot(node)
-        if slot is not None:
-            return slot.name if slot.kind == "parameter" else None
-        rewritten: str | None = node.meta.get("parameter")
-        return rewritten
+        """The path of the backbone parameter that `node` is, or None."""
+        slot = self.slot(node) if isinstance(node, fx.Node) else None
+        return slot.name if slot is not None and slot.kind == "parameter" else None
 
     def current(self, node: fx.Node) -> fx.Node:
         """`node`, or what the latest edit put in its place."""
@@ -157,18 +97,15 @@ class Program:
 
     def placeholder(self, name: str, slot: Slot) -> fx.Node:
         """The placeholder filled by `slot`; added behind the others when there is none yet."""
-        last: fx.Node | None = None
-        node: fx.Node
-        for node in self.graph.nodes:
-            if node.op != "placeholder":
-                break
-            if self.slots.get(node.name) == slot:
-                return node
-            last = node
-        with self.graph.inserting_after(last) if last else self.graph.inserting_before():
-            added: fx.Node = self.graph.placeholder(name)
-        self.slots[added.name] = slot
-        return added
+        if not self._filled:
+            for node in self.graph.find_nodes(op="placeholder"):
+                self._filled[self.slots[node.name]] = node
+        if slot not in self._filled:
+            last = next(reversed(self._filled.values()), None)
+            with self.graph.inserting_after(last) if last else self.graph.inserting_before():
+                added: fx.Node = self.graph.placeholder(name)
+            self.slots[added.name], self._filled[slot] = slot, added
+        return self._filled[slot]
 
     def splice(self, port: Read | Value, new: fx.Node, inserted: Sequence[fx.Node]) -> None:
         """Put `new` where `port` was. The only function that changes edges of the graph."""
@@ -185,6 +122,25 @@ class Program:
         returned = next(node for node in self.graph.nodes if node.op == "output")
         fields = list(self.out_spec.context or ())
         return Output(returned, fields.index(name)) if name in fields else None
+
+    @property
+    def _sample(self) -> Any:
+        """A traced floating tensor, which knows the type and device of the graph and how to fake more."""
+        values = [node.meta.get("val") for node in self.graph.find_nodes(op="placeholder")]
+        tensors = [one for one in values if isinstance(one, torch.Tensor)]
+        return next((one for one in tensors if one.is_floating_point()), tensors[0])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating type of the weights that the graph was traced with."""
+        dtype: torch.dtype = self._sample.dtype
+        return dtype
+
+    def fake(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """What stands for a tensor while a graph is rewritten: its sizes and type, without values."""
+        sample = self._sample
+        with sample.fake_mode:
+            return torch.empty(tuple(shape), dtype=dtype, device=sample.device)
 
     def finish(self) -> None:
         """Check the graph and compile it to code; call after edits."""

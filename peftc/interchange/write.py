@@ -17,6 +17,7 @@ from peftc.language.expr import Call, Expr, Name, names, number
 from peftc.model.compiled import CompiledModel
 from peftc.plan.algebra import inlined, numbers
 from peftc.plan.edit import Edit
+from peftc.sites.view import TURNED, View, compute
 from peftc.store.directory import write_directory
 
 
@@ -41,7 +42,7 @@ def low_rank(edit: Edit) -> LowRank:
                     "W",
                     Call("transpose", (Call("matmul", (Name(down), Name(up))),)),
                 ):
-                    if {down, up} <= own and "W" in edit.site.anchors:
+                    if {down, up} <= own and "W" in edit.site.weights:
                         return LowRank(edit, scale, down, up)
     raise InterchangeError(f"{edit.name} is not LoRA-like: PEFT has no form for it")
 
@@ -62,18 +63,19 @@ def export_peft(model: CompiledModel, directory: str | Path) -> tuple[str, ...]:
     """
     groups: dict[str, list[LowRank]] = {}
     for edit in model.plan.edits:
-        module = edit.site.anchors.get("W", "").removesuffix(".weight")
+        module = edit.site.weights["W"].path.removesuffix(".weight")
         groups.setdefault(module, []).append(low_rank(edit))
     if not groups:
         raise InterchangeError("there are no deltas that PEFT could hold")
     tensors: Tensors = {}
     for module, group in groups.items():
         down, up = _pair(model, group)
-        kernel = group[0].edit.site.kernel
-        if kernel:
+        _, *kernel = model.get_parameter(f"{module}.weight").shape
+        if len(kernel) > 1:
             peft_kernels.require(module, model.get_submodule(module))
+            down = down.reshape(-1, *kernel)
         ones = (1,) * (len(kernel) - 1)
-        tensors[f"{PREFIX}{module}.lora_A.weight"] = down.reshape(-1, *(kernel or down.shape[1:]))
+        tensors[f"{PREFIX}{module}.lora_A.weight"] = down
         tensors[f"{PREFIX}{module}.lora_B.weight"] = up.reshape(*up.shape, *ones)
     for one in model.plan.unfrozen:
         tensors[PREFIX + one.path] = model.get_parameter(one.path).detach().clone()
@@ -94,13 +96,12 @@ def _pair(model: CompiledModel, group: list[LowRank]) -> tuple[torch.Tensor, tor
     """(A [r, in], B [out, r]) of a module, with the slices' factors side by side and their scale in B."""
     values = model.deltas.values()
     downs = [values[f"{one.edit.path}.{one.down}"].detach().T for one in group]
-    width = model.get_parameter(group[0].edit.site.anchors["W"]).shape
-    out = width[1] if group[0].edit.site.transposed else width[0]
     ups = []
     for one in group:
-        up = values[f"{one.edit.path}.{one.up}"].detach().T
-        full = up.new_zeros(out, up.shape[1])
-        full[one.edit.site.columns.index() if one.edit.site.columns else slice(None)] = up
+        up, weight = values[f"{one.edit.path}.{one.up}"].detach().T, one.edit.site.weights["W"]
+        features = View(weight.view.form).read(compute, model.get_parameter(weight.path)).shape[0]
+        nothing = up.new_zeros(features, up.shape[1])
+        full = View(columns=weight.view.columns).write(compute, nothing, up)
         ups.append(full if _same_scale(group) else full * one.scale)
     return torch.cat(downs).contiguous(), torch.cat(ups, 1).contiguous()
 
@@ -130,7 +131,9 @@ def _lora_config(model: CompiledModel, groups: Mapping[str, list[LowRank]]) -> d
         "alpha_pattern": {p: a for p, a in alphas.items() if a != alphas[first]},
         "target_modules": list(groups),
         "modules_to_save": owners or None,
-        "fan_in_fan_out": any(group[0].edit.site.transposed for group in groups.values()),
+        "fan_in_fan_out": any(
+            group[0].edit.site.weights["W"].view.form == TURNED for group in groups.values()
+        ),
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from peftc.language.expr import names
+from peftc.language.ports import SITES, STORED
 from peftc.plan.edit import Edit, Parameter
 from peftc.rewrite.evaluate import evaluate
 from peftc.sites.site import Site
@@ -80,14 +81,12 @@ def _formed(
 def weights_at(site: Site, read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
     """The site's own W and b as specs see them: of a linear [out, in], of a fused one its slice, of a
     convolution the matrix of its kernels."""
-    found = {port: read(site.anchors[port]).detach() for port in ("W", "b") if port in site.anchors}
-    if site.transposed:
-        found["W"] = found["W"].T
-    if site.kernel:
-        found["W"] = found["W"].flatten(1)
-    if site.columns is not None:
-        found = {port: value[site.columns.index()] for port, value in found.items()}
-    return found
+    own = SITES[site.at].having(*STORED)
+    return {
+        port: weight.read(read(weight.path).detach())
+        for port, weight in site.weights.items()
+        if port in own
+    }
 
 
 def initial(parameter: Parameter, device: torch.device, dtype: torch.dtype) -> torch.Tensor:

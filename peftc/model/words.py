@@ -13,12 +13,14 @@ from torch import fx
 from transformers import PreTrainedModel
 
 from peftc.errors import PeftcError
-from peftc.graph.program import Port, Program, Read, Value
+from peftc.graph.program import Program, Read, Value
 from peftc.language.spec import Words
 from peftc.model import backbones
 from peftc.model.compiled import run_program
 from peftc.plan.edit import Edit
-from peftc.sites.locate import locate
+from peftc.sites.index import Index
+from peftc.sites.kinds import KINDS
+from peftc.sites.view import Port, compute
 
 
 class WordsError(PeftcError):
@@ -31,14 +33,18 @@ class Activations:
 
     model: PreTrainedModel
     program: Program
+    index: Index = field(init=False)
     _runs: dict[tuple[Any, ...], Mapping[fx.Node, torch.Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.index = Index(self.program)
 
     def at(self, edit: Edit, length: int) -> dict[str, torch.Tensor]:
         """The ports of a site, without the batch axis, where the entry's words fill `length` tokens, repeated.
 
         k of 12 heads of 64 is [12, length, 64]. Raises WordsError.
         """
-        place = locate(self.program, edit.site)[0]
+        place = KINDS[edit.site.at].locate(self.index, edit.site)[0]
         assert edit.entry.words is not None  # the reader asks for them
         values = self._run(edit.entry.words, length)
         return {
@@ -107,11 +113,7 @@ class _Recorder(fx.Interpreter):
 
 def _value(port: Port, values: Mapping[fx.Node, torch.Tensor]) -> torch.Tensor | None:
     """The value of a port that is an activation; weights have none here."""
-    if isinstance(port, Value):
+    if isinstance(port, Value | Read):
         return values.get(port.node)
-    if isinstance(port, Read):
-        return values.get(port.node)
-    whole = _value(port.whole, values)
-    if whole is None or port.columns is None:
-        return whole
-    return whole.index_select(port.axis, port.columns.index().to(whole.device))
+    whole = values.get(port.whole.node)
+    return None if whole is None else port.view.read(compute, whole)

@@ -53,6 +53,13 @@ def grown(expression: Expr, edit: Edit) -> int:
     return int(shape_of(rows, edit)[-2]) + grown(rest, edit)
 
 
+def growth(edit: Edit) -> dict[str, int]:
+    """How many rows an edit puts in front of what: `tokens`, or the `keys` and values of an attention."""
+    ports = SITES[edit.site.at].ports
+    rows = {ports[port].rows: grown(one, edit) for port, one in inlined(edit)[1].items()}
+    return {what: count for what, count in rows.items() if count}
+
+
 def ungrown(expression: Expr) -> Expr:
     """The expression without the rows that it puts in front."""
     while isinstance(expression, Call) and expression.op == "prepend":
@@ -67,31 +74,45 @@ def constant_form(edit: Edit) -> Edit:
     factors stays, because the product has more elements than the factors; so does what is under a mask (a
     frozen parameter of the same shape), which must hold when training goes on.
     """
-    sizes = {p.name: p.numel for p in edit.parameters}
-    masks = {p.name: p.shape for p in edit.parameters if not p.trainable}
-    lets, assigned = inlined(edit)
-    found: dict[Expr, Parameter] = {}
-    for port, expression in assigned.items():
-        for part in constant_parts(expression, edit):
-            shape = tuple(int(n) for n in shape_of(part, edit))
-            if any(masks.get(name) == shape for name in names(part)):
-                continue
-            if prod(shape) <= sum(sizes[n] for n in names(part) if n in sizes):
-                label = next(
-                    (name for name, one in lets.items() if one == part), f"{port}_constant"
-                )
-                trainable = any(p.trainable for p in edit.parameters if p.name in names(part))
-                found.setdefault(
-                    part, Parameter(label, f"{edit.path}.{label}", shape, "zeros", (), trainable)
-                )
+    found = constants(edit)
     if not found:
         return edit
     named = {part: Name(parameter.name) for part, parameter in found.items()}
-    assign = tuple((port, replaced(one, named)) for port, one in assigned.items())
+    assign = tuple((port, replaced(one, named)) for port, one in inlined(edit)[1].items())
     used = {name for _, one in assign for name in names(one)}
     kept = tuple(p for p in edit.parameters if p.name in used)
     entry = replace(edit.entry, let=(), assign=assign, params=())
     return replace(edit, entry=entry, parameters=kept + tuple(found.values()))
+
+
+def constants(edit: Edit) -> dict[Expr, Parameter]:
+    """The subexpressions that `constant_form` evaluates, and the parameter that each becomes."""
+    sizes = {p.name: p.numel for p in edit.parameters}
+    masks = {p.name: p.shape for p in edit.parameters if not p.trainable}
+    lets, assigned = inlined(edit)
+    known = {one: name for name, one in reversed(lets.items())}
+    found: dict[Expr, Parameter] = {}
+    for port, expression in assigned.items():
+        for part in constant_parts(expression, edit):
+            shape = tuple(int(n) for n in shape_of(part, edit))
+            if part in found or any(masks.get(name) == shape for name in names(part)):
+                continue
+            if prod(shape) > sum(sizes[name] for name in names(part) if name in sizes):
+                continue
+            taken = {*sizes, *lets, *(one.name for one in found.values())}
+            label = known.get(part) or _fresh(f"{port}_constant", taken)
+            trainable = any(p.trainable for p in edit.parameters if p.name in names(part))
+            path = f"{edit.path}.{label}"
+            found[part] = Parameter(label, path, shape, "zeros", (), trainable)
+    return found
+
+
+def _fresh(label: str, taken: set[str]) -> str:
+    """`h_constant`, then `h_constant_2`: each unnamed part is a parameter of its own."""
+    count = next(
+        n for n in range(1, len(taken) + 2) if (label if n == 1 else f"{label}_{n}") not in taken
+    )
+    return label if count == 1 else f"{label}_{count}"
 
 
 def constant_parts(expression: Expr, edit: Edit) -> list[Expr]:

@@ -11,18 +11,16 @@ from math import prod
 from torch import nn
 
 from peftc.errors import PeftcError, suggest
-from peftc.graph.facts import Stacks
-from peftc.graph.program import Program
 from peftc.graph.rows import Room
 from peftc.language import expr as ex
-from peftc.language.ports import SITES
+from peftc.language.ports import INPUT, SITES, STORED
 from peftc.language.spec import FORMULA, Entry, Param, Spec
-from peftc.plan.algebra import grown, inlined
+from peftc.plan.algebra import growth
 from peftc.plan.checks import behind_rows, check
 from peftc.plan.counts import Counts, Unfrozen, count, numel
 from peftc.plan.edit import Edit, Parameter
-from peftc.sites.site import Site, find_sites
-from peftc.sites.unreached import unreached
+from peftc.sites.kinds import Survey
+from peftc.sites.site import NoSite, Site
 
 
 class PlanError(PeftcError):
@@ -31,7 +29,7 @@ class PlanError(PeftcError):
 
 @dataclass(frozen=True)
 class Miss:
-    """A site that an entry named and that is left alone, and why."""
+    """A site, or what looks like one, that an entry named and that is left alone, and why."""
 
     entry: str
     site: str
@@ -73,25 +71,12 @@ class Plan:
         rows: dict[str, int] = {}
         shifts: dict[str, int] = {}
         for edit in self.edits:
-            for port, expression in inlined(edit)[1].items():
-                count = grown(expression, edit)
-                if count and edit.site.at == "embedding":
-                    rows[edit.site.anchors["ids"]] = count
-                elif port == "k" and edit.entry.positions == "shift":
-                    shifts[edit.site.name] = shifts.get(edit.site.name, 0) + count
+            for what, length in growth(edit).items():
+                if what == "tokens":
+                    rows[edit.site.ids] = length
+                elif edit.entry.positions == "shift":
+                    shifts[edit.site.name] = shifts.get(edit.site.name, 0) + length
         return Room(rows, max(shifts.values(), default=0))
-
-
-@dataclass(frozen=True)
-class Survey:
-    """What a model has to offer: its sites, and for each op the weights out of reach with the reason."""
-
-    sites: tuple[Site, ...]
-    unreached: Mapping[str, Mapping[str, str]]
-
-    @staticmethod
-    def of(program: Program, stacks: Stacks) -> Survey:
-        return Survey(find_sites(program, stacks), unreached(program))
 
 
 def make_plan(spec: Spec, survey: Survey, backbone: Mapping[str, tuple[int, ...]]) -> Plan:
@@ -120,7 +105,7 @@ def make_plan(spec: Spec, survey: Survey, backbone: Mapping[str, tuple[int, ...]
         if taken & _paths(placed):  # the same method twice at one site
             placed, missed, broken = _edits(entry, f"{entry.method}_{index}", chosen)
         taken |= _paths(placed)
-        passed = list(_passed_by(entry, survey.unreached))
+        passed = list(_passed_by(entry, survey.none))
         problems += broken or _unmatched(entry, len(placed), sites, [*missed, *passed])
         edits += placed
         misses += [*missed, *passed]
@@ -163,17 +148,19 @@ def _unfrozen(
 
 def _owners(site: Site) -> set[str]:
     """The modules whose parameters a site is made of; a slice of a fused one has none to itself."""
-    if site.columns is not None:
+    if site.is_slice:
         return set()
-    return {path.rpartition(".")[0] for path in site.weights}
+    return {weight.path.rpartition(".")[0] for weight in site.weights.values()}
 
 
-def _passed_by(entry: Entry, unreached: Mapping[str, Mapping[str, str]]) -> Iterator[Miss]:
-    """Weights that an entry means and no op of its kind reads (experts, fused kernels, weight norm)."""
-    op = "linear" if entry.at.startswith("ffn") else entry.at
-    for path, reason in unreached.get(op, {}).items():
-        if entry.scope is None or fnmatch.fnmatchcase(path.rpartition(".")[0], entry.scope):
-            yield Miss(entry.method, path, reason)
+def _passed_by(entry: Entry, none: Sequence[NoSite]) -> Iterator[Miss]:
+    """What an entry may mean and is no site (experts, fused kernels, weight norm)."""
+    for one in none:
+        owners = (one.path, one.path.rpartition(".")[0])  # of a module, of a parameter
+        if entry.at in one.at and (
+            entry.scope is None or any(fnmatch.fnmatchcase(own, entry.scope) for own in owners)
+        ):
+            yield Miss(entry.method, one.path, one.reason)
 
 
 def _unmatched(
@@ -196,7 +183,7 @@ def _advice(entry: Entry, sites: Sequence[Site]) -> str:
         kinds[site.at] = kinds.get(site.at, 0) + 1
     same = [site for site in sites if site.at == entry.at]
     if same and entry.train:
-        fused = any(site.columns is not None for site in same)
+        fused = any(site.is_slice for site in same)
         reason = "it is a slice of a fused projection" if fused else "none has a parameter so named"
         return f"it has {len(same)} places but {reason}"
     if same:
@@ -245,15 +232,23 @@ def _edits(
 
 
 def _unfit(entry: Entry, site: Site) -> str:
+    """Why an entry cannot be at a site, or nothing."""
+    kind = SITES[site.at]
     ports = {port for port, _ in entry.assign}
     used = {name for _, expression in (*entry.let, *entry.assign) for name in ex.names(expression)}
-    if site.shared and ports & {"W", "b"}:
-        return f"'{site.shared}' reads this weight too"
-    if site.columns is not None and "x" in ports:
+    also = next((site.weights[p].also for p in kind.having(*STORED) if p in site.weights), "")
+    if also and ports & set(kind.having(*STORED)):
+        return f"'{also}' reads this weight too"
+    if site.is_slice and ports & set(kind.having(INPUT)):
         return "the input of a fused projection is read by its other parts too"
-    if "b" in (ports | used) and "b" in SITES[entry.at].ports and "b" not in site.anchors:
-        return "this convolution has no bias" if entry.at == "conv" else "this linear has no bias"
-    return ""
+    return next(
+        (
+            site.absent[port]
+            for port in kind.ports
+            if port in (ports | used) and port in site.absent
+        ),
+        "",
+    )
 
 
 def _paths(edits: Iterable[Edit]) -> set[str]:

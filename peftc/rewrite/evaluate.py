@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from peftc.language.expr import Expr, names
-from peftc.plan.algebra import constant_form, constant_parts, inlined, numbers
+from peftc.plan.algebra import constants, numbers
 from peftc.plan.edit import Edit
 from peftc.rewrite.lower import Builder
 
@@ -33,18 +33,7 @@ def evaluate(expression: Expr, env: Tensors, sizes: Mapping[str, float | int]) -
 def constant_values(edit: Edit, tensors: Tensors) -> dict[str, torch.Tensor]:
     """The values of the parameters that `constant_form` introduces, by path, computed in float64."""
     env = {p.name: tensors[p.path] for p in edit.parameters}
-    lets, assigned = inlined(edit)
-    values = {}
-    old = {p.path for p in edit.parameters}
-    for parameter in constant_form(edit).parameters:
-        if parameter.path in old:
-            continue
-        part = lets.get(parameter.name) or next(
-            one
-            for port, expression in assigned.items()
-            if parameter.name == f"{port}_constant"
-            for one in constant_parts(expression, edit)
-        )
-        value = evaluate(part, env, numbers(edit))
-        values[parameter.path] = value.to(next(iter(env.values())).dtype)
-    return values
+    return {
+        parameter.path: evaluate(part, env, numbers(edit)).to(next(iter(env.values())).dtype)
+        for part, parameter in constants(edit).items()
+    }

@@ -12,7 +12,7 @@ from peftc.plan.edit import Edit
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one edit: folded into `into`, or kept because of `reason`."""
+    """What became of one edit: folded into `note`, or kept because of it."""
 
     edit: str
     folded: bool
@@ -41,19 +41,39 @@ class Report:
         return tuple(one for one in self.outcomes if not one.folded)
 
 
+def rounded(stored: torch.Tensor, folded: torch.Tensor) -> torch.Tensor:
+    """What a weight becomes: the folded one, float64, rounded once to the type it is stored in."""
+    return folded.to(stored.dtype)
+
+
 @dataclass
 class Folding:
-    """`read` fetches a backbone weight by path; `weights` holds the rewritten ones in float64. Of the `tied`
-    paths the `separable` ones may get a weight of their own."""
+    """`read` fetches a backbone weight by path. Of the `tied` paths the `separable` ones may get a weight of
+    their own. Fold passes take edits out of `edits` and say where they went (`folded`) or why they stay
+    (`reasons`), by the edit's path. `weights` has what `as_stored` makes of a stored weight and its folded value as
+    soon as all of a weight's edits are done, so that no float64 copy is kept."""
 
     edits: list[Edit]
     tensors: dict[str, torch.Tensor]
     read: Callable[[str], torch.Tensor]
     tied: frozenset[str] = frozenset()
     separable: frozenset[str] = frozenset()
+    as_stored: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = rounded
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
-    outcomes: list[Outcome] = field(default_factory=list)
+    folded: dict[str, str] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
 
-    def weight(self, path: str) -> torch.Tensor:
-        """A backbone weight as folded so far, in float64."""
-        return self.weights[path] if path in self.weights else self.read(path).detach().double()
+    def put(self, path: str, value: torch.Tensor) -> None:
+        """A rewritten weight, float64, as the model stores it."""
+        self.weights[path] = self.as_stored(self.read(path).detach(), value)
+
+    def outcomes(self, edits: tuple[Edit, ...]) -> tuple[Outcome, ...]:
+        """What became of each of the edits that the folding started with."""
+        return tuple(
+            Outcome(
+                edit.name,
+                edit.path in self.folded,
+                self.folded.get(edit.path) or self.reasons.get(edit.path, ""),
+            )
+            for edit in edits
+        )

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
 
 from peftc.graph.program import aten
 from peftc.language.expr import Call, Expr, Name, Number, names, number
@@ -25,6 +27,18 @@ def target(op: str) -> Any:
     for part in OPS[op].target.split("."):
         found = getattr(found, part)
     return found
+
+
+def value_of(fn: Any, args: Any, kwargs: Any) -> Any:
+    """What a node gives: the sizes and type of its result, computed on those of its operands."""
+    nodes = [one for one in pytree.tree_leaves((args, kwargs)) if isinstance(one, fx.Node)]
+    values = [one.meta.get("val") for one in nodes]
+    mode = next((one.fake_mode for one in values if isinstance(one, FakeTensor)), None)
+    if mode is None or any(value is None for value in values):
+        return None  # outside of a traced graph
+    real_args, real_kwargs = fx.map_arg((args, kwargs), lambda one: one.meta["val"])
+    with mode:
+        return fn(*real_args, **real_kwargs)
 
 
 @dataclass
@@ -51,6 +65,7 @@ class Builder:
         node.meta["delta"] = self.tag
         if self.stack is not None:
             node.meta["nn_module_stack"] = self.stack
+        node.meta["val"] = value_of(fn, args, kwargs)
         self.inserted.append(node)
         if self.memo is not None:
             self.memo[key] = node

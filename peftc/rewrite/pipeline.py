@@ -7,6 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+from peftc.errors import PeftcError
+from peftc.graph.program import Program
+
 T = TypeVar("T")
 Q = TypeVar("Q", contravariant=True)
 
@@ -39,13 +42,19 @@ class Pipeline:
     after: Callable[[str, object], None] | None = None
 
     def run(self, passes: Sequence[Pass[T]], subject: T) -> tuple[PassResult, ...]:
-        return tuple(self._one(one, subject) for one in passes)
+        """Run every pass in order; a graph is compiled to code at the end."""
+        results = tuple(self._one(one, subject) for one in passes)
+        if isinstance(subject, Program):
+            subject.finish()
+        return results
 
     def _one(self, one: Pass[T], subject: T) -> PassResult:
         start = time.perf_counter()
         try:
             rewrites = one.run(subject)
-        except PassError as error:
+        except PeftcError:
+            raise  # the user's to mend
+        except Exception as error:
             raise PassError(f"pass '{one.name}': {error}") from error
         problems = self.verify(subject, one.name) if self.verify else ()
         if problems:

@@ -54,7 +54,7 @@ def untie(model: PreTrainedModel) -> None:
 
 def own_path(edit: Edit) -> str:
     """Where the weight of an edit's site would be if nothing else shared it: in the site's own module."""
-    return f"{edit.site.scope}.{edit.site.anchors['W'].rpartition('.')[2]}"
+    return f"{edit.site.scope}.{edit.site.weights['W'].path.rpartition('.')[2]}"
 
 
 def anchored(edits: Iterable[Edit], apart: frozenset[str]) -> tuple[Edit, ...]:
@@ -62,7 +62,8 @@ def anchored(edits: Iterable[Edit], apart: frozenset[str]) -> tuple[Edit, ...]:
     found = []
     for edit in edits:
         site = edit.site
-        if "W" in site.anchors and own_path(edit) in apart:
-            site = replace(site, anchors={**site.anchors, "W": own_path(edit)}, shared="")
+        if "W" in site.weights and own_path(edit) in apart:
+            own = replace(site.weights["W"], path=own_path(edit), also="")
+            site = replace(site, weights={**site.weights, "W": own})
         found.append(replace(edit, site=site))
     return tuple(found)

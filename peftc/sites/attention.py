@@ -1,169 +1,236 @@
-"""Attention cores of a captured graph: each scaled dot-product attention, fused or written out."""
+"""Attention sub-layers: the whole, its heads, and its four projections."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import zip_longest
+from typing import Any
 
+import torch
 from torch import fx
 
-from peftc.graph.program import Program, Read, aten, is_call, scope_of
-from peftc.sites.dataflow import ADD, DROPOUT, MOVE, MUL, static_shape
+from peftc.graph.aten import FILL, SDPA, features, static_shape, weight_of
+from peftc.graph.facts import Stacks
+from peftc.graph.program import Program, Read, Value, aten, is_call, scope_of
+from peftc.sites import fused
+from peftc.sites.cores import Core, cores
+from peftc.sites.dataflow import next_linear, projections, runs
+from peftc.sites.index import Index
+from peftc.sites.linear import computed, linear_site, ports_of
+from peftc.sites.site import NoSite, Place, Site, SiteError, layer_of
+from peftc.sites.view import Columns, Port
 
-SDPA = aten.scaled_dot_product_attention.default
-SOFTMAX = (aten.softmax.int, aten._softmax.default)
-MATMUL = (aten.matmul.default, aten.bmm.default)
-FILL = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
-_BIASED = aten.baddbmm.default
-_VIEW = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
-Sized = tuple[tuple[fx.Node, int], ...]
-
-
-@dataclass(frozen=True)
-class Core:
-    """One attention: its operands [batch, heads, length, head_dim] as edges, its result, its module path.
-
-    Keys and values are taken before they are repeated for grouped queries. `masks` are added to the
-    scores, fill them, or are the fused op's own; `sized` are the views whose list of sizes has the number
-    of keys at that place.
-    """
-
-    q: Read
-    k: Read
-    v: Read
-    masks: tuple[Read, ...]
-    sized: Sized
-    h: fx.Node
-    scope: str
-
-
-def cores(program: Program) -> Iterator[Core]:
-    """Attention cores in graph order."""
-    for node in program.graph.nodes:
-        if is_call(node, SDPA):
-            masks = (Read(node, 3),) if len(node.args) > 3 and node.args[3] is not None else ()
-            yield _core(Read(node, 0), Read(node, 1), Read(node, 2), masks, (), node, node)
-        elif is_call(node, *SOFTMAX):
-            core = _written_out(node)
-            if core:
-                yield core
-
-
-def _core(
-    q: Read,
-    k: Read,
-    v: Read,
-    masks: tuple[Read, ...],
-    sized: Sized,
-    h: fx.Node,
-    anchor: fx.Node,
-) -> Core:
-    k, of_k = _before_repeat(k)
-    v, of_v = _before_repeat(v)
-    q, _ = _unflattened(q)
-    return Core(q, k, v, masks, (*sized, *of_k, *of_v), _four_axes(h), scope_of(anchor))
-
-
-def _before_repeat(read: Read) -> tuple[Read, Sized]:
-    """The operand with the heads it was projected to: behind `repeat_kv` it has one for each query head."""
-    read, sized = _unflattened(read)
-    expanded = read.node.args[0] if is_call(read.node, *_VIEW) else None
-    if not is_call(expanded, aten.expand.default):
-        return read, sized
-    assert isinstance(expanded, fx.Node)
-    node = _behind_slices(expanded.args[0])
-    if not is_call(node, aten.unsqueeze.default):
-        return read, sized
-    first = node
-    while is_call(first.args[0], aten.slice.Tensor):
-        first = first.args[0]  # type: ignore[assignment]
-    return Read(first, 0), (*sized, (read.node, -2), (expanded, -2))
-
-
-def _behind_slices(node: object) -> fx.Node:
-    while is_call(node, aten.slice.Tensor):
-        node = node.args[0]  # type: ignore[attr-defined]
-    assert isinstance(node, fx.Node)
-    return node
-
-
-def _unflattened(read: Read) -> tuple[Read, Sized]:
-    """The operand with four axes, where `bmm` has batch and heads in one."""
-    node = read.node
-    if is_call(node, *_VIEW) and len(static_shape(node)) == 3:
-        return Read(node, 0), ((node, -2),)
-    return read, ()
-
-
-def _four_axes(h: fx.Node) -> fx.Node:
-    users = list(h.users)
-    if len(static_shape(h)) == 3 and len(users) == 1 and is_call(users[0], *_VIEW):
-        return users[0]
-    return h
+SIDES = ("q", "k", "v")
+_ALL = ("attention", "attention.heads", *(f"attention.{side}" for side in (*SIDES, "o")))
 
 
 @dataclass(frozen=True)
-class _Scores:
-    """The product of queries and keys behind a softmax, what is added to it on the way, and the views."""
+class Attention:
+    """A core with the linears around it. `columns` has the slices of those that are fused."""
 
-    q: Read
-    keys: object
-    masks: tuple[Read, ...]
-    sized: Sized
+    core: Core
+    linears: Mapping[str, fx.Node]
+    columns: Mapping[str, Columns | None]
 
+    @property
+    def kind(self) -> str:
+        """Self attention projects queries and keys from one value."""
+        q, k = self.linears["q"], self.linears["k"]
+        return "self" if q is k or q.args[0] is k.args[0] else "cross"
 
-def _written_out(softmax: fx.Node) -> Core | None:
-    found = _scores(softmax.args[0])
-    values, views = _value_product(softmax)
-    if found is None or values is None:
-        return None
-    keys = found.keys
-    while is_call(keys, *MUL):
-        keys = keys.args[0]  # type: ignore[attr-defined]
-    if not is_call(keys, aten.transpose.int, aten.permute.default):
-        return None
-    assert isinstance(keys, fx.Node)
-    sized = (*found.sized, *views)
-    return _core(found.q, Read(keys, 0), Read(values, 1), found.masks, sized, values, softmax)
+    @property
+    def dims(self) -> dict[str, int]:
+        heads, _, head_dim = static_shape(self.core.q.node)[-3:]
+        kv_heads, value_dim = static_shape(self.core.k.node)[-3], static_shape(self.core.v.node)[-1]
+        sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "value_dim": value_dim}
+        return {**sizes, "kv": kv_heads * head_dim, "d": features(self.linears["o"])[1]}
 
-
-def _scores(node: object) -> _Scores | None:
-    """Walk back from a softmax through masks, scales and soft caps to the product of queries and keys."""
-    if not isinstance(node, fx.Node) or node.op != "call_function":
-        return None
-    if is_call(node, *MATMUL):
-        return _Scores(Read(node, 0), node.args[1], (), ())
-    if is_call(node, _BIASED):
-        return _Scores(Read(node, 1), node.args[2], (Read(node, 0),), ())
-    if is_call(node, *ADD):
-        for i in (0, 1):
-            found = _scores(node.args[i])
-            if found is not None:
-                added = isinstance(node.args[1 - i], fx.Node)
-                masks = (*found.masks, Read(node, 1 - i)) if added else found.masks
-                return _Scores(found.q, found.keys, masks, found.sized)
-        return None
-    if not is_call(node, *FILL, *MUL, *MOVE, aten.tanh.default):
-        return None
-    found = _scores(node.args[0])
-    if found is None:
-        return None
-    masks = (*found.masks, Read(node, 1)) if is_call(node, *FILL) else found.masks
-    sized = (*found.sized, (node, -1)) if is_call(node, *_VIEW) else found.sized
-    return _Scores(found.q, found.keys, masks, sized)
+    def has(self, side: str) -> bool:
+        """Whether a side is a site of its own: not when one linear makes all and no slice is its."""
+        alone = len({self.linears[one] for one in SIDES}) == 3
+        return side == "o" or alone or self.columns[side] is not None
 
 
-def _value_product(softmax: fx.Node) -> tuple[fx.Node | None, Sized]:
-    """The product of the probabilities with the values, and the views on the way to it."""
-    node, sized = softmax, list[tuple[fx.Node, int]]()
-    while True:
-        users = list(node.users)
-        matmul = next((u for u in users if is_call(u, *MATMUL) and u.args[0] is node), None)
-        if matmul is not None:
-            return matmul, tuple(sized)
-        onward = [u for u in users if is_call(u, *DROPOUT, *MOVE)]
-        if not onward:
-            return None, ()
-        node = onward[0]
-        if is_call(node, *_VIEW):
-            sized.append((node, -1))
+def attentions(index: Index) -> tuple[Attention | NoSite, ...]:
+    """The attention sub-layers, in graph order; those whose projections are not one linear each are none."""
+    return tuple(_attention(core) for core in index.once(cores))
+
+
+def _attention(core: Core) -> Attention | NoSite:
+    found = {side: projections(getattr(core, side).node) for side in SIDES}
+    for side, linears in found.items():
+        if len(linears) != 1:
+            several = ", ".join(scope_of(one) for one in linears)
+            fact = (
+                f"come from {len(linears)} linears ({several})"
+                if linears
+                else "come from no linear"
+            )
+            return NoSite(_ALL, core.scope, f"its {_NAMES[side]} {fact}")
+    out = next_linear(core.h)
+    if out is None:
+        return NoSite(_ALL, core.scope, "its result goes into no linear")
+    single = {side: one for side, (one,) in found.items()}
+    columns = {side: fused.columns(getattr(core, side).node, one) for side, one in single.items()}
+    return Attention(core, {**single, "o": out}, {**columns, "o": None})
+
+
+_NAMES = {"q": "queries", "k": "keys", "v": "values"}
+
+
+def linears_of(index: Index) -> set[fx.Node]:
+    """The linears that belong to attention."""
+    found = [one for one in index.once(attentions) if isinstance(one, Attention)]
+    return {linear for one in found for linear in one.linears.values()}
+
+
+def find(index: Index, facts: Stacks) -> Iterator[Site | NoSite]:
+    """Whole sub-layers, found by their query and output projections; and what is none."""
+    for one in index.once(attentions):
+        if isinstance(one, NoSite):
+            yield one
+            continue
+        first, last = (index.weights(one.linears[side]) for side in ("q", "o"))
+        if not (first and last):
+            gone = one.linears["o" if first else "q"]
+            yield NoSite(("attention",), one.core.scope, computed(weight_of(gone)))
+            continue
+        yield replace(_site("attention", one, facts), weights={**last, "q": first["W"]})
+
+
+def find_heads(index: Index, facts: Stacks) -> Iterator[Site | NoSite]:
+    """Cores, found by their module's path."""
+    for one in index.once(attentions):
+        if isinstance(one, Attention):
+            yield _site("attention.heads", one, facts)
+
+
+def find_side(side: str, index: Index, facts: Stacks) -> Iterator[Site | NoSite]:
+    """One projection of each sub-layer; its `input` is found by the query's weight."""
+    for one in index.once(attentions):
+        if isinstance(one, NoSite) or not one.has(side):
+            continue
+        query = index.weights(one.linears["q"]).get("W")
+        found = linear_site(
+            index,
+            facts,
+            one.linears[side],
+            f"attention.{side}",
+            one.core.scope,
+            one.kind,
+            one.dims,
+            one.columns[side],
+            {"q": query} if query else None,
+        )
+        if isinstance(found, Site) and query is None:
+            lacks = {"input": "the graph computes the weight of its queries"}
+            found = replace(found, absent={**found.absent, **lacks})
+        yield found
+
+
+def _site(at: str, one: Attention, facts: Stacks) -> Site:
+    scope, size = one.core.scope, features(one.linears["q"])[0]
+    dims = {**one.dims, "in": size, "out": one.dims["d"]}
+    return Site(at, scope, facts.of(scope), one.kind, layer_of(scope), dims, {})
+
+
+def locate(index: Index, site: Site) -> tuple[Place, ...]:
+    """From the query projection's input to the output projection's result, each time that the module runs."""
+    ends = index.multiplying(site.weights["W"].path)
+    starts = between(index, site, site.weights["q"].path, ends)
+    return tuple(Place({"x": Read(start, 0), "h": Value(end)}) for start, end in zip(starts, ends))
+
+
+def between(index: Index, site: Site, first: str, ends: list[fx.Node]) -> list[fx.Node]:
+    """The linear by weight `first` that starts what each of `ends` ends. Raises SiteError."""
+    starts = runs(index.multiplying(first), ends, index.order)
+    if len(starts) < len(ends):
+        raise SiteError(
+            f"entry '{index.program.entry}': '{first}' does not run before {ends[len(starts)].name} "
+            f"of {site.name}"
+        )
+    return starts
+
+
+def locate_heads(index: Index, site: Site) -> tuple[Place, ...]:
+    """The cores in this module."""
+    return tuple(_core(one) for one in index.once(cores) if one.scope == site.scope)
+
+
+def _core(core: Core) -> Place:
+    ports: dict[str, Port] = {"q": core.q, "k": core.k, "v": core.v, "h": Value(core.h)}
+    return Place(ports, follow=partial(extend_keys, core))
+
+
+def locate_side(index: Index, site: Site) -> tuple[Place, ...]:
+    """As a linear, with the sub-layer's `input`. A key may run without its query: cross attention's, once for
+    a whole generation."""
+    weight = site.weights["W"]
+    linears = index.multiplying(weight.path)
+    places = [ports_of(node, weight.view.columns) for node in linears]
+    if "q" not in site.weights:
+        return tuple(Place(ports) for ports in places)
+    if site.at == "attention.o":
+        queries = between(index, site, site.weights["q"].path, linears)
+    else:
+        queries = index.multiplying(site.weights["q"].path)[: len(places)]
+    return tuple(
+        Place({**ports, "input": Read(query, 0)} if query is not None else ports)
+        for ports, query in zip_longest(places, queries)
+    )
+
+
+def extend_keys(core: Core, program: Program, call: Callable[..., Any], rows: int) -> None:
+    """Let every query see `rows` more keys in front; the other keys keep their mask."""
+    for mask in core.masks:
+        mask.user.update_arg(mask.index, _padded(program, mask, call, rows))
+    # aten.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, ...)
+    if not core.masks and is_call(core.h, SDPA) and len(core.h.args) > 5 and core.h.args[5]:
+        _explicit_causal(program, core.h, call, rows)
+    for view, place in core.sized:
+        _resize(program, view, place, call, rows)
+
+
+def _resize(
+    program: Program, view: fx.Node, place: int, call: Callable[..., Any], rows: int
+) -> None:
+    """Add to one of the sizes that a view is given; -1 and an int follow by themselves or stay."""
+    sizes = list(view.args[1])  # type: ignore[arg-type]
+    old = sizes[place]
+    if isinstance(old, fx.Node):
+        with program.graph.inserting_before(view):
+            sizes[place] = call(operator.add, old, rows, name="keys")
+        view.update_arg(1, sizes)
+
+
+def _padded(program: Program, place: Read, call: Callable[..., Any], rows: int) -> fx.Node:
+    """The mask with `rows` visible keys on its left: 0 where it is added, True or False by its op."""
+    mask, value = place.node, place.node.meta["val"]
+    if value.shape[-1] == 1:
+        return mask
+    visible = 0.0 if value.dtype != torch.bool else not is_call(place.user, *FILL)
+    for user in mask.users:
+        if user.meta.get("extends") == (rows, visible):
+            return user
+    with program.graph.inserting_before(mask.next):
+        wide: fx.Node = call(aten.constant_pad_nd.default, mask, [rows, 0], visible, name="mask")
+    wide.meta["extends"] = (rows, visible)
+    return wide
+
+
+def _explicit_causal(program: Program, sdpa: fx.Node, call: Callable[..., Any], rows: int) -> None:
+    """`is_causal` aligns at the top left, so with keys in front it must become a mask [queries, keys]."""
+    query, keys = sdpa.args[0], sdpa.args[1]
+    with program.graph.inserting_before(sdpa):
+        height = call(aten.sym_size.int, query, -2, name="queries")
+        width = call(aten.sym_size.int, keys, -2, name="keys")
+        device = query.meta["val"].device  # type: ignore[union-attr]
+        ones = call(
+            aten.ones.default, [height, width], dtype=torch.bool, device=device, name="ones"
+        )
+        mask = call(aten.tril.default, ones, rows, name="causal_mask")
+    sdpa.update_arg(3, mask)
+    sdpa.update_arg(5, False)

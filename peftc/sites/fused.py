@@ -9,23 +9,19 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from peftc.errors import PeftcError
-from peftc.graph.program import Columns, aten, is_call
-from peftc.sites import dataflow as flow
+from peftc.graph.aten import ACTIVATION, CUT, DROPOUT, MOVE, features, hint
+from peftc.graph.program import aten, is_call
+from peftc.sites.view import Columns
 
 # What only moves values: a label that goes in comes out, somewhere.
-_MOVES = (*flow.MOVE, *flow.CUT)
+_MOVES = (*MOVE, *CUT)
 
 _CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.type_as.default)
 
 
-class SiteError(PeftcError):
-    """A planned site that another entry of the model does not have in the same form."""
-
-
 def columns(node: fx.Node, linear: fx.Node) -> Columns | None:
     """The features of `linear` that `node` is computed from; None when it is all of them, or no pattern."""
-    width = flow.features(linear)[1]
+    width = features(linear)[1]
     seen: set[int] = set()
     for labels in _reaching(node, linear, width):
         seen |= set(labels.flatten().tolist())
@@ -34,8 +30,8 @@ def columns(node: fx.Node, linear: fx.Node) -> Columns | None:
 
 def gated_halves(down: fx.Node, linear: fx.Node) -> tuple[Columns, Columns] | None:
     """(up, gate) of a feed-forward whose two first projections are one linear: `up * act(gate)`."""
-    node = down.args[flow.x_index(down)]
-    while is_call(node, *flow.MOVE, *flow.DROPOUT):
+    node = down.args[0]
+    while is_call(node, *MOVE, *DROPOUT):
         node = node.args[0]  # type: ignore[union-attr]
     if not isinstance(node, fx.Node) or not is_call(node, aten.mul.Tensor):
         return None
@@ -44,7 +40,7 @@ def gated_halves(down: fx.Node, linear: fx.Node) -> tuple[Columns, Columns] | No
     if len(found) != 2 or None in found:
         return None
     first, second = found
-    activated = any(is_call(one, *flow.ACTIVATION) for one in _ancestors(sides[0], linear))
+    activated = any(is_call(one, *ACTIVATION) for one in _ancestors(sides[0], linear))
     return (second, first) if activated else (first, second)  # type: ignore[return-value]
 
 
@@ -83,11 +79,6 @@ def _labels(linear: fx.Node, width: int) -> torch.Tensor:
     return torch.arange(width).expand(shape)
 
 
-def hint(size: Any) -> int:
-    """A size in the example that was traced."""
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
-
-
 def _moved(node: fx.Node, labels: dict[fx.Node, Any]) -> Any:
     """What a move makes of labels, or None when it needs a tensor that carries none."""
 
@@ -108,7 +99,7 @@ def _moved(node: fx.Node, labels: dict[fx.Node, Any]) -> Any:
 def _constant(node: fx.Node) -> Any:
     """The value of a constant of the graph; of all else what is known while tracing."""
     source = node
-    while is_call(source, aten.lift_fresh_copy.default, *flow.MOVE):
+    while is_call(source, aten.lift_fresh_copy.default, *MOVE):
         source = source.args[0]  # type: ignore[assignment]
     return source.meta.get("constant", node.meta.get("val"))
 

@@ -1,0 +1,128 @@
+"""The ops of captured graphs by what they do, and the operands of those that read weights."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from peftc.graph.program import aten, is_call
+
+# The one form of a linear: Normalize writes the others (`addmm` of a turned weight, `x @ W.T`) as it.
+LINEAR = (aten.linear.default,)
+CONV = (
+    aten.conv1d.default,
+    aten.conv1d.padding,
+    aten.conv2d.default,
+    aten.conv2d.padding,
+    aten.conv3d.default,
+    aten.conv3d.padding,
+    aten.convolution.default,
+)
+SDPA = aten.scaled_dot_product_attention.default
+SOFTMAX = (aten.softmax.int, aten._softmax.default)
+MATMUL = (aten.matmul.default, aten.bmm.default)
+FILL = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
+EMBEDDING = (aten.embedding.default,)
+DROPOUT = (aten.dropout.default, aten.native_dropout.default)
+ADD = (aten.add.Tensor, aten.add_.Tensor)
+MUL = (
+    aten.mul.Tensor,
+    aten.mul.Scalar,
+    aten.div.Tensor,
+    aten.div.Scalar,
+    aten.div_.Tensor,
+)
+VIEW = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+# Of a matrix these are its transpose.
+TURN = (aten.numpy_T.default, aten.t.default, aten.transpose.int)
+# Ops that move or cast values but compute nothing.
+MOVE = (
+    *VIEW,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.contiguous.default,
+    aten.clone.default,
+    aten.to.dtype,
+    aten.to.dtype_layout,
+    aten.to.device,
+    aten.type_as.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.squeeze.dim,
+    aten.unsqueeze.default,
+    aten.flatten.using_ints,
+)
+# Ops that cut a value into parts.
+CUT = (
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.chunk.default,
+    aten.unbind.int,
+    aten.select.int,
+    aten.slice.Tensor,
+    aten.index.Tensor,
+    aten.unflatten.int,
+    operator.getitem,
+)
+ACTIVATION = (
+    aten.relu.default,
+    aten.relu_.default,
+    aten.gelu.default,
+    aten.silu.default,
+    aten.silu_.default,
+    aten.tanh.default,
+    aten.sigmoid.default,
+    aten.leaky_relu.default,
+    aten.elu.default,
+    aten.hardtanh.default,
+    aten.mish.default,
+    aten.erf.default,
+    aten.pow.Tensor_Scalar,
+)
+POINTWISE = ACTIVATION + ADD + MUL + (aten.sub.Tensor, aten.neg.default, aten.exp.default)
+
+
+def operand(node: fx.Node, index: int) -> fx.Node | None:
+    """The node among the arguments of `node` at `index`, if there is one."""
+    found = node.args[index] if len(node.args) > index else None
+    return found if isinstance(found, fx.Node) else None
+
+
+def weight_of(node: fx.Node) -> fx.Node:
+    """What a linear or a convolution multiplies by: [out, in], or [out, channels / groups, *kernel]."""
+    found = operand(node, 1)
+    assert found is not None
+    return found
+
+
+def bias_of(node: fx.Node) -> fx.Node | None:
+    """The bias of a linear or a convolution, [out]."""
+    return operand(node, 2)
+
+
+def is_convolution(node: object) -> bool:
+    """Whether `node` convolves by a weight [out, channels / groups, *kernel]; a transposed one's is another."""
+    if not is_call(node, *CONV):
+        return False
+    assert isinstance(node, fx.Node)
+    # aten.convolution(input, weight, bias, stride, padding, dilation, transposed, ...)
+    return not (node.target is aten.convolution.default and node.args[6])
+
+
+def static_shape(node: Any) -> tuple[int, ...]:
+    """The sizes of a value; -1 for an axis that is dynamic."""
+    return tuple(int(n) if isinstance(n, int) else -1 for n in node.meta["val"].shape)
+
+
+def features(linear: fx.Node) -> tuple[int, int]:
+    """(in, out) of a linear."""
+    n_out, n_in = static_shape(weight_of(linear))
+    return n_in, n_out
+
+
+def hint(size: Any) -> int:
+    """A size in the example that was traced."""
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)

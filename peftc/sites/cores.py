@@ -1,0 +1,178 @@
+"""Attention cores of a captured graph: each scaled dot-product attention, fused or written out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import fx
+
+from peftc.graph.aten import (
+    ADD,
+    DROPOUT,
+    FILL,
+    MATMUL,
+    MOVE,
+    MUL,
+    SDPA,
+    SOFTMAX,
+    VIEW,
+    static_shape,
+)
+from peftc.graph.program import Read, aten, is_call, scope_of
+from peftc.sites.index import Index
+
+_BIASED = aten.baddbmm.default
+Sized = tuple[tuple[fx.Node, int], ...]
+
+
+@dataclass(frozen=True)
+class Core:
+    """One attention: its operands [batch, heads, length, head_dim] as edges, its result, its module path.
+
+    Keys and values are taken before they are repeated for grouped queries. `masks` are added to the
+    scores, fill them, or are the fused op's own; `sized` are the views whose list of sizes has the number
+    of keys at that place.
+    """
+
+    q: Read
+    k: Read
+    v: Read
+    masks: tuple[Read, ...]
+    sized: Sized
+    h: fx.Node
+    scope: str
+
+
+def cores(index: Index) -> tuple[Core, ...]:
+    """Attention cores in graph order."""
+    return tuple(_cores(index))
+
+
+def _cores(index: Index) -> Iterator[Core]:
+    for node in index.calls(SDPA, *SOFTMAX):
+        if is_call(node, SDPA):
+            masks = (Read(node, 3),) if len(node.args) > 3 and node.args[3] is not None else ()
+            yield _core(Read(node, 0), Read(node, 1), Read(node, 2), masks, (), node, node)
+        elif core := _written_out(node):
+            yield core
+
+
+def _core(
+    q: Read,
+    k: Read,
+    v: Read,
+    masks: tuple[Read, ...],
+    sized: Sized,
+    h: fx.Node,
+    anchor: fx.Node,
+) -> Core:
+    k, of_k = _before_repeat(k)
+    v, of_v = _before_repeat(v)
+    q, _ = _unflattened(q)
+    return Core(q, k, v, masks, (*sized, *of_k, *of_v), _four_axes(h), scope_of(anchor))
+
+
+def _before_repeat(read: Read) -> tuple[Read, Sized]:
+    """The operand with the heads it was projected to: behind `repeat_kv` it has one for each query head."""
+    read, sized = _unflattened(read)
+    expanded = read.node.args[0] if is_call(read.node, *VIEW) else None
+    if not is_call(expanded, aten.expand.default):
+        return read, sized
+    assert isinstance(expanded, fx.Node)
+    node = _behind_slices(expanded.args[0])
+    if not is_call(node, aten.unsqueeze.default):
+        return read, sized
+    first = node
+    while is_call(first.args[0], aten.slice.Tensor):
+        first = first.args[0]  # type: ignore[assignment]
+    return Read(first, 0), (*sized, (read.node, -2), (expanded, -2))
+
+
+def _behind_slices(node: object) -> fx.Node:
+    while is_call(node, aten.slice.Tensor):
+        node = node.args[0]  # type: ignore[attr-defined]
+    assert isinstance(node, fx.Node)
+    return node
+
+
+def _unflattened(read: Read) -> tuple[Read, Sized]:
+    """The operand with four axes, where `bmm` has batch and heads in one."""
+    node = read.node
+    if is_call(node, *VIEW) and len(static_shape(node)) == 3:
+        return Read(node, 0), ((node, -2),)
+    return read, ()
+
+
+def _four_axes(h: fx.Node) -> fx.Node:
+    users = list(h.users)
+    if len(static_shape(h)) == 3 and len(users) == 1 and is_call(users[0], *VIEW):
+        return users[0]
+    return h
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """The product of queries and keys behind a softmax, what is added to it on the way, and the views."""
+
+    q: Read
+    keys: object
+    masks: tuple[Read, ...]
+    sized: Sized
+
+
+def _written_out(softmax: fx.Node) -> Core | None:
+    found = _scores(softmax.args[0])
+    values, views = _value_product(softmax)
+    if found is None or values is None:
+        return None
+    keys = found.keys
+    while is_call(keys, *MUL):
+        keys = keys.args[0]  # type: ignore[attr-defined]
+    if not is_call(keys, aten.transpose.int, aten.permute.default):
+        return None
+    assert isinstance(keys, fx.Node)
+    sized = (*found.sized, *views)
+    return _core(found.q, Read(keys, 0), Read(values, 1), found.masks, sized, values, softmax)
+
+
+def _scores(node: object) -> _Scores | None:
+    """Walk back from a softmax through masks, scales and soft caps to the product of queries and keys."""
+    if not isinstance(node, fx.Node) or node.op != "call_function":
+        return None
+    if is_call(node, *MATMUL):
+        return _Scores(Read(node, 0), node.args[1], (), ())
+    if is_call(node, _BIASED):
+        return _Scores(Read(node, 1), node.args[2], (Read(node, 0),), ())
+    if is_call(node, *ADD):
+        for i in (0, 1):
+            found = _scores(node.args[i])
+            if found is not None:
+                added = isinstance(node.args[1 - i], fx.Node)
+                masks = (*found.masks, Read(node, 1 - i)) if added else found.masks
+                return _Scores(found.q, found.keys, masks, found.sized)
+        return None
+    if not is_call(node, *FILL, *MUL, *MOVE, aten.tanh.default):
+        return None
+    found = _scores(node.args[0])
+    if found is None:
+        return None
+    masks = (*found.masks, Read(node, 1)) if is_call(node, *FILL) else found.masks
+    sized = (*found.sized, (node, -1)) if is_call(node, *VIEW) else found.sized
+    return _Scores(found.q, found.keys, masks, sized)
+
+
+def _value_product(softmax: fx.Node) -> tuple[fx.Node | None, Sized]:
+    """The product of the probabilities with the values, and the views on the way to it."""
+    node, sized = softmax, list[tuple[fx.Node, int]]()
+    while True:
+        users = list(node.users)
+        matmul = next((u for u in users if is_call(u, *MATMUL) and u.args[0] is node), None)
+        if matmul is not None:
+            return matmul, tuple(sized)
+        onward = [u for u in users if is_call(u, *DROPOUT, *MOVE)]
+        if not onward:
+            return None, ()
+        node = onward[0]
+        if is_call(node, *VIEW):
+            sized.append((node, -1))

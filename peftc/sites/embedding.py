@@ -1,0 +1,67 @@
+"""Token embeddings: a table, the ids that are looked up in it, and the rows that may stand in front of them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import fx
+
+from peftc.graph.aten import EMBEDDING, MOVE, static_shape
+from peftc.graph.facts import Stacks
+from peftc.graph.program import Read, Value, aten, is_call, scope_of
+from peftc.sites.index import Index
+from peftc.sites.site import NoSite, Place, Site, layer_of
+from peftc.sites.view import Weight
+
+
+def find(index: Index, facts: Stacks) -> Iterator[Site | NoSite]:
+    """Tables that are read by the ids of an input. One that two stacks share is a site in each."""
+    for node in index.calls(*EMBEDDING):
+        table, ids = index.stored(node.args[0]), _token_input(index, node.args[1])  # type: ignore[arg-type]
+        if table is None or not ids:
+            continue
+        scope, size = scope_of(node), static_shape(node)[-1]
+        vocab = static_shape(node.args[0])[0]
+        dims = {"in": size, "out": size, "d": size, "vocab": vocab}
+        weights = {"W": Weight(table.path, also=index.also(table.path, node.target))}
+        stack, layer = facts.of(scope), layer_of(scope)
+        yield Site("embedding", scope, stack, "", layer, dims, weights, ids=ids)
+
+
+def _token_input(index: Index, node: object) -> str | None:
+    """The input of token ids that `node` is, moved at most."""
+    while is_call(node, *MOVE):
+        assert isinstance(node, fx.Node)
+        node = node.args[0]
+    slot = index.program.slot(node) if isinstance(node, fx.Node) else None
+    return slot.name if slot is not None and slot.name.endswith("input_ids") else None
+
+
+def locate(index: Index, site: Site) -> tuple[Place, ...]:
+    """The lookups in this module by this table: tied tables are several sites. A graph that continues from a
+    cache finds the rows in front of the tokens there."""
+    holds = site.ids in index.program.wide
+    return tuple(
+        Place({"ids": Read(node, 1), "h": Value(node), "W": Read(node, 0)}, holds, _behind)
+        for node in index.calls(*EMBEDDING)
+        if scope_of(node) == site.scope and _table(index, node) == site.weights["W"].path
+    )
+
+
+def _table(index: Index, node: fx.Node) -> str | None:
+    table = index.stored(node.args[0])  # type: ignore[arg-type]
+    return None if table is None else table.path
+
+
+def _behind(call: Callable[..., Any], h: fx.Node, rows: int) -> Any:
+    """The embeddings without those of the ids that keep the place of the rows in front."""
+    # aten.slice means "to the end" by the largest stop
+    return call(aten.slice.Tensor, h, -2, rows, sys.maxsize, name="tokens")
+
+
+def used(index: Index, site: Site) -> Iterator[str]:
+    """The ids, or what stands for them, where this graph reads either."""
+    read = {site.ids, site.ids.replace("_ids", "s_embeds")}
+    yield from sorted(read & index.program.inputs)

@@ -1,0 +1,195 @@
+"""Feed-forwards: the whole, what is after the activation, and the two or three projections."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import fx
+
+from peftc.graph.aten import (
+    ACTIVATION,
+    CUT,
+    DROPOUT,
+    LINEAR,
+    MOVE,
+    POINTWISE,
+    features,
+    weight_of,
+)
+from peftc.graph.facts import Stacks
+from peftc.graph.program import Read, Value, is_call, scope_of
+from peftc.sites import attention, fused
+from peftc.sites.dataflow import residual_add
+from peftc.sites.index import Index
+from peftc.sites.linear import computed, linear_site
+from peftc.sites.site import NoSite, Place, Site, layer_of
+from peftc.sites.view import Columns, Port, Weight
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """`down(act(up(x)))` that ends in a residual add; `gate` is set when two projections multiply. `halves` are
+    the columns of up and gate where one linear is both."""
+
+    up: fx.Node
+    gate: fx.Node | None
+    down: fx.Node
+    halves: tuple[Columns, Columns] | None = None
+
+    @property
+    def parts(self) -> Iterator[tuple[str, fx.Node, Columns | None]]:
+        """(part, linear, its columns)"""
+        if self.halves is not None:
+            yield from zip(("up", "gate"), (self.up,) * 2, self.halves, strict=True)
+        else:
+            yield "up", self.up, None
+        yield "down", self.down, None
+        if self.gate is not None:
+            yield "gate", self.gate, None
+
+    @property
+    def scope(self) -> str:
+        """The innermost module that all its projections are in."""
+        found = [scope_of(linear).split(".") for _, linear, _ in self.parts]
+        shared: list[str] = []
+        for parts in zip(*found):
+            if len(set(parts)) > 1:
+                break
+            shared.append(parts[0])
+        return ".".join(shared)
+
+
+def feed_forwards(index: Index) -> tuple[FeedForward, ...]:
+    """The feed-forwards of a graph, by their last linear; attention's own linears are none."""
+    taken = index.once(attention.linears_of)
+    found = (_feed_forward(one, taken) for one in index.linears if one not in taken)
+    return tuple(one for one in found if one is not None)
+
+
+def linears_of(index: Index) -> set[fx.Node]:
+    """The linears that belong to attention or a feed-forward."""
+    own = {linear for one in index.once(feed_forwards) for _, linear, _ in one.parts}
+    return own | index.once(attention.linears_of)
+
+
+def _feed_forward(down: fx.Node, taken: set[fx.Node]) -> FeedForward | None:
+    """The feed-forward that ends in the linear `down`. A classifier's head looks like one, but ends in no
+    residual add."""
+    inner = _inner(down.args[0])
+    if residual_add(down) is None or not inner or len(inner) > 2 or set(inner) & taken:
+        return None
+    if len(inner) == 1:
+        return FeedForward(inner[0], None, down, fused.gated_halves(down, inner[0]))
+    gate = next((one for one in inner if _activated(one)), inner[0])
+    up = inner[0] if inner[1] is gate else inner[1]
+    return FeedForward(up, gate, down)
+
+
+def _inner(start: object) -> tuple[fx.Node, ...]:
+    """The linears that `start` is a pointwise, nonlinear function of; none when anything else flows in."""
+    found: dict[fx.Node, None] = {}
+    seen: set[fx.Node] = set()
+    stack, nonlinear = [start], False
+    while stack:
+        one = stack.pop()
+        if not isinstance(one, fx.Node) or one in seen:
+            continue
+        seen.add(one)
+        if is_call(one, *LINEAR):
+            found[one] = None
+        elif is_call(one, *POINTWISE, *MOVE, *CUT, *DROPOUT):
+            nonlinear = nonlinear or is_call(one, *ACTIVATION)
+            tensors = one.args if is_call(one, *POINTWISE) else one.args[:1]
+            stack += reversed(tensors)
+        else:
+            return ()
+    return tuple(found) if nonlinear else ()
+
+
+def _activated(linear: fx.Node) -> bool:
+    node = linear
+    while len(node.users) == 1:
+        node = next(iter(node.users))
+        if is_call(node, *ACTIVATION):
+            return True
+        if not is_call(node, *MOVE):
+            return False
+    return any(is_call(user, *ACTIVATION) for user in node.users)
+
+
+def find(index: Index, facts: Stacks) -> Iterator[Site | NoSite]:
+    """Whole sub-layers, found by their first and last projection."""
+    for one in index.once(feed_forwards):
+        weights = _weights(index, one)
+        if "up" not in weights or "W" not in weights:
+            gone = one.down if "up" in weights else one.up
+            yield NoSite(("ffn",), one.scope, computed(weight_of(gone)))
+            continue
+        n_in, n_out = features(one.up)[0], features(one.down)[1]
+        yield _site("ffn", one, facts, weights, {"in": n_in, "out": n_out, "d": n_out})
+
+
+def find_hidden(index: Index, facts: Stacks) -> Iterator[Site | NoSite]:
+    """What the last projection reads."""
+    for one in index.once(feed_forwards):
+        weights, (hidden, n_out) = index.weights(one.down), features(one.down)
+        if weights:
+            dims = {"in": hidden, "out": hidden, "d": n_out}
+            yield _site("ffn.hidden", one, facts, weights, dims)
+        else:
+            yield NoSite(("ffn.hidden",), one.scope, computed(weight_of(one.down)))
+
+
+def _weights(index: Index, one: FeedForward) -> dict[str, Weight]:
+    """The last projection's own, and the parameters of the others by their part."""
+    others = {part: index.weights(linear).get("W") for part, linear, _ in one.parts}
+    del others["down"]
+    return {**{k: v for k, v in others.items() if v}, **index.weights(one.down)}
+
+
+def _site(
+    at: str,
+    one: FeedForward,
+    facts: Stacks,
+    weights: Mapping[str, Weight],
+    dims: Mapping[str, int],
+) -> Site:
+    return Site(at, one.scope, facts.of(one.scope), "", layer_of(one.scope), dims, weights)
+
+
+def find_part(wanted: str, index: Index, facts: Stacks) -> Iterator[Site | NoSite]:
+    """The projection `wanted` (up, gate, down) of each feed-forward."""
+    for one in index.once(feed_forwards):
+        dims = {"d": features(one.down)[1]}
+        for part, linear, columns in one.parts:
+            if part == wanted:
+                yield linear_site(index, facts, linear, f"ffn.{part}", one.scope, "", dims, columns)
+
+
+def find_any(index: Index, facts: Stacks) -> Iterator[Site | NoSite]:
+    """Every projection by the path of its own module; halves of one linear are told apart by their part."""
+    for one in index.once(feed_forwards):
+        dims = {"d": features(one.down)[1]}
+        for part, linear, columns in one.parts:
+            scope = f"{scope_of(linear)}.{part}" if columns else scope_of(linear)
+            yield linear_site(index, facts, linear, "ffn.linear", scope, "", dims, columns)
+
+
+def locate(index: Index, site: Site) -> tuple[Place, ...]:
+    """From the first projection's input to the last one's result, with the residual that is added to it."""
+    ends = index.multiplying(site.weights["W"].path)
+    starts = attention.between(index, site, site.weights["up"].path, ends)
+    return tuple(_place(start, end) for start, end in zip(starts, ends, strict=True))
+
+
+def _place(start: fx.Node, end: fx.Node) -> Place:
+    ports: dict[str, Port] = {"x": Read(start, 0), "h": Value(end)}
+    residual = residual_add(end)
+    return Place(ports if residual is None else {**ports, "residual": residual})
+
+
+def locate_hidden(index: Index, site: Site) -> tuple[Place, ...]:
+    """The last projection's operand."""
+    ends = index.multiplying(site.weights["W"].path)
+    return tuple(Place({"h": Read(end, 0)}) for end in ends)

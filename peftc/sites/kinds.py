@@ -1,0 +1,137 @@
+"""The kinds of sites: how each is found in a model, where it is in a graph, what a change of it folds into.
+
+A kind is a row here, its ports in `peftc.language.ports`, and a file beside this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+from peftc.graph.facts import Stacks
+from peftc.graph.program import Program
+from peftc.sites import attention, convolution, embedding, feed_forward, linear, norm
+from peftc.sites.index import Index
+from peftc.sites.site import NoSite, Place, Site
+
+
+@dataclass(frozen=True)
+class Folds:
+    """What a change of a site's ports is to the map that its weights W and b make.
+
+    `ports` names the role of each port there: x, W, b or h. `by` says how W makes h of x: "linear" (x @ W.T + b),
+    "table" (the rows of W that ids name), "kernels" (W sees more of x than one position) or "vector" (W and b
+    are used element by element). `owns` says that every parameter of its sort is at one site of this kind.
+    """
+
+    by: str = "linear"
+    ports: Mapping[str, str] = field(default_factory=lambda: {"h": "h"})
+    owns: bool = False
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of site. `find` yields every site of a model's `forward`, or why something like it is none;
+    `locate` gives its places in a graph; `used` names what a graph reads of a site, which must then have a
+    place there; `folds` is None where no change of it is one of a weight."""
+
+    name: str
+    find: Callable[[Index, Stacks], Iterable[Site | NoSite]]
+    locate: Callable[[Index, Site], tuple[Place, ...]]
+    used: Callable[[Index, Site], Iterable[str]] = linear.used
+    folds: Folds | None = None
+
+
+_LINEAR = Folds("linear", {"x": "x", "h": "h", "W": "W", "b": "b"})
+
+
+def _linear(name: str, find: Callable[[Index, Stacks], Iterable[Site | NoSite]]) -> Kind:
+    return Kind(name, find, linear.locate, folds=_LINEAR)
+
+
+def _nothing(index: Index, site: Site) -> Iterator[str]:
+    """A core has no weight of its own: where its module runs no attention, nothing is missed."""
+    yield from ()
+
+
+KINDS: dict[str, Kind] = {
+    row.name: row
+    for row in (
+        Kind("attention", attention.find, attention.locate, folds=Folds()),
+        Kind("attention.heads", attention.find_heads, attention.locate_heads, _nothing),
+        *(
+            Kind(
+                f"attention.{side}",
+                partial(attention.find_side, side),
+                attention.locate_side,
+                folds=_LINEAR,
+            )
+            for side in (*attention.SIDES, "o")
+        ),
+        Kind("ffn", feed_forward.find, feed_forward.locate, folds=Folds()),
+        Kind(
+            "ffn.hidden",
+            feed_forward.find_hidden,
+            feed_forward.locate_hidden,
+            folds=Folds(ports={"h": "x"}),
+        ),
+        *(
+            _linear(f"ffn.{part}", partial(feed_forward.find_part, part))
+            for part in ("up", "gate", "down")
+        ),
+        _linear("ffn.linear", feed_forward.find_any),
+        Kind("linear", linear.find_all, linear.locate, folds=replace(_LINEAR, owns=True)),
+        _linear("head", linear.head(feed_forward.linears_of)),
+        Kind(
+            "norm",
+            norm.find,
+            norm.locate,
+            norm.used,
+            Folds("vector", {"W": "W", "b": "b"}, owns=True),
+        ),
+        Kind(
+            "embedding",
+            embedding.find,
+            embedding.locate,
+            embedding.used,
+            Folds("table", {"ids": "x", "h": "h", "W": "W"}, owns=True),
+        ),
+        Kind(
+            "conv",
+            convolution.find,
+            convolution.locate,
+            convolution.used,
+            Folds("kernels", _LINEAR.ports, owns=True),
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a model has to offer: its sites, kind by kind in graph order, and what is none, with the reason."""
+
+    sites: tuple[Site, ...]
+    none: tuple[NoSite, ...]
+
+    @staticmethod
+    def of(program: Program, facts: Stacks) -> Survey:
+        """Every site of a normalised `forward` Program."""
+        index = Index(program)
+        sites: dict[object, Site] = {}
+        none: dict[NoSite, None] = {}
+        for kind in KINDS.values():
+            for one in kind.find(index, facts):
+                if isinstance(one, NoSite):
+                    none[one] = None
+                elif (same := sites.setdefault(_identity(one), one)).weights != one.weights:
+                    path = one.weights["W"].path
+                    none[NoSite((one.at,), path, f"{same.name} is another of its module")] = None
+        return Survey(tuple(sites.values()), tuple(none))
+
+
+def _identity(site: Site) -> object:
+    """A module that runs several times (shared layers) is one site; slices of one linear are several."""
+    columns = site.weights["W"].view.columns if "W" in site.weights else None
+    return site.at, site.scope, columns

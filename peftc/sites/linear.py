@@ -1,0 +1,120 @@
+"""Linears: those of attention and feed-forwards, of the task head, and any by its module's path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+from torch import fx
+
+from peftc.graph.aten import LINEAR, MOVE, bias_of, features, static_shape, weight_of
+from peftc.graph.facts import Stacks
+from peftc.graph.program import Read, Value, is_call, op_name, scope_of
+from peftc.sites.index import Index
+from peftc.sites.site import NoSite, Place, Site, layer_of
+from peftc.sites.view import Columns, Part, Port, View, Weight, whole
+
+# Products of matrices that are no linear: experts in one batch, `x @ W` with W as it is.
+_PRODUCTS = ("matmul", "mm", "bmm", "baddbmm", "addmm", "einsum", "_grouped_mm")
+
+
+def linear_site(
+    index: Index,
+    facts: Stacks,
+    linear: fx.Node,
+    at: str,
+    scope: str,
+    kind: str = "",
+    dims: Mapping[str, int] | None = None,
+    columns: Columns | None = None,
+    found_by: Mapping[str, Weight] | None = None,
+) -> Site | NoSite:
+    """The site `at` of a linear, or of some of its columns; NoSite where the graph computes its weight."""
+    weights = index.weights(linear, View(columns=columns))
+    if not weights:
+        return NoSite((at,), scope_of(linear), computed(weight_of(linear)))
+    n_in, n_out = features(linear)
+    sizes = {**(dims or {}), "in": n_in, "out": columns.count if columns else n_out}
+    sizes.setdefault("d", sizes["out"])
+    absent = {} if "b" in weights else {"b": "this linear has no bias"}
+    stack, layer = facts.of(scope), layer_of(scope)
+    return Site(
+        at, scope, stack, kind, layer, sizes, {**weights, **(found_by or {})}, absent=absent
+    )
+
+
+def computed(weight: fx.Node) -> str:
+    """Why an operand is no weight that a spec could change."""
+    if weight.op == "call_function":
+        return f"'{op_name(weight)}' computes this weight in the graph"
+    return "this weight is no parameter"
+
+
+def ports_of(linear: fx.Node, columns: Columns | None) -> dict[str, Port]:
+    """x, h, W as [out, in] and b; of a slice of a fused projection, that slice of each."""
+    result, weight = Value(linear), Read(linear, 1)
+    ports: dict[str, Port] = {"x": Read(linear, 0), "h": result, "W": weight}
+    if bias_of(linear) is not None:
+        ports["b"] = Read(linear, 2)
+    if columns is not None:
+        ports["h"] = Part(result, View(columns=columns, axis=-1))
+        ports |= {p: Part(whole(ports[p]), View(columns=columns)) for p in ("W", "b") if p in ports}
+    return ports
+
+
+def locate(index: Index, site: Site) -> tuple[Place, ...]:
+    """Once for each time that a linear of this weight runs, in graph order."""
+    weight = site.weights["W"]
+    return tuple(
+        Place(ports_of(node, weight.view.columns)) for node in index.multiplying(weight.path)
+    )
+
+
+def used(index: Index, site: Site) -> Iterator[str]:
+    """The weights of the site that linears of this graph multiply by."""
+    yield from (one.path for one in site.weights.values() if index.multiplying(one.path))
+
+
+def find_all(index: Index, facts: Stacks) -> Iterator[Site | NoSite]:
+    """Every linear by the path of its module, and the matrices that no linear reads."""
+    for node in index.linears:
+        yield linear_site(index, facts, node, "linear", scope_of(node))
+    for node, path in index.parameters:
+        if len(static_shape(node)) > 1:
+            op = _other_product(node)
+            if op:
+                reason = f"'{op}' reads this weight, and it is no linear"
+                yield NoSite(_OF_LINEARS, path, reason)
+
+
+# A matrix that no linear reads may be any of these: the data flow around it was not understood.
+_OF_LINEARS = ("linear", "ffn", "ffn.up", "ffn.gate", "ffn.down", "ffn.linear", "ffn.hidden")
+
+
+def _other_product(weight: fx.Node) -> str:
+    """The op outside torch, or else the product, that reads a matrix and is no linear."""
+    readers = [one for one in _readers(weight) if not is_call(one, *LINEAR)]
+    outside = [one for one in readers if not str(one.target).startswith("aten.")]
+    products = [one for one in readers if op_name(one) in _PRODUCTS]
+    return next((op_name(one) for one in [*outside, *products]), "")
+
+
+def _readers(node: fx.Node) -> Iterator[fx.Node]:
+    for user in node.users:
+        if is_call(user, *MOVE):
+            yield from _readers(user)
+        elif user.op == "call_function":
+            yield user
+
+
+def head(
+    taken: Callable[[Index], set[fx.Node]],
+) -> Callable[[Index, Stacks], Iterator[Site | NoSite]]:
+    """Finds the linears outside the pretrained body that are not `taken` by a sub-layer."""
+
+    def find(index: Index, facts: Stacks) -> Iterator[Site | NoSite]:
+        known = index.once(taken)
+        for node in index.linears:
+            if node not in known and facts.is_head(scope_of(node)):
+                yield linear_site(index, facts, node, "head", scope_of(node))
+
+    return find
