@@ -38,7 +38,7 @@ class PassResult:
 class Pipeline:
     """What surrounds every pass: `verify` lists what is wrong, `after` sees the subject as it then is."""
 
-    verify: Callable[[object, str], Sequence[str]] | None = None
+    verify: Callable[[object], Sequence[str]] | None = None
     after: Callable[[str, object], None] | None = None
 
     def run(self, passes: Sequence[Pass[T]], subject: T) -> tuple[PassResult, ...]:
@@ -56,7 +56,7 @@ class Pipeline:
             raise  # the user's to mend
         except Exception as error:
             raise PassError(f"pass '{one.name}': {error}") from error
-        problems = self.verify(subject, one.name) if self.verify else ()
+        problems = self.verify(subject) if self.verify else ()
         if problems:
             raise PassError(f"after pass '{one.name}': " + "; ".join(problems))
         if self.after:

@@ -1,4 +1,4 @@
-"""Verify: what must hold of a Program or a Folding at each level, as tables; and numeric parity."""
+"""Verify: what must hold of a Program or a Folding after each pass, as a table; and numeric parity."""
 
 from __future__ import annotations
 
@@ -14,24 +14,17 @@ from peftc.rewrite.folding import Folding
 Row = tuple[str, Callable[[Program], Iterable[str]]]
 
 
-def _unbound(program: Program) -> Iterator[str]:
+def _untagged(program: Program) -> Iterator[str]:
+    """An op that was neither traced nor inserted came from nowhere."""
     for node in program.graph.nodes:
-        if node.op == "placeholder" and node.name not in program.slots:
+        known = "torch_fn" in node.meta or "delta" in node.meta
+        if node.op == "call_function" and not known:
             yield node.name
 
 
-def _out_of_order(program: Program) -> Iterator[str]:
-    seen = set()
+def _valueless(program: Program) -> Iterator[str]:
     for node in program.graph.nodes:
-        seen.add(node)
-        yield from (node.name for one in node.all_input_nodes if one not in seen)
-
-
-def _untagged(program: Program) -> Iterator[str]:
-    """An op without a module path and without a delta tag came from nowhere."""
-    for node in program.graph.nodes:
-        traced = "nn_module_stack" in node.meta or "val" in node.meta
-        if node.op == "call_function" and not traced and "delta" not in node.meta:
+        if node.op == "call_function" and "delta" in node.meta and node.meta.get("val") is None:
             yield node.name
 
 
@@ -48,25 +41,19 @@ def _asserts(program: Program) -> Iterator[str]:
             yield node.name
 
 
-TRACED: tuple[Row, ...] = (
-    ("placeholder without a slot", _unbound),
-    ("reads a later node", _out_of_order),
+PROGRAM: tuple[Row, ...] = (
     ("assertion left by export", _asserts),
-)
-DELTA: tuple[Row, ...] = (
-    *TRACED,
     ("inserted without a tag", _untagged),
+    ("inserted without a value", _valueless),
     ("delta that nothing reads", _idle_deltas),
 )
-LEVELS: Mapping[str, tuple[Row, ...]] = {"normalize": TRACED, "insert": DELTA}
 
 
-def check(subject: object, level: str) -> tuple[str, ...]:
-    """Every violation at the level of the pass that has just run."""
+def check(subject: object) -> tuple[str, ...]:
+    """Everything that must hold of a Program or a Folding after any pass, and does not."""
     if isinstance(subject, Program):
         subject.graph.lint()
-        rows = LEVELS.get(level, DELTA)
-        return tuple(f"{name}: {node}" for name, find in rows for node in find(subject))
+        return tuple(f"{name}: {node}" for name, find in PROGRAM for node in find(subject))
     assert isinstance(subject, Folding)
     return tuple(_folded(subject))
 
