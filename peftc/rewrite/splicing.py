@@ -7,6 +7,7 @@ cast to the port's own type (float32 deltas train so on a bfloat16 backbone).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from functools import reduce
 from typing import Any
@@ -133,7 +134,7 @@ def environment(
     read = {name for one in expressions for name in names(one)}
     for parameter in edit.parameters:
         if parameter.name in read:
-            label = "d_" + parameter.path.replace(".", "_")
+            label = re.sub(r"\W", "_", f"d_{parameter.path}")  # becomes an argument of the code
             node = program.placeholder(label, Slot("delta", parameter.path))
             if "val" not in node.meta:
                 dtype = (dtypes or {}).get(parameter.path, program.dtype)
