@@ -139,6 +139,7 @@ _ROWS = (
         _LINEAR_DIMS,
         "a layer norm or RMS norm: its result, scale and shift",
     ),
+    _linear("router", "the linear that scores experts"),
     _linear("head", "a linear of the task head: outside the pretrained body", counted=False),
     _linear("linear", "any linear, by {op: linear, scope: glob over module paths}", by_op=True),
     SiteType(

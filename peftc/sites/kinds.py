@@ -11,7 +11,7 @@ from functools import partial
 
 from peftc.graph.facts import Stacks
 from peftc.graph.program import Program
-from peftc.sites import attention, convolution, embedding, feed_forward, linear, norm
+from peftc.sites import attention, convolution, embedding, feed_forward, linear, norm, router
 from peftc.sites.index import Index
 from peftc.sites.site import NoSite, Place, Site
 
@@ -81,6 +81,7 @@ KINDS: dict[str, Kind] = {
             for part in ("up", "gate", "down")
         ),
         _linear("ffn.linear", feed_forward.find_any),
+        _linear("router", router.find),
         Kind("linear", linear.find_all, linear.locate, folds=replace(_LINEAR, owns=True)),
         _linear("head", linear.head(feed_forward.linears_of)),
         Kind(

@@ -1,0 +1,34 @@
+"""Routers: the linear that scores experts, of which the best are taken."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import fx
+
+from peftc.graph.aten import LINEAR, MOVE, POINTWISE, SOFTMAX
+from peftc.graph.facts import Stacks
+from peftc.graph.program import aten, is_call, scope_of
+from peftc.sites.index import Index
+from peftc.sites.linear import linear_site
+from peftc.sites.site import NoSite, Site
+
+
+def find(index: Index, facts: Stacks) -> Iterator[Site | NoSite]:
+    """The linears whose results, perhaps as probabilities or shifted, a `topk` chooses from."""
+    for node in index.calls(aten.topk.default):
+        scores = _scores(node.args[0])
+        if scores is not None:
+            yield linear_site(index, facts, scores, "router", scope_of(scores))
+
+
+def _scores(node: object) -> fx.Node | None:
+    """The linear that `node` is an elementwise function of, or its softmax."""
+    if is_call(node, *LINEAR):
+        assert isinstance(node, fx.Node)
+        return node
+    if is_call(node, *MOVE, *POINTWISE, *SOFTMAX):
+        assert isinstance(node, fx.Node)
+        found = (_scores(one) for one in node.args)
+        return next((one for one in found if one is not None), None)
+    return None
