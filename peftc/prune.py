@@ -140,10 +140,13 @@ def _spec(plan: Plan, paths: list[str]) -> Spec:
             )
         site, port = owners[path]
         places.setdefault((site.at, port), []).append(site.scope)
+    every: dict[str, list[str]] = {}
+    for site in plan.sites:
+        every.setdefault(site.at, []).append(site.scope)
     entries = [
         _entry(shipped.entries[0], at, port, scope)
         for (at, port), wanted in places.items()
-        for scope in _scopes(wanted, [site.scope for site in plan.sites if site.at == at])
+        for scope in _scopes(wanted, every[at])
     ]
     trained = [entry for entry in plan.spec.entries if entry.train]
     title = f"{shipped.title}, of {plan.spec.name}"

@@ -15,6 +15,7 @@ from peftc import driver
 from peftc.cli import directories, options
 from peftc.cli import tables as table
 from peftc.cli.console import console, say, step
+from peftc.language.ports import SITES
 from peftc.language.reader import load_spec
 from peftc.model.compiled import CompiledModel
 from peftc.store.directory import require_ours
@@ -125,7 +126,11 @@ def _continued(
 
 def _with_head(specs: Sequence[str], labels: Sequence[str], no_head: bool) -> list[str]:
 
-    has_head = any(entry.at == "head" for one in specs for entry in load_spec(one).entries)
+    has_head = any(
+        entry.at and not SITES[entry.at].counted
+        for one in specs
+        for entry in load_spec(one).entries
+    )
     return [*specs] if no_head or has_head or not labels else [*specs, "head"]
 
 

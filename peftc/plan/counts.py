@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
+from peftc.language.ports import SITES
 from peftc.plan.algebra import constant_form
 from peftc.plan.edit import Edit
 
@@ -40,10 +41,10 @@ def count(
 ) -> Counts:
     stored = [constant_form(edit) for edit in edits]
     free = sum(one.numel for one in unfrozen)
-    headless = sum(one.numel for one in unfrozen if one.at != "head")
+    counted = sum(one.numel for one in unfrozen if not one.at or SITES[one.at].counted)
     return Counts(
         backbone=sum(prod(shape) for shape in backbone.values()),
-        weights=headless + _matrices(stored),
+        weights=counted + _matrices(stored),
         stored=free + numel(stored),
         training=free + numel(edits),
     )

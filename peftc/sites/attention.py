@@ -168,15 +168,24 @@ def _core(core: Core) -> Place:
 def locate_side(index: Index, site: Site) -> tuple[Place, ...]:
     """As a linear, with the sub-layer's `input`. A key may run without its query: cross attention's, once for
     a whole generation."""
-    weight = site.weights["W"]
-    linears = index.multiplying(weight.path)
-    places = [ports_of(node, weight.view.columns) for node in linears]
-    if "q" not in site.weights:
-        return tuple(Place(ports) for ports in places)
-    if site.at == "attention.o":
-        queries = between(index, site, site.weights["q"].path, linears)
-    else:
-        queries = index.multiplying(site.weights["q"].path)[: len(places)]
+    ends = index.multiplying(site.weights["W"].path)
+    return _with_input(site, ends, _queries(index, site)[: len(ends)])
+
+
+def locate_output(index: Index, site: Site) -> tuple[Place, ...]:
+    """As `locate_side`; the query that starts the sub-layer is the one before each output."""
+    ends = index.multiplying(site.weights["W"].path)
+    starts = runs(_queries(index, site), ends, index.order) if "q" in site.weights else []
+    return _with_input(site, ends, starts)
+
+
+def _queries(index: Index, site: Site) -> list[fx.Node]:
+    return index.multiplying(site.weights["q"].path) if "q" in site.weights else []
+
+
+def _with_input(site: Site, ends: list[fx.Node], queries: list[fx.Node]) -> tuple[Place, ...]:
+    columns = site.weights["W"].view.columns
+    places = [ports_of(node, columns) for node in ends]
     return tuple(
         Place({**ports, "input": Read(query, 0)} if query is not None else ports)
         for ports, query in zip_longest(places, queries)

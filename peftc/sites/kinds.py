@@ -67,7 +67,13 @@ KINDS: dict[str, Kind] = {
                 attention.locate_side,
                 folds=_LINEAR,
             )
-            for side in (*attention.SIDES, "o")
+            for side in attention.SIDES
+        ),
+        Kind(
+            "attention.o",
+            partial(attention.find_side, "o"),
+            attention.locate_output,
+            folds=_LINEAR,
         ),
         Kind("ffn", feed_forward.find, feed_forward.locate, folds=Folds()),
         Kind(

@@ -70,8 +70,9 @@ def locate(index: Index, site: Site) -> tuple[Place, ...]:
 
 
 def used(index: Index, site: Site) -> Iterator[str]:
-    """The weights of the site that linears of this graph multiply by."""
-    yield from (one.path for one in site.weights.values() if index.multiplying(one.path))
+    """The site's own weight, where a linear of this graph multiplies by it."""
+    if index.multiplying(site.weights["W"].path):
+        yield site.weights["W"].path
 
 
 def find_all(index: Index, facts: Stacks) -> Iterator[Site | NoSite]:
