@@ -151,7 +151,7 @@ def show(expr: Expr, context: int = 0) -> str:
             return f"{expr.op}({', '.join(show(arg) for arg in expr.args)})"
 
 
-_ARITHMETIC: Mapping[str, Callable[..., float | int]] = {
+ARITHMETIC: Mapping[str, Callable[..., float | int]] = {
     "add": lambda a, b: a + b,
     "sub": lambda a, b: a - b,
     "mul": lambda a, b: a * b,
@@ -171,11 +171,11 @@ def number(expr: Expr, values: Mapping[str, float | int]) -> float | int:
             if expr.id not in values:
                 raise ExprError(expr.column, f"unknown name '{expr.id}'", suggest(expr.id, values))
             return values[expr.id]
-    if expr.op not in _ARITHMETIC:
+    if expr.op not in ARITHMETIC:
         raise ExprError(expr.column, f"'{expr.op}' does not work on plain numbers")
     args = [number(arg, values) for arg in expr.args]
     try:
-        result = _ARITHMETIC[expr.op](*args)
+        result = ARITHMETIC[expr.op](*args)
         fits = not isinstance(result, complex) and abs(result) <= MAX_NUMBER
     except (ZeroDivisionError, OverflowError, TypeError):
         fits = False

@@ -11,7 +11,7 @@ import yaml
 from peftc.errors import PeftcError, SpecError, suggest
 from peftc.language import expr as ex
 from peftc.language.fields import POSITIONS, Fields, Scope
-from peftc.language.ops import agree, text
+from peftc.language.ops import NUMBER, agree, text
 from peftc.language.ports import SITES
 from peftc.language.shelf import find
 from peftc.language.source import Item, Source, compose
@@ -305,7 +305,7 @@ class Reader(Fields):
 
 def _visible(at: str, arguments: Arguments) -> dict[str, ex.Shape]:
     site = SITES[at]
-    numbers: dict[str, ex.Shape] = dict.fromkeys((*arguments, *site.dims), ())
+    numbers: dict[str, ex.Shape] = dict.fromkeys((*arguments, *site.dims), NUMBER)
     return {**numbers, **site.shapes}
 
 
