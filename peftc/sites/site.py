@@ -142,6 +142,9 @@ def _attention(program: Program, core: Core, stacks: Stacks) -> Iterator[Site]:
     heads, head_dim = flow.static_shape(core.q.node)[-3], flow.static_shape(core.q.node)[-1]
     kv_heads = flow.static_shape(core.k.node)[-3]
     dims = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "kv": kv_heads * head_dim}
+    dims["value_dim"] = flow.static_shape(core.v.node)[
+        -1
+    ]  # MLA's values are narrower than its keys
     dims["d"] = flow.features(out)[1]
     scope, stack, layer = core.scope, stacks.of(core.scope), _layer(core.scope)
     weights = {"q": _weight(program, q) or "", "o": _weight(program, out) or ""}
