@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peftc.errors import PeftcError
+from peftc.language import resolved
 from peftc.language.expr import ExprError, Name, names, number, parse, show, substitute
 from peftc.language.reader import load_spec, parse_spec
 from peftc.language.schema import json_schema
 from peftc.language.shelf import directory, shipped
-from peftc.language.spec import Spec, from_data, to_data
+from peftc.language.spec import Spec
 
 HEAD = "with: {r: 4}\ndeltas:\n  - at: ffn\n    params:\n"
 DOWN = "      down: {shape: [in, r], init: zeros}\n"
@@ -121,7 +122,7 @@ def test_shipped_specs() -> None:
         assert len(path.read_text().splitlines()) <= 30
         spec = load_spec(name)
         assert spec.name == name and spec.title
-        assert from_data(json.loads(json.dumps(to_data(spec)))) == spec
+        assert resolved.read(json.loads(json.dumps(resolved.write(spec)))) == spec
 
 
 def test_arguments_reach_the_entries() -> None:
@@ -148,8 +149,10 @@ def test_use_of_a_file_beside_and_of_itself(tmp_path: Path) -> None:
 
 
 def test_digest_ignores_comments() -> None:
-    assert parse_spec(GOOD, "s").digest() == parse_spec("# a\n" + GOOD, "s").digest()
-    assert parse_spec(GOOD, "s").digest() != parse_spec(GOOD, "s", r=5).digest()
+    assert resolved.digest(parse_spec(GOOD, "s")) == resolved.digest(
+        parse_spec("# a\n" + GOOD, "s")
+    )
+    assert resolved.digest(parse_spec(GOOD, "s")) != resolved.digest(parse_spec(GOOD, "s", r=5))
 
 
 def test_expressions() -> None:
@@ -173,7 +176,7 @@ def test_schema_admits_the_shipped_specs() -> None:
     schema = json_schema()
     entry = schema["properties"]["deltas"]["items"]["properties"]
     assert "attention.heads" in entry["at"]["oneOf"][0]["oneOf"][0]["enum"]
-    assert set(schema["properties"]) == {"name", "with", "budget", "deltas"}
+    assert set(schema["properties"]) == {"name", "title", "with", "budget", "deltas"}
 
 
 words = st.sampled_from(
