@@ -49,13 +49,13 @@ class Trace:
         self.results += Pipeline(verify.check, self.after).run(schedule, subject)
 
 
-def as_spec(spec: SpecLike) -> Spec:
-    """A Spec from a shipped name, a path, a Spec, or a sequence of these that act as one."""
+def as_specs(spec: SpecLike) -> tuple[Spec, ...]:
+    """The Specs of a shipped name, a path, a Spec, or a sequence of these that act as one."""
     if isinstance(spec, Spec):
-        return spec
+        return (spec,)
     if isinstance(spec, str | Path):
-        return load_spec(spec)
-    return combine([as_spec(one) for one in spec])
+        return (load_spec(spec),)
+    return tuple(found for one in spec for found in as_specs(one))
 
 
 def plan(
@@ -66,7 +66,7 @@ def plan(
     `example` is one batch by argument name, needed only where the inputs cannot be guessed.
     Raises PlanError with every problem found.
     """
-    return _plan(model, as_spec(spec), _captured(model, example, Trace()))
+    return _plan(model, as_specs(spec), _captured(model, example, Trace()))
 
 
 @dataclass(frozen=True)
@@ -91,15 +91,25 @@ def _captured(
     return Captured(program, inputs, flags)
 
 
-def _plan(model: PreTrainedModel, spec: Spec, captured: Captured) -> Plan:
-    planner = _planner(model, captured)
-    if spec.auto is not None and spec.budget is None:
+def _plan(model: PreTrainedModel, specs: Sequence[Spec], captured: Captured) -> Plan:
+    made = _made(specs, _planner(model, captured))
+    made.room.require(model)
+    return made
+
+
+def _made(specs: Sequence[Spec], planner: Callable[[Spec], Plan]) -> Plan:
+    """The plan of several specs as one; each budget is of its own spec, so it is decided before they join."""
+    return planner(combine([_decided(spec, planner) for spec in specs]))
+
+
+def _decided(spec: Spec, planner: Callable[[Spec], Plan]) -> Spec:
+    if spec.auto is None:
+        return spec
+    if spec.budget is None:
         raise BudgetError(
             f"'{spec.auto}' of {spec.name} is auto: set it, or give the spec a budget"
         )
-    made = solve(spec, spec.budget, planner).plan if spec.auto and spec.budget else planner(spec)
-    made.room.require(model)
-    return made
+    return solve(spec, spec.budget, planner).plan.spec
 
 
 def _planner(model: PreTrainedModel, captured: Captured) -> Callable[[Spec], Plan]:
@@ -111,7 +121,7 @@ def _planner(model: PreTrainedModel, captured: Captured) -> Callable[[Spec], Pla
 def plans(model: PreTrainedModel, specs: Sequence[SpecLike]) -> list[Plan]:
     """`plan` for several specs, each on its own; the model is traced once."""
     planner = _planner(model, _captured(model, None, Trace()))
-    return [planner(as_spec(spec)) for spec in specs]
+    return [_made(as_specs(spec), planner) for spec in specs]
 
 
 def within(model: PreTrainedModel, specs: Sequence[Spec], budget: str) -> list[Solved]:
@@ -144,7 +154,7 @@ def compile(  # the name that users of torch expect
         raise DeltaError("the model is compiled already; combine specs in a list: [spec, spec]")
     trace = trace or Trace()
     captured = _captured(model, example, trace)
-    plan = _plan(model, as_spec(spec), captured)
+    plan = _plan(model, as_specs(spec), captured)
     activations = Activations(model, captured.program)
     return _attach(model, plan, trace, captured=captured, activations=activations)
 
@@ -179,7 +189,7 @@ def load(path: str | Path, backbone: PreTrainedModel | None = None) -> CompiledM
         backbone = _named_backbone(manifest)
     trace = Trace()
     captured = _captured(backbone, None, trace)
-    plan = _restored_plan(manifest, _plan(backbone, delta.spec_of(manifest, path), captured))
+    plan = _restored_plan(manifest, _plan(backbone, [delta.spec_of(manifest, path)], captured))
     check_backbone(manifest, backbone, plan)
     model = _attach(backbone, plan, trace, manifest["form"], captured)
     slots = {f"deltas.{k}": v for k, v in model.deltas.values().items()}

@@ -12,11 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import peftc
-from peftc.driver import within
+from peftc.cli import options
+from peftc.driver import plans, within
 from peftc.errors import PeftcError
 from peftc.language.expr import ExprError, parse
-from peftc.language.ops import OPS, infer
+from peftc.language.ops import infer
 from peftc.language.reader import load_spec, parse_spec
+from peftc.language.spec import combine, with_words
 from peftc.rewrite.evaluate import evaluate
 
 
@@ -71,13 +73,6 @@ def test_hard_concrete(u: float, alpha: float, z: float) -> None:
     assert shipped == parse(
         "clamp(sigmoid(logistic_noise(alpha) + alpha) * (high - low) + low, 0, 1)"
     )
-
-
-def test_every_op_has_a_meaning() -> None:
-    """A row of the op table without a lowering would fail only when a spec first uses it."""
-    from peftc.rewrite.lower import target
-
-    assert all(callable(target(name)) for name in OPS)
 
 
 def test_penalty_is_in_the_loss_of_training_alone() -> None:
@@ -176,6 +171,47 @@ def test_budget() -> None:
         within(model, [load_spec("lora")], "lots")
     with pytest.raises(PeftcError, match="more than 1 "):
         within(model, [load_spec("lora")], "1")
+
+
+def waiting(path: Path, name: str = "lora", argument: str = "r") -> Path:
+    """A shipped spec whose size is left to a budget."""
+    text = load_spec(name).text
+    size = load_spec(name).arguments[argument]
+    path.write_text("budget: 5%\n" + text.replace(f"{argument}: {size}", f"{argument}: auto", 1))
+    return path
+
+
+def test_a_budget_in_a_sequence_is_kept(tmp_path: Path) -> None:
+    """Each spec is solved before it is combined; it used to train at r = 1."""
+    model = tiny("bert")
+    path = waiting(tmp_path / "budgeted.yaml")
+    alone, both = peftc.plan(model, path), peftc.plan(model, [path, "head"])
+    rank = alone.spec.arguments["r"]
+    assert isinstance(rank, int) and rank > 1
+    assert both.spec.arguments == {"r": rank, "alpha": 16} and both.spec.auto is None
+    assert both.parameters.weights == alone.parameters.weights
+    twice = peftc.plan(model, [path, waiting(tmp_path / "other.yaml", "parallel_adapter")])
+    assert twice.parameters.weights > 1.5 * alone.parameters.weights
+    with pytest.raises(PeftcError, match="'r' of lora is auto: decide it before combining"):
+        combine([load_spec(path), load_spec("head")])
+    (one,) = plans(model, [path])
+    assert one.parameters == alone.parameters
+    compiled = peftc.compile(model, [path, "head"])
+    assert compiled.plan.edits[0].parameters[0].shape == (32, rank)
+
+
+def test_a_budget_on_the_command_line(tmp_path: Path) -> None:
+    path = str(waiting(tmp_path / "budgeted.yaml"))
+    assert [one.auto for one in options.specs([path, "head"], None)] == ["r", None]
+    assert [one.auto for one in options.specs([path, "head"], ["r=3"])] == [None, None]
+
+
+def test_a_size_keeps_the_words(tmp_path: Path) -> None:
+    spec = with_words(load_spec(waiting(tmp_path / "w.yaml", "prefix_words", "l")), (7, 8))
+    made = peftc.plan(tiny("bert"), spec)
+    assert made.spec.entries[0].words == (7, 8) and made.spec.arguments["l"] > 1
+    with pytest.raises(PeftcError, match=r"'lora\+head' is several specs, which have no one size"):
+        within(tiny("bert"), [combine([load_spec("lora"), load_spec("head")])], "5%")
 
 
 WORDS = st.sampled_from(

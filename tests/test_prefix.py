@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from conftest import batch, logits, stir, tiny
+from conftest import batch, logits, stir, tiny, wide
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import PreTrainedModel
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import peftc
@@ -151,6 +151,53 @@ def test_token_by_token_through_the_cache(family: str, attention: str) -> None:
         assert cache.get_seq_length() == i + 1
         steps.append(out.logits)
     assert (torch.cat(steps, 1) - whole).abs().max() < bound(family, attention)
+
+
+LATENT = dict(
+    vocab_size=120,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    q_lora_rank=8,
+    kv_lora_rank=8,
+    qk_rope_head_dim=4,
+    qk_nope_head_dim=8,
+    v_head_dim=6,
+    first_k_dense_replace=2,  # no experts
+    max_position_embeddings=64,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+
+
+def test_values_narrower_than_keys() -> None:
+    """Latent attention (DeepSeek): keys of 12 features a head, values of 6."""
+    torch.manual_seed(0)
+    config = DeepseekV3Config(**LATENT, attn_implementation="sdpa")
+    backbone = wide(DeepseekV3ForCausalLM(config)).double()
+    inputs = batch(backbone, "left")
+    for name, n in (
+        ("prefix_tuning", 5 * 32 + 33 * 6 + 2 * 7 * (48 + 24)),
+        ("prefix_direct", 2 * 5 * (48 + 24)),
+        ("prefix_ungated", 2 * 5 * (48 + 24)),
+        ("multi_head_parallel_adapter", 2 * 5 * (48 + 24)),
+    ):
+        sizes = {"l": 5, "m": 6, "r": 5}
+        known = peftc.load_spec(name).arguments
+        spec = peftc.load_spec(name, **{k: v for k, v in sizes.items() if k in known})
+        model = stir(peftc.compile(backbone, spec))
+        assert model.plan.parameters.training == n
+        got = logits(model, inputs)
+        assert (got - logits(backbone, inputs)).abs().max() > 1e-2
+        if name == "prefix_tuning":
+            with oracle(backbone, prefixes(model)):
+                want = logits(backbone, inputs)
+            real = inputs["attention_mask"].bool()
+            assert (got - want)[real].abs().max() < 1e-6  # its norms compute in float32
+        peftc.detach(model)
 
 
 def test_hand_example() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peftc.errors import PeftcError
+from peftc.language import resolved
 from peftc.language.expr import ExprError, Name, names, number, parse, show, substitute
+from peftc.language.fields import FIELDS, FORMS, PARAM, TOP, WHERE
 from peftc.language.reader import load_spec, parse_spec
 from peftc.language.schema import json_schema
 from peftc.language.shelf import directory, shipped
-from peftc.language.spec import Spec, from_data, to_data
+from peftc.language.skeleton import skeleton
+from peftc.language.spec import Spec, Where
 
 HEAD = "with: {r: 4}\ndeltas:\n  - at: ffn\n    params:\n"
 DOWN = "      down: {shape: [in, r], init: zeros}\n"
@@ -121,7 +125,7 @@ def test_shipped_specs() -> None:
         assert len(path.read_text().splitlines()) <= 30
         spec = load_spec(name)
         assert spec.name == name and spec.title
-        assert from_data(json.loads(json.dumps(to_data(spec)))) == spec
+        assert resolved.read(json.loads(json.dumps(resolved.write(spec)))) == spec
 
 
 def test_arguments_reach_the_entries() -> None:
@@ -148,8 +152,10 @@ def test_use_of_a_file_beside_and_of_itself(tmp_path: Path) -> None:
 
 
 def test_digest_ignores_comments() -> None:
-    assert parse_spec(GOOD, "s").digest() == parse_spec("# a\n" + GOOD, "s").digest()
-    assert parse_spec(GOOD, "s").digest() != parse_spec(GOOD, "s", r=5).digest()
+    assert resolved.digest(parse_spec(GOOD, "s")) == resolved.digest(
+        parse_spec("# a\n" + GOOD, "s")
+    )
+    assert resolved.digest(parse_spec(GOOD, "s")) != resolved.digest(parse_spec(GOOD, "s", r=5))
 
 
 def test_expressions() -> None:
@@ -173,7 +179,7 @@ def test_schema_admits_the_shipped_specs() -> None:
     schema = json_schema()
     entry = schema["properties"]["deltas"]["items"]["properties"]
     assert "attention.heads" in entry["at"]["oneOf"][0]["oneOf"][0]["enum"]
-    assert set(schema["properties"]) == {"name", "with", "budget", "deltas"}
+    assert set(schema["properties"]) == {"name", "title", "with", "budget", "deltas"}
 
 
 words = st.sampled_from(
@@ -228,3 +234,144 @@ def test_any_expression_is_one_or_an_error(text: str) -> None:
         assert parse(show(parse(text))) == parse(text)
     except ExprError as error:
         assert error.fact
+
+
+def refused(text: str) -> str:
+    with pytest.raises(PeftcError) as error:
+        parse_spec(text, "s.yaml")
+    return str(error.value)
+
+
+def test_in_is_no_other_name() -> None:
+    """`in` is a size, and a keyword of Python's: no name stands for it behind the user's back."""
+    text = "with: {iN: 3, ab: 5}\ndeltas: [{at: ffn, delta: h * iN * ab + in}]"
+    (entry,) = parse_spec(text, "s").entries
+    assert entry.delta is not None and names(entry.delta) == ("h", "iN", "ab", "in")
+    assert show(entry.delta) == "h * iN * ab + in"
+    assert number(parse("iN + in"), {"iN": 3, "in": 4}) == 7
+
+
+def test_names_that_no_formula_can_read() -> None:
+    for name in ("lambda", "a-b", "'1'"):
+        said = name.strip("'")
+        assert f"'{said}' is not a name" in refused(
+            f"with: {{{name}: 1}}\ndeltas: [{{train: [bias]}}]"
+        )
+    for at, name, what in (("ffn", "in", "size"), ("attention.heads", "k", "port")):
+        text = f"with: {{{name}: 3}}\ndeltas:\n  - {{at: {at}, delta: {name} * h}}"
+        fact = f"s.yaml:3:10: '{name}' is an argument and a {what} of {at} (rename the argument)"
+        assert fact in refused(text)
+    assert parse_spec("with: {k: 3}\ndeltas: [{at: ffn, delta: k * h}]", "s").arguments == {"k": 3}
+
+
+def test_arguments_of_one_delta() -> None:
+    text = (
+        "with: {r: 4}\ndeltas:\n  - {at: ffn, with: {s: r / 8}, delta: s * h, method: scaled}\n"
+        "  - {at: ffn.up, delta: r * h}\n"
+    )
+    one, other = parse_spec(text, "s").entries
+    assert (one.method, one.arguments, other.arguments) == ("scaled", {"s": 0.5}, {"r": 4})
+    assert "s.yaml:1:37: argument 's' is never used" in refused(
+        "deltas: [{at: ffn, delta: h, with: {s: 1}}]"
+    )
+    # Not silently the file's: what a delta has of its own is all that it sees.
+    inner = "with: {r: 4}\ndeltas: [{at: ffn, delta: r * h, with: {s: 1}}]"
+    assert "s.yaml:2:27: unknown name 'r'" in refused(inner)
+
+
+def using(inner: str, outer: str, tmp_path: Path) -> Spec:
+    (tmp_path / "inner.yaml").write_text(f"deltas: [{inner}]")
+    (tmp_path / "outer.yaml").write_text(f"deltas:\n  - use: inner.yaml\n    where: {outer}\n")
+    return load_spec(tmp_path / "outer.yaml")
+
+
+@pytest.mark.parametrize(
+    ("own", "more", "left"),
+    [
+        ("{layers: 0-5}", "{layers: '4-9'}", Where(layers=(4, 5))),
+        ("{layers: 0-5}", "{stack: decoder}", Where("decoder", None, tuple(range(6)))),
+        ("{stack: first}", "{stack: encoder}", Where("encoder")),
+        ("{stack: encoder}", "{stack: first}", Where("encoder")),
+        ("{kind: self}", "{kind: self, layers: 3}", Where(None, "self", (3,))),
+    ],
+)
+def test_where_of_a_use_narrows(own: str, more: str, left: Where, tmp_path: Path) -> None:
+    (entry,) = using(f"{{at: attention, delta: x, where: {own}}}", more, tmp_path).entries
+    assert entry.where == left
+
+
+@pytest.mark.parametrize(
+    ("inner", "more", "fact"),
+    [
+        ("layers: 0-2", "{layers: 3-4}", "at attention: layers 0,1,2 there, 3,4 here"),
+        ("stack: encoder", "{stack: decoder}", "at attention: stack encoder there, decoder here"),
+        ("stack: first", "{stack: decoder}", "at attention: stack first there, decoder here"),
+        ("kind: self", "{kind: cross}", "at attention: kind self there, cross here"),
+        ("scope: 'a*'", "{scope: 'b*'}", "at attention: scope a* there, b* here"),
+    ],
+)
+def test_where_that_selects_nothing(inner: str, more: str, fact: str, tmp_path: Path) -> None:
+    with pytest.raises(PeftcError) as error:
+        using(f"{{at: attention, delta: x, where: {{{inner}}}}}", more, tmp_path)
+    assert f"outer.yaml:3:12: 'where' selects nothing of inner {fact}" in str(error.value)
+
+
+def test_where_without_sites(tmp_path: Path) -> None:
+    """`train` without `at` is of any module: stacks and layers would be ignored, so they are refused."""
+    with pytest.raises(
+        PeftcError, match=r"of inner: it names no site to narrow \(narrow by scope\)"
+    ):
+        using("{train: [bias]}", "{stack: decoder}", tmp_path)
+    (entry,) = using("{train: [bias]}", '{scope: "*.decoder.*"}', tmp_path).entries
+    assert (entry.at, entry.scope) == ("", "*.decoder.*")
+    fact = "'where' narrows sites, and this trains parameters of any (say 'at', or narrow by scope)"
+    assert fact in refused("deltas: [{train: [bias], where: {layers: 1}}]")
+    assert "'scope' stands in 'at' already" in refused(
+        "deltas: [{at: {op: linear, scope: a}, delta: x, where: {scope: b}}]"
+    )
+
+
+def test_a_use_of_what_waits_for_a_budget(tmp_path: Path) -> None:
+    (tmp_path / "auto.yaml").write_text(
+        "budget: 5%\n" + load_spec("lora").text.replace("{r: 8,", "{r: auto,")
+    )
+    (tmp_path / "uses.yaml").write_text("deltas: [{use: auto.yaml}]")
+    with pytest.raises(PeftcError) as error:
+        load_spec(tmp_path / "uses.yaml")
+    assert str(error.value).endswith(
+        "uses.yaml:1:16: 'r' of auto.yaml is auto, which only a budget of the whole decides "
+        "(give it: with: {r: 8})"
+    )
+    (tmp_path / "uses.yaml").write_text("deltas: [{use: auto.yaml, with: {r: 2}}]")
+    assert load_spec(tmp_path / "uses.yaml").entries[0].arguments["r"] == 2
+
+
+def test_overrides_are_finite_numbers() -> None:
+    for value in (float("nan"), float("inf"), 1e13, True, "8"):
+        with pytest.raises(PeftcError, match="argument 'r' must be a number"):
+            load_spec("lora", r=value)
+
+
+def test_every_key_has_its_row() -> None:
+    """One table: what is read, offered, written and shown."""
+    entry = json_schema()["properties"]["deltas"]["items"]
+    assert list(entry["properties"]) == [row.name for row in FIELDS]
+    assert [one["required"][-1] for one in entry["oneOf"]] == list(FORMS)
+    assert all(row.doc and row.forms for row in FIELDS)
+    assert all(row.doc for table in (TOP, WHERE, PARAM) for row in table)
+    text = skeleton("mine")
+    assert parse_spec(text, "mine").name == "mine"
+    assert all(len(line) <= 120 for line in text.splitlines())
+
+
+@pytest.mark.parametrize("key", [row.name for row in FIELDS if row.sample.startswith("#")])
+def test_the_skeletons_comments_are_specs(key: str) -> None:
+    """A comment of the skeleton may be taken as it stands."""
+    lines = skeleton("mine").splitlines()
+    at = next(i for i, line in enumerate(lines) if re.match(rf"\s*# (- )?{key}: ", line))
+    lines[at] = lines[at].replace("# ", "", 1)
+    if key == "rewrite":
+        lines = [line for line in lines if not re.match(r"\s*(delta|compose): ", line)]
+    if key == "let":
+        lines = [line.replace("relu(x @ down)", "relu(hidden)") for line in lines]
+    assert parse_spec("\n".join(lines), "mine").entries

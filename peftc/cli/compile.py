@@ -54,8 +54,9 @@ def compile(  # the name of the command
     peftc compile lora --model ./my-bert --task classification --num-labels 10
     peftc compile mam --model facebook/bart-large --random-weights --time-passes
     """
-    spec = options.spec(specs, sets, words)
-    target = None if no_save else output or Path(f"{spec.name}-{_basename(model)}")
+    loaded = options.specs(specs, sets, words)
+    name = options.name_of(loaded)
+    target = None if no_save else output or Path(f"{name}-{_basename(model)}")
 
     if target is not None:
         require_ours(target)
@@ -73,7 +74,7 @@ def compile(  # the name of the command
     trace = driver.Trace(after)
     with step("compiling"):
         torch.manual_seed(backbones.SEED)  # the deltas' own start
-        compiled = driver.compile(backbone, spec, trace=trace)
+        compiled = driver.compile(backbone, loaded, trace=trace)
         rewritten = driver.outputs(compiled, inputs)
     _check_passes(print_after or [], trace.results)
     say(table.render(compiled.plan, console().width))

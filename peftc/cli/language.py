@@ -13,6 +13,7 @@ from peftc.errors import PeftcError
 from peftc.language import schema as spec_schema
 from peftc.language import shelf
 from peftc.language.reader import load_spec
+from peftc.language.skeleton import skeleton
 
 
 def specs(
@@ -37,30 +38,6 @@ def specs(
         )
 
 
-SKELETON = """# NAME: one line on what it is (authors, year, equation)
-name: NAME
-with: {r: 8, s: 1.0}  # arguments; --set r=16 overrides one
-deltas:
-  # Where: attention, attention.q .k .v .o, attention.heads, ffn, ffn.up .gate .down .hidden, embedding,
-  # norm, head, {op: linear, scope: "*.dense"}, {op: conv, scope: "*"}, or a list of these.
-  # `peftc plan --sites` lists a model's own.
-  - at: ffn
-    # where: {stack: decoder, kind: cross, layers: "0-5,11"}
-    # expect: 24  # how many sites must match
-    params:  # sizes: in, out, d, heads, head_dim, kv and your arguments; per: site, kind, shape or model
-      down: {shape: [in, r],  init: kaiming_uniform}
-      up:   {shape: [r, out], init: zeros}
-    # let: {name: formula}
-    delta: relu(x @ down) @ up  # reads x: parallel; reads h: sequential
-    compose: h + s * delta      # this is h + delta where it is left out
-    # instead of delta and compose: rewrite: {W: W + transpose(down @ up)}
-    # penalty: a number at each site that is added to the loss
-  # - train: [bias]  # existing parameters, by the last part of their name
-  # - use: lora      # another spec
-  #   with: {r: 4}
-"""
-
-
 def new(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Of the method.")],
     output: Annotated[
@@ -78,7 +55,7 @@ def new(
     path = output or Path(f"{name}.yaml")
     try:
         with path.open("x") as file:
-            file.write(SKELETON.replace("NAME", name))
+            file.write(skeleton(name))
     except OSError as error:
         reason = "exists already" if isinstance(error, FileExistsError) else str(error.strerror)
         raise PeftcError(f"{path}: {reason}") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import transformers
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from peftc.cli.console import step
 from peftc.errors import PeftcError
 from peftc.language.reader import load_spec
-from peftc.language.spec import Spec, combine, with_words
+from peftc.language.spec import Spec, with_words
 from peftc.model import backbones
 
 Specs = Annotated[
@@ -67,8 +67,9 @@ class OptionError(PeftcError):
     """A value on the command line that cannot be used."""
 
 
-def spec(names: list[str], sets: list[str] | None, words: str | None = None) -> Spec:
-    """The spec that the command line names, with its --set values; several specs become one."""
+def specs(names: list[str], sets: list[str] | None, words: str | None = None) -> tuple[Spec, ...]:
+    """The specs that the command line names, with its --set values and --words; they act as one, but a budget
+    is of one of them."""
 
     values = dict(_pair(one) for one in sets or ())
     loaded = [load_spec(name) for name in names]
@@ -78,8 +79,18 @@ def spec(names: list[str], sets: list[str] | None, words: str | None = None) -> 
         if unknown:  # let the first spec say it, with its own suggestion
             known[0] |= {k: values[k] for k in unknown}
         loaded = [load_spec(name, **mine) for name, mine in zip(names, known, strict=True)]
-    one = combine(loaded)
-    return one if words is None else with_words(one, words)
+    if words is None:
+        return tuple(loaded)
+    worded = [any(entry.words is not None for entry in one.entries) for one in loaded]
+    if not any(worded):
+        raise OptionError(f"{name_of(loaded)} starts from no words")
+    pairs = zip(loaded, worded, strict=True)
+    return tuple(with_words(one, words) if has else one for one, has in pairs)
+
+
+def name_of(specs: Sequence[Spec]) -> str:
+    """What several specs that act as one are called."""
+    return "+".join(one.name for one in specs)
 
 
 def _pair(text: str) -> tuple[str, float | int]:

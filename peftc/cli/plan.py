@@ -45,12 +45,12 @@ def plan(
     """
     if not specs and not sites:
         raise options.OptionError("name a spec, or ask for --sites")
-    spec = options.spec(specs, sets) if specs and not budget else None
+    loaded = options.specs(specs, sets) if specs and not budget else None
     built = options.backbone(model, random_weights, meta=True, task=task, num_labels=num_labels)
 
     if budget is not None:
         return _budgets(built, specs or [], sets, budget, as_json)
-    if spec is None:
+    if loaded is None:
         with step("tracing"):
             places = driver.survey(built)
         return (
@@ -59,7 +59,7 @@ def plan(
             else say(listing.places(places))
         )
     with step("tracing and planning"):
-        found = driver.plan(built, spec)
+        found = driver.plan(built, loaded)
     if as_json:
         return raw(json.dumps(table.data(found), indent=2))
     say(table.render(found, console().width))

@@ -142,7 +142,7 @@ def _started(
     task: str,
     labels: Sequence[str],
 ) -> CompiledModel:
-    spec = options.spec(specs, *said)
+    loaded = options.specs(specs, *said)
     if model is None:
         raise options.OptionError("--model is needed to train a spec")
     settings = {
@@ -154,7 +154,7 @@ def _started(
     )
 
     with step("compiling"):
-        return driver.compile(backbone, spec)
+        return driver.compile(backbone, loaded)
 
 
 def _labels(rows: Sequence[Row], column: str) -> tuple[str, ...]:

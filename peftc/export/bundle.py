@@ -22,6 +22,7 @@ from peftc.graph.capture import capture
 from peftc.graph.entries import flatten_cache
 from peftc.graph.program import Program
 from peftc.graph.rows import room_of
+from peftc.language.resolved import digest
 from peftc.model.compiled import CompiledModel
 from peftc.rewrite.folding import Report
 from peftc.store.directory import FORMAT, MANIFEST, read_manifest, require_ours, write_directory
@@ -199,7 +200,7 @@ def _about(
         "max_tokens": _max_tokens(folded),
         "dtype": str(folded.dtype).removeprefix("torch."),
         "min_onnxruntime": MIN_ORT,
-        "spec": {"name": plan.spec.name, "digest": plan.spec.digest()} if plan else None,
+        "spec": {"name": plan.spec.name, "digest": digest(plan.spec)} if plan else None,
         "backbone": {
             "class": type(folded).__name__,
             "fingerprint": fingerprint(model, learned),

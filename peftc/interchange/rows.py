@@ -24,7 +24,7 @@ deltas:
     positions: shift
     params:
       P_k: {{shape: [kv_heads, l, head_dim], init: zeros}}
-      P_v: {{shape: [kv_heads, l, head_dim], init: zeros}}
+      P_v: {{shape: [kv_heads, l, value_dim], init: zeros}}
     rewrite: {{k: "prepend(P_k, k)", v: "prepend(P_v, v)"}}
 """
 

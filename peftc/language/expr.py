@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import ast
+import keyword
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import product
+from string import ascii_letters
 
 from peftc.errors import suggest
 
 Dim = int | str
 Shape = tuple[Dim, ...]
 MAX_LENGTH, MAX_DEPTH, MAX_NUMBER = 2000, 60, 1e12
+# More than fit into the longest text.
+_PAIRS = tuple(
+    pair for a, b in product(ascii_letters + "_", repeat=2) if not keyword.iskeyword(pair := a + b)
+)
 
 
 class ExprError(Exception):
@@ -61,13 +68,23 @@ def parse(text: str) -> Expr:
     """The expression that `text` writes. Raises ExprError."""
     if len(text) > MAX_LENGTH:
         raise ExprError(0, f"the expression is longer than {MAX_LENGTH} characters")
-    source = re.sub(r"\bin\b", "iN", text)  # a dim of ours, a keyword of Python's; same width
+    # A dim of ours is a keyword of Python's: it goes by a name of the same width that the text does not have.
+    stand_in = next(pair for pair in _PAIRS if pair not in text)
+    source = re.sub(r"\bin\b", stand_in, text)
     try:
         tree = ast.parse(source.strip(), mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         column = (getattr(error, "offset", 1) or 1) - 1
         raise ExprError(column, f"'{text.strip()[:60]}' is not an expression") from error
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and node.id == stand_in:
+            node.id = "in"
     return _convert(tree.body, MAX_DEPTH)
+
+
+def is_name(text: str) -> bool:
+    """Whether a formula can read something by this name."""
+    return text == "in" or (text.isidentifier() and not keyword.iskeyword(text))
 
 
 def _convert(node: ast.expr, depth: int) -> Expr:
@@ -80,7 +97,7 @@ def _convert(node: ast.expr, depth: int) -> Expr:
         case ast.Constant(value=int() | float() as value) if abs(value) <= MAX_NUMBER:
             return Number(value, column)
         case ast.Name():
-            return Name("in" if node.id == "iN" else node.id, column)
+            return Name(node.id, column)
         case ast.BinOp() if type(node.op) in _OPERATORS:
             args = (_convert(node.left, depth - 1), _convert(node.right, depth - 1))
             return Call(_OPERATORS[type(node.op)], args, column)
@@ -95,7 +112,7 @@ def _convert(node: ast.expr, depth: int) -> Expr:
 
 def _snippet(node: ast.expr) -> str:
     try:
-        return ast.unparse(node).replace("iN", "in")[:40]
+        return ast.unparse(node)[:40]
     except (ValueError, RecursionError):
         return type(node).__name__
 
@@ -151,7 +168,7 @@ def show(expr: Expr, context: int = 0) -> str:
             return f"{expr.op}({', '.join(show(arg) for arg in expr.args)})"
 
 
-_ARITHMETIC: Mapping[str, Callable[..., float | int]] = {
+ARITHMETIC: Mapping[str, Callable[..., float | int]] = {
     "add": lambda a, b: a + b,
     "sub": lambda a, b: a - b,
     "mul": lambda a, b: a * b,
@@ -171,11 +188,11 @@ def number(expr: Expr, values: Mapping[str, float | int]) -> float | int:
             if expr.id not in values:
                 raise ExprError(expr.column, f"unknown name '{expr.id}'", suggest(expr.id, values))
             return values[expr.id]
-    if expr.op not in _ARITHMETIC:
+    if expr.op not in ARITHMETIC:
         raise ExprError(expr.column, f"'{expr.op}' does not work on plain numbers")
     args = [number(arg, values) for arg in expr.args]
     try:
-        result = _ARITHMETIC[expr.op](*args)
+        result = ARITHMETIC[expr.op](*args)
         fits = not isinstance(result, complex) and abs(result) <= MAX_NUMBER
     except (ZeroDivisionError, OverflowError, TypeError):
         fits = False

@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from peftc.errors import PeftcError, SpecError, suggest
 from peftc.language import expr as ex
-from peftc.language.fields import POSITIONS, Fields, Scope
-from peftc.language.ops import agree, text
-from peftc.language.ports import SITES
+from peftc.language.fields import FIELDS, NEW, TOP, Draft, composed, narrowed, started
+from peftc.language.formulas import Formulas
 from peftc.language.shelf import find
 from peftc.language.source import Item, Source, compose
-from peftc.language.spec import Arguments, Entry, Spec, Where
+from peftc.language.spec import Arguments, Entry, Spec, Where, numbered
 
-TOP = ("name", "with", "budget", "deltas")
-ENTRY = (
-    "at",
-    "where",
-    "params",
-    "let",
-    "delta",
-    "compose",
-    "rewrite",
-    "positions",
-    "words",
-    "penalty",
-    "train",
-    "use",
-    "with",
-    "expect",
-)
 AUTO = "auto"
 MAX_USES = 8
 
@@ -41,101 +25,157 @@ MAX_USES = 8
 def load_spec(source: str | Path, **overrides: float | int) -> Spec:
     """A spec by shipped name or by path; `overrides` replace values of its `with:`.
 
-    Raises SpecError with every problem of the file, PeftcError when there is no such spec.
+    Raises SpecError with every problem of the file, PeftcError when there is no such spec or argument.
     """
     path = find(source)
     return parse_spec(path.read_text(), str(path), **overrides)
 
 
 def parse_spec(text: str, path: str = "<spec>", **overrides: float | int) -> Spec:
-    """A spec from its text; `path` is what errors name and what relative `use:` starts from."""
+    """A spec from its text; `path` is what errors name and what relative `use:` starts from.
+
+    Raises SpecError with every problem, PeftcError for an override of no argument or that is no number.
+    """
     return read(text, path, overrides)
 
 
-def read(source_text: str, path: str, overrides: Arguments, using: tuple[str, ...] = ()) -> Spec:
-    """The Spec of a file's text. Raises SpecError with all problems."""
-    root = compose(source_text, path)
-    source = Source(path)
-    reader = Reader(source, using)
-    top = source.mapping(root, "a spec", TOP)
-    name = source.text(top["name"][1], "'name'") if "name" in top else Path(path).stem
-    arguments = reader.arguments(top, overrides)
-    budget = source.text(top["budget"][1], "'budget'") if "budget" in top else None
-    if budget is not None and reader.auto is None and not overrides:
-        source.fail(top["budget"][0], "'budget' decides one argument", "set it to auto in 'with'")
-    entries: list[Entry] = []
-    if "deltas" not in top:
-        source.fail(root, "'deltas' is missing", "a spec lists its deltas")
-    else:
-        found = list(source.items(top["deltas"][1], "'deltas'"))
-        if not found and not source.problems:
-            source.fail(top["deltas"][1], "'deltas' is empty")
-        for node in found:
-            entries += reader.entry(node, name or "", arguments)
-    reader.check_unused(top, arguments)
-    if source.problems:
-        raise SpecError(dict.fromkeys(source.problems))
-    title = next(
-        (line[1:].strip() for line in source_text.splitlines() if line.startswith("#")), ""
-    )
-    return Spec(
-        name or "", title, arguments, tuple(entries), source_text, path, budget, reader.auto
-    )
+def read(text: str, path: str, overrides: Arguments, using: tuple[str, ...] = ()) -> Spec:
+    """The Spec of a file's text; `using` are the specs that use it, outermost first. Raises as `parse_spec`."""
+    spec = Reader(Source(path), using, overrides).spec(compose(text, path))
+    comments = (line[1:].strip() for line in text.splitlines() if line.startswith("#"))
+    return replace(spec, title=spec.title or next(comments, ""), text=text, path=path)
 
 
-class Reader(Fields):
-    """Turns nodes into entries."""
+class Reader(Formulas):
+    """Turns the nodes of one document into a Spec. A `resolved` one, which a Spec was written as, may have
+    arguments that its deltas no longer read."""
 
-    def __init__(self, source: Source, using: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        source: Source,
+        using: tuple[str, ...] = (),
+        overrides: Arguments | None = None,
+        resolved: bool = False,
+    ) -> None:
         super().__init__(source)
-        self.using = using
+        self.using, self.resolved = using, resolved
+        self.overrides: Arguments = overrides or {}
+        self.name = Path(source.file).stem
+        self.arguments: dict[str, float | int] = {}
+        self.declared: dict[str, yaml.Node] = {}
         self.auto: str | None = None
 
-    def arguments(self, top: Mapping[str, Item], overrides: Arguments) -> dict[str, float | int]:
-        values: dict[str, float | int] = {}
-        if "with" in top:
-            for name, (_, node) in self.source.mapping(top["with"][1], "'with'").items():
-                if isinstance(node, yaml.ScalarNode) and node.value == AUTO:
-                    self.decide(name, node, overrides)
-                    values[name] = 1
-                    continue
-                value = self.number(node, values)
-                values[name] = 0 if value is None else value
-        unknown = [name for name in overrides if name not in values]
-        if unknown:
-            fix = suggest(unknown[0], values) or f"arguments: {', '.join(values) or 'none'}"
-            raise PeftcError(f"{self.source.file}: no argument '{unknown[0]}' ({fix})")
-        odd = [
-            n for n, v in overrides.items() if isinstance(v, bool) or not isinstance(v, int | float)
-        ]
-        if odd:
-            raise PeftcError(f"{self.source.file}: argument '{odd[0]}' must be a number")
-        return {**values, **overrides}
+    def spec(self, root: yaml.Node) -> Spec:
+        """The Spec of a document. Raises SpecError with every problem, PeftcError for a bad override."""
+        top = self.source.mapping(root, "a spec", [row.name for row in TOP])
+        said: dict[str, Any] = {}
+        for row in TOP:
+            if row.name in top:
+                said[row.name] = row.read(self, top[row.name][1])
+            elif row.required:
+                self.source.fail(root, f"'{row.name}' is missing", row.doc)
+        self.check_unused()
+        if self.source.problems:
+            raise SpecError(dict.fromkeys(self.source.problems))
+        return Spec(
+            name=self.name,
+            title=said.get("title") or "",
+            arguments=self.arguments,
+            entries=said["deltas"],
+            budget=said.get("budget") if self.auto else None,
+            auto=self.auto,
+        )
 
-    def decide(self, name: str, node: yaml.Node, overrides: Arguments) -> None:
+    def called(self, node: yaml.Node) -> None:
+        """Take the name of the spec, which its deltas have too."""
+        self.name = self.source.text(node, "'name'") or ""
+
+    def declare(self, node: yaml.Node) -> None:
+        """The arguments of the file and their defaults; one may be left to the budget."""
+        for name, (key, value) in self.source.mapping(node, "'with'").items():
+            if not ex.is_name(name):
+                self.source.fail(key, f"'{name}' is not a name")
+            self.declared[name] = key
+            if isinstance(value, yaml.ScalarNode) and value.value == AUTO:
+                self.arguments[name] = 1
+                self.decide(name, value)
+                continue
+            number = self.number(value, self.arguments)
+            self.arguments[name] = 0 if number is None else number
+
+    def decide(self, name: str, node: yaml.Node) -> None:
         """An argument that is left to the budget, unless it is given."""
         if self.auto is not None:
-            self.source.fail(node, f"'{self.auto}' is auto already; a budget decides one argument")
-        elif name not in overrides:
+            fact = f"'{self.auto}' is auto already; a budget decides one argument"
+            self.source.fail(node, fact)
+        elif name not in self.overrides:
             self.auto = name
 
-    def check_unused(self, top: Mapping[str, Item], arguments: Arguments) -> None:
-        if self.source.problems or "with" not in top:
+    def budget(self, node: yaml.Node) -> str | None:
+        """What decides the argument that is auto, as written."""
+        written = self.source.text(node, "'budget'")
+        if written is not None and self.auto is None and not self.overrides:
+            fact = "'budget' decides one argument"
+            self.source.fail(node, fact, "set it to auto in 'with'")
+        return written
+
+    def override(self) -> None:
+        """Take the values that are given for arguments. Raises PeftcError: no such argument, no number."""
+        for name, value in self.overrides.items():
+            if name not in self.arguments:
+                known = f"arguments: {', '.join(self.arguments) or 'none'}"
+                fix = suggest(name, self.arguments) or known
+                raise PeftcError(f"{self.source.file}: no argument '{name}' ({fix})")
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not math.isfinite(value) or abs(value) > ex.MAX_NUMBER:
+                raise PeftcError(f"{self.source.file}: argument '{name}' must be a number")
+            # A subclass such as numpy's float64 would be written in its own way.
+            self.arguments[name] = int(value) if isinstance(value, int) else float(value)
+
+    def check_unused(self) -> None:
+        """Note every argument of the file that nothing reads."""
+        if self.source.problems or self.resolved:
             return
-        for name, (key, _) in self.source.mapping(top["with"][1], "'with'").items():
+        for name, key in self.declared.items():
             if name not in self.used:
                 self.source.fail(key, f"argument '{name}' is never used")
 
-    def entry(self, node: yaml.Node, method: str, arguments: Arguments) -> list[Entry]:
-        items = self.source.mapping(node, "a delta", ENTRY)
-        if not items:
+    def deltas(self, node: yaml.Node) -> tuple[Entry, ...]:
+        """The entries of all deltas, in order, with the arguments as they are overridden."""
+        self.override()
+        found = list(self.source.items(node, "'deltas'"))
+        if not found and not self.source.problems:
+            self.source.fail(node, "'deltas' is empty")
+        return numbered([self.delta(one) for one in found])
+
+    def delta(self, node: yaml.Node) -> list[Entry]:
+        """The entries of one delta: one for each kind of site, or those of the spec that it uses."""
+        items = self.source.mapping(node, "a delta", [row.name for row in FIELDS])
+        form = self.form(node, items) if items else ""
+        if not form:
             return []
-        if "use" in items:
-            return self.use(items, arguments)
-        read = self.train if "train" in items else self.delta
-        return [
-            entry for one in self.each_site(items) for entry in read(node, one, method, arguments)
-        ]
+        goes = [row.name for row in FIELDS if form in row.forms]
+        for name, (key, _) in items.items():
+            if name not in goes:
+                self.source.fail(key, f"'{name}' does not go with '{form}'")
+        if form == "use":
+            return self.use(items)
+        drafts = [self.draft(node, one, form) for one in self.each_site(items)]
+        return [entry for draft in drafts if (entry := self.entry(draft)) is not None]
+
+    def form(self, node: yaml.Node, items: Mapping[str, Item]) -> str:
+        """Which of FORMS a delta is; nothing, and a problem, where it is none."""
+        for form in ("use", "train"):
+            if form in items:
+                return form
+        if "at" not in items:
+            fix = "say which site the delta modifies, such as ffn"
+            self.source.fail(node, "'at' is missing", fix)
+        elif ("delta" in items) == ("rewrite" in items):
+            self.source.fail(node, "give either 'delta' or 'rewrite'")
+        else:
+            return "delta" if "delta" in items else "rewrite"
+        return ""
 
     def each_site(self, items: Mapping[str, Item]) -> list[Mapping[str, Item]]:
         """`at: [attention.q, attention.v]` is the same delta at each."""
@@ -149,22 +189,69 @@ class Reader(Fields):
             self.source.fail(node, "'at' names no site")
         return found
 
-    def use(self, items: Mapping[str, Item], arguments: Arguments) -> list[Entry]:
+    def draft(self, node: yaml.Node, items: Mapping[str, Item], form: str) -> Draft:
+        """What is read of a delta before its first key."""
+        place, arguments = self.source.place(node), self.arguments
+        said: dict[str, Any] = {
+            "method": self.name,
+            "at": "",
+            "place": place,
+            "arguments": arguments,
+        }
+        return Draft(self, node, items, form, arguments, said)
+
+    def entry(self, draft: Draft) -> Entry | None:
+        """The Entry of a delta at one kind of site, by the rows of FIELDS; nothing where its site is unknown."""
+        for row in FIELDS:
+            if row.name in draft.items and draft.form in row.forms:
+                draft.values |= row.read(draft, draft.items[row.name][1])
+            if row.name == "at" and draft.form in NEW and not draft.at:
+                return None
+        if draft.form == "delta":
+            draft.values |= composed(draft)
+        if draft.form in NEW:
+            self.check_words(draft)
+            self.check_read(draft)
+        self.check_own(draft)
+        return Entry(**draft.values)
+
+    def check_words(self, draft: Draft) -> None:
+        """Note parameters that start as a value of no text."""
+        if "words" not in draft.items:
+            for name, port in started(draft).items():
+                fact = f"'{name}' starts as '{port}', a value"
+                self.source.fail(draft.items["params"][0], fact, "say of which text: words: ...")
+
+    def check_read(self, draft: Draft) -> None:
+        """Note parameters and names of formulas that no formula reads."""
+        named = [key for one in ("params", "let") for key in _keys(draft.items, one)]
+        for key in named:
+            if key.value not in draft.names.read and not self.source.problems:
+                self.source.fail(key, f"'{key.value}' is never used")
+
+    def check_own(self, draft: Draft) -> None:
+        """Count the arguments that a delta reads; note those of its own that it does not."""
+        if "with" not in draft.items:
+            self.used |= draft.names.read & set(self.arguments)
+        elif not self.resolved and not self.source.problems:
+            for name, key in draft.own.items():
+                if name not in draft.names.read:
+                    self.source.fail(key, f"argument '{name}' is never used")
+
+    def use(self, items: Mapping[str, Item]) -> list[Entry]:
         """The entries of another spec, with arguments of its own and, if given, a narrower `where`."""
-        self._only(items, ("use", "with", "where"), "'use'")
         _, node = items["use"]
         name = self.source.text(node, "'use'")
         if name is None:
             return []
         if len(self.using) >= MAX_USES or name in self.using:
-            self.source.fail(
-                node, f"'{name}' uses itself" if name in self.using else "too many uses"
-            )
+            fact = f"'{name}' uses itself" if name in self.using else "too many uses"
+            self.source.fail(node, fact)
             return []
         given: dict[str, float | int] = {}
         if "with" in items:
             for argument, (_, value) in self.source.mapping(items["with"][1], "'with'").items():
-                number = self.number(value, arguments)
+                number = self.number(value, self.arguments)
                 given[argument] = 0 if number is None else number
         try:
             path = find(name, Path(self.source.file).parent)
@@ -175,139 +262,52 @@ class Reader(Fields):
         except (PeftcError, OSError, UnicodeDecodeError) as error:
             self.source.fail(node, str(error))
             return []
-        narrower = self.where(items)
-        return [replace(entry, where=_narrow(entry.where, narrower)) for entry in spec.entries]
+        if spec.auto is not None:
+            fact = f"'{spec.auto}' of {name} is auto, which only a budget of the whole decides"
+            self.source.fail(node, fact, f"give it: with: {{{spec.auto}: 8}}")
+        if "where" not in items:
+            return [*spec.entries]
+        narrower = narrowed(self.source, items["where"][1])
+        return [self.narrow(entry, *narrower, items["where"][1]) for entry in spec.entries]
 
-    def train(
-        self, node: yaml.Node, items: Mapping[str, Item], method: str, arguments: Arguments
-    ) -> list[Entry]:
-        """Existing parameters to unfreeze, by the last component of their name."""
-        self._only(items, ("train", "at", "where", "expect"), "'train'")
-        found = list(self.source.items(items["train"][1], "'train'"))
-        names = tuple(n for one in found if (n := self.source.text(one, "a parameter's name")))
-        for one, name in zip(found, names, strict=False):
-            if not name.isidentifier():
-                self.source.fail(one, f"'{name}' is not the last component of a parameter's name")
-        if not found:
-            self.source.fail(items["train"][1], "'train' names no parameter")
-        at, scope = self.at(items) if "at" in items else ("", None)
-        where, expect = self.where(items), self.expect(items)
-        place = self.source.place(node)
-        return [
-            Entry(method, at, scope, where, (), (), (), None, None, names, expect, arguments, place)
-        ]
-
-    def delta(
-        self, node: yaml.Node, items: Mapping[str, Item], method: str, arguments: Arguments
-    ) -> list[Entry]:
-        if "at" not in items:
-            self.source.fail(
-                node, "'at' is missing", "say which site the delta modifies, such as ffn"
-            )
-            return []
-        if ("delta" in items) == ("rewrite" in items):
-            self.source.fail(node, "give either 'delta' or 'rewrite'")
-            return []
-        at, scope = self.at(items)
-        if not at:
-            return []
-        names = Scope(_visible(at, arguments), set())
-        params = self.params(items, names, at, arguments)
-        let = self.let(items, names)
-        delta = compose_ = None
-        if "delta" in items:
-            delta, compose_, assign = self.composed(items, names, at)
-        else:
-            self._only(items, tuple(k for k in ENTRY if k != "compose"), "'rewrite'")
-            assign = self.rewrite(items, names, at)
-        penalty = self.penalty(items, names, set(SITES[at].ports))
-        for key, (place, _) in self._named(items, "params") + self._named(items, "let"):
-            if key not in names.read and not self.source.problems:
-                self.source.fail(place, f"'{key}' is never used")
-        self.used |= names.read & set(arguments)
-        where, expect, place_ = self.where(items), self.expect(items), self.source.place(node)
-        positions = "keep"
-        if "positions" in items:
-            positions = (
-                self.source.choice(items["positions"][1], "'positions'", POSITIONS) or positions
-            )
-        return [
-            Entry(
-                method,
-                at,
-                scope,
-                where,
-                params,
-                let,
-                assign,
-                delta,
-                compose_,
-                (),
-                expect,
-                arguments,
-                place_,
-                penalty,
-                positions,
-                self.words(items, params, at),
-            )
-        ]
-
-    def _named(self, items: Mapping[str, Item], key: str) -> list[tuple[str, Item]]:
-        node = items[key][1] if key in items else None
-        if not isinstance(node, yaml.MappingNode):
-            return []
-        return [(k.value, (k, v)) for k, v in node.value if isinstance(k, yaml.ScalarNode)]
-
-    def _only(self, items: Mapping[str, Item], allowed: Iterable[str], what: str) -> None:
-        for name, (key, _) in items.items():
-            if name not in allowed:
-                self.source.fail(key, f"'{name}' does not go with {what}")
-
-    def composed(
-        self, items: Mapping[str, Item], names: Scope, at: str
-    ) -> tuple[ex.Expr | None, ex.Expr | None, tuple[tuple[str, ex.Expr], ...]]:
-        """`delta:` with its `compose:` (default `h + delta`) as one assignment of `h`."""
-        node = items["delta"][1]
-        delta, shape = self.checked(node, names)
-        names.shapes["delta"] = shape
-        composition: ex.Expr | None = ex.parse("h + delta")
-        if "compose" in items:
-            node = items["compose"][1]
-            composition, shape = self.checked(node, names)
-            if composition is not None and "delta" not in ex.names(composition):
-                self.source.fail(node, "'compose' does not read 'delta'")
-        if delta is None or composition is None:
-            return delta, composition, ()
-        self.fits(node, "h", shape, at)
-        return delta, composition, (("h", ex.substitute(composition, {"delta": delta})),)
-
-    def rewrite(
-        self, items: Mapping[str, Item], names: Scope, at: str
-    ) -> tuple[tuple[str, ex.Expr], ...]:
-        found = []
-        for port, (key, node) in self.source.mapping(items["rewrite"][1], "'rewrite'").items():
-            allowed = SITES[at].assigns
-            if port not in allowed:
-                fix = suggest(port, allowed) or f"one of: {', '.join(allowed)}"
-                self.source.fail(key, f"'{at}' has no port '{port}' to assign", fix)
-            expression, shape = self.checked(node, names)
-            if expression is not None and port in allowed:
-                self.fits(node, port, shape, at)
-                found.append((port, expression))
-        return tuple(found)
-
-    def fits(self, node: yaml.Node, port: str, got: ex.Shape, at: str) -> None:
-        """An assigned value has the features of its port, and no more axes."""
-        want = SITES[at].shapes[port]
-        if got and "..." not in got[-1:] and not agree(got[-1], want[-1]):
-            self.source.fail(node, f"'{port}' is {text(want)} but is assigned {text(got)}")
+    def narrow(self, entry: Entry, more: Where, scope: str | None, node: yaml.Node) -> Entry:
+        """The entry at the sites that both name; a problem where there can be none."""
+        what = f"'where' selects nothing of {entry.method}"
+        if not entry.at and more != Where():
+            self.source.fail(node, f"{what}: it names no site to narrow", "narrow by scope")
+        pairs = {
+            "stack": (entry.where.stack, more.stack),
+            "kind": (entry.where.kind, more.kind),
+            "layers": (entry.where.layers, more.layers),
+            "scope": (entry.scope, scope),
+        }
+        met: dict[str, Any] = {}
+        for key, (own, other) in pairs.items():
+            met[key] = own if other is None else other if own is None else _meet(own, other)
+            if met[key] is None and own is not None:
+                fact = f"{what} at {entry.at}: {key} {_shown(own)} there, {_shown(other)} here"
+                self.source.fail(node, fact)
+        scope = met.pop("scope")
+        return replace(entry, where=Where(**met), scope=scope)
 
 
-def _visible(at: str, arguments: Arguments) -> dict[str, ex.Shape]:
-    site = SITES[at]
-    numbers: dict[str, ex.Shape] = dict.fromkeys((*arguments, *site.dims), ())
-    return {**numbers, **site.shapes}
+def _meet(own: Any, other: Any) -> Any:
+    """What two ways to narrow leave; None where they leave nothing. The first stack is the encoder if there is
+    one; where there is none, `encoder` selects nothing anyway."""
+    if isinstance(own, tuple):
+        return tuple(one for one in own if one in other) or None
+    if {own, other} == {"first", "encoder"}:
+        return "encoder"
+    return own if own == other else None
 
 
-def _narrow(own: Where, more: Where) -> Where:
-    return Where(more.stack or own.stack, more.kind or own.kind, more.layers or own.layers)
+def _shown(one: Any) -> str:
+    return ",".join(map(str, one)) if isinstance(one, tuple) else str(one)
+
+
+def _keys(items: Mapping[str, Item], name: str) -> list[yaml.ScalarNode]:
+    """The keys of the mapping under `name`."""
+    node = items[name][1] if name in items else None
+    if not isinstance(node, yaml.MappingNode):
+        return []
+    return [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]

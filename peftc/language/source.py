@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ from peftc.errors import Place, Problem, SpecError, suggest
 
 MAX_BYTES, MAX_NESTING = 256 * 1024, 20
 Item = tuple[yaml.ScalarNode, yaml.Node]
+Json = dict[str, Any]
 
 
 @dataclass
@@ -22,11 +24,14 @@ class Source:
     problems: list[Problem] = field(default_factory=list)
 
     def place(self, node: yaml.Node, offset: int = 0) -> Place:
+        """Where a node stands, `offset` characters into its text."""
         mark: yaml.Mark = node.start_mark
+        # YAML marks the quote, of which an expression's column knows nothing.
         quoted = isinstance(node, yaml.ScalarNode) and node.style in ("'", '"')
         return Place(self.file, mark.line + 1, mark.column + 1 + offset + bool(quoted and offset))
 
     def fail(self, node: yaml.Node, fact: str, fix: str = "", offset: int = 0) -> None:
+        """Note a problem; reading goes on."""
         self.problems.append(Problem(self.place(node, offset), fact, fix))
 
     def mapping(self, node: yaml.Node, what: str, keys: Sequence[str] = ()) -> dict[str, Item]:
@@ -49,18 +54,21 @@ class Source:
         return found
 
     def items(self, node: yaml.Node, what: str) -> Iterator[yaml.Node]:
+        """The items of a list; a problem, and none, where it is no list."""
         if isinstance(node, yaml.SequenceNode):
             yield from node.value
         else:
             self.fail(node, f"{what} must be a list, not {kind(node)}")
 
     def text(self, node: yaml.Node, what: str) -> str | None:
+        """A scalar as it is written, whatever YAML would take it for: `1e-5` and `true` are words here."""
         if isinstance(node, yaml.ScalarNode) and node.tag != "tag:yaml.org,2002:null":
             return str(node.value)
         self.fail(node, f"{what} must be a word or formula, not {kind(node)}")
         return None
 
     def integer(self, node: yaml.Node, what: str) -> int | None:
+        """A whole number of at most nine digits."""
         text = node.value if isinstance(node, yaml.ScalarNode) else ""
         if text.isdecimal() and len(text) < 10:
             return int(text)
@@ -68,6 +76,7 @@ class Source:
         return None
 
     def choice(self, node: yaml.Node, what: str, allowed: Sequence[str]) -> str | None:
+        """One of the allowed words."""
         word = self.text(node, what)
         if word is None or word in allowed:
             return word
@@ -80,6 +89,7 @@ def _listed(words: Sequence[str]) -> str:
 
 
 def kind(node: yaml.Node) -> str:
+    """What a node is, for a message."""
     if isinstance(node, yaml.MappingNode):
         return "a mapping"
     if isinstance(node, yaml.SequenceNode):
@@ -112,3 +122,23 @@ def compose(text: str, file: str) -> yaml.Node:
     if node is None:
         raise SpecError([Problem(Place(file, 1, 1), "the file is empty")])
     return node
+
+
+def nodes(data: Any, depth: int = MAX_NESTING) -> yaml.Node:
+    """Data as the node that YAML of it would compose to; all of it stands at line 1. Raises ValueError where it
+    is nested deeper than a spec may be, TypeError where it is no data."""
+    start = yaml.Mark("", 0, 0, 0, None, 0)
+    if depth == 0:
+        raise ValueError(f"nested deeper than {MAX_NESTING}")
+    if isinstance(data, Mapping):
+        pairs = [(nodes(k, depth - 1), nodes(v, depth - 1)) for k, v in data.items()]
+        return yaml.MappingNode("tag:yaml.org,2002:map", pairs, start, start)
+    if isinstance(data, list | tuple):
+        items = [nodes(one, depth - 1) for one in data]
+        return yaml.SequenceNode("tag:yaml.org,2002:seq", items, start, start)
+    if isinstance(data, str):
+        return yaml.ScalarNode("tag:yaml.org,2002:str", data, start, start)
+    if data is not None and not isinstance(data, bool | int | float):
+        raise TypeError(f"{type(data).__name__} is no data")
+    tag = "tag:yaml.org,2002:null" if data is None else ""
+    return yaml.ScalarNode(tag, json.dumps(data), start, start)

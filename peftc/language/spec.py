@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import fnmatch
-import hashlib
-import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from itertools import groupby
 
 from peftc.errors import PeftcError, Place
 from peftc.language import expr as ex
@@ -48,35 +47,38 @@ class Where:
 
 @dataclass(frozen=True)
 class Entry:
-    """One delta, resolved: `assign` has the expression of each port that it replaces. With `positions`
-    "shift", keys in front take the first positions and the tokens those behind.
+    """One delta at one kind of site, resolved: `assign` has the expression of each port that it replaces.
 
-    `delta` and `compose` are kept as written, for the design table. `train` names existing parameters to
-    unfreeze, by the last component of their name; then there is nothing to assign. `penalty`, a number at
-    each site, is added to the loss while training.
+    `group` numbers the deltas of the spec as they were written: the entries of `at: [a, b]` have the same, and
+    what their parameters share, they share. `scope` is a glob over module paths. `delta` and `compose` are kept
+    as written, for the design table. `train` names existing parameters to unfreeze, by the last component of
+    their name; then there is nothing to assign. `penalty`, a number at each site, is added to the loss while
+    training. With `positions` "shift", keys in front take the first positions and the tokens those behind.
     """
 
     method: str
     at: str
-    scope: str | None
-    where: Where
-    params: tuple[Param, ...]
-    let: tuple[tuple[str, ex.Expr], ...]
-    assign: tuple[tuple[str, ex.Expr], ...]
-    delta: ex.Expr | None
-    compose: ex.Expr | None
-    train: tuple[str, ...]
-    expect: int | None
-    arguments: Arguments = field(hash=False)
     place: Place = field(compare=False)
+    arguments: Arguments = field(hash=False)
+    scope: str | None = None
+    where: Where = field(default_factory=Where)
+    params: tuple[Param, ...] = ()
+    let: tuple[tuple[str, ex.Expr], ...] = ()
+    assign: tuple[tuple[str, ex.Expr], ...] = ()
+    delta: ex.Expr | None = None
+    compose: ex.Expr | None = None
+    train: tuple[str, ...] = ()
+    expect: int | None = None
     penalty: ex.Expr | None = None
     positions: str = "keep"
     words: Words | None = None
+    group: int = 0
 
 
 @dataclass(frozen=True)
 class Spec:
-    """A method: entries in the order in which they act. `auto` is the argument that `budget` decides."""
+    """A method: entries in the order in which they act. `auto` is the argument that `budget` decides; until it
+    has, the argument is 1."""
 
     name: str
     title: str
@@ -87,26 +89,49 @@ class Spec:
     budget: str | None = None
     auto: str | None = None
 
-    def digest(self) -> str:
-        """SHA-256 of what the spec says, whatever its comments and layout."""
-        said = {key: value for key, value in to_data(self).items() if key != "title"}
-        canonical = json.dumps(said, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()
+
+def numbered(parts: Iterable[Sequence[Entry]]) -> tuple[Entry, ...]:
+    """The entries of several sources in order; the deltas that they were written as are counted anew."""
+    found: list[Entry] = []
+    group = -1
+    for part in parts:
+        for _, written in groupby(part, lambda entry: entry.group):
+            group += 1
+            found += [replace(entry, group=group) for entry in written]
+    return tuple(found)
 
 
 def combine(specs: Sequence[Spec]) -> Spec:
-    """Several specs that act as one, in order."""
+    """Several specs that act as one, in order.
+
+    Its arguments are those of all; where two mean different values by one name, it is told apart as
+    `SPEC_NAME`. Raises PeftcError without a spec, or where an argument still waits for its budget: a budget is
+    for one spec.
+    """
     if len(specs) == 1:
         return specs[0]
     if not specs:
         raise PeftcError("no spec given")
+    for spec in specs:
+        if spec.auto is not None:
+            raise PeftcError(f"'{spec.auto}' of {spec.name} is auto: decide it before combining")
     return Spec(
         name="+".join(spec.name for spec in specs),
         title=", ".join(spec.title for spec in specs),
-        arguments={},
-        entries=tuple(entry for spec in specs for entry in spec.entries),
-        text="\n".join(spec.text for spec in specs),
+        arguments=_joined(specs),
+        entries=numbered(spec.entries for spec in specs),
     )
+
+
+def _joined(specs: Sequence[Spec]) -> dict[str, float | int]:
+    found: dict[str, float | int] = {}
+    for index, spec in enumerate(specs):
+        for name, value in spec.arguments.items():
+            meant = {one.arguments[name] for one in specs if name in one.arguments}
+            own = re.sub(r"\W", "_", f"{spec.name}_{name}")
+            choices = (name, own, f"{own}_{index}")[len(meant) > 1 :]
+            found[next(one for one in choices if found.get(one, value) == value)] = value
+    return found
 
 
 def with_words(spec: Spec, words: Words) -> Spec:
@@ -124,89 +149,3 @@ def scopes(wanted: Sequence[str], paths: Iterable[str]) -> list[str]:
     glob = f"*.{wanted[0].rpartition('.')[2]}"
     same = {path for path in paths if fnmatch.fnmatchcase(path, glob)}
     return [glob] if same == set(wanted) else [*wanted]
-
-
-def to_data(spec: Spec) -> dict[str, Any]:
-    """The resolved spec as JSON data; `from_data` reads it back exactly."""
-    return {
-        "name": spec.name,
-        "title": spec.title,
-        "arguments": dict(spec.arguments),
-        "entries": [_entry_data(entry) for entry in spec.entries],
-    }
-
-
-def _entry_data(entry: Entry) -> dict[str, Any]:
-    where = entry.where
-    return {
-        "method": entry.method,
-        "at": entry.at,
-        "scope": entry.scope,
-        "where": {
-            "stack": where.stack,
-            "kind": where.kind,
-            "layers": None if where.layers is None else list(where.layers),
-        },
-        "params": [
-            {
-                "name": param.name,
-                "shape": [ex.show(dim) for dim in param.shape],
-                "init": [param.init.name, *(ex.show(arg) for arg in param.init.args)],
-                "per": param.per,
-                "trainable": param.trainable,
-            }
-            for param in entry.params
-        ],
-        "let": [[name, ex.show(one)] for name, one in entry.let],
-        "assign": [[port, ex.show(one)] for port, one in entry.assign],
-        "delta": None if entry.delta is None else ex.show(entry.delta),
-        "compose": None if entry.compose is None else ex.show(entry.compose),
-        "train": list(entry.train),
-        "expect": entry.expect,
-        **({} if entry.penalty is None else {"penalty": ex.show(entry.penalty)}),
-        **({} if entry.positions == "keep" else {"positions": entry.positions}),
-        **({} if entry.words is None else {"words": entry.words}),
-        "arguments": dict(entry.arguments),
-    }
-
-
-def from_data(data: Mapping[str, Any]) -> Spec:
-    """A Spec from `to_data`'s output. Raises KeyError, TypeError or ValueError on damaged data."""
-    try:
-        entries = tuple(_entry(one) for one in data["entries"])
-    except ex.ExprError as error:
-        raise ValueError(error.fact) from error
-    return Spec(str(data["name"]), str(data["title"]), dict(data["arguments"]), entries)
-
-
-def _entry(data: Mapping[str, Any]) -> Entry:
-    def optional(text: str | None) -> ex.Expr | None:
-        return None if text is None else ex.parse(text)
-
-    where = data["where"]
-    layers = where["layers"]
-    return Entry(
-        method=data["method"],
-        at=data["at"],
-        scope=data["scope"],
-        where=Where(where["stack"], where["kind"], None if layers is None else tuple(layers)),
-        params=tuple(_param(one) for one in data["params"]),
-        let=tuple((name, ex.parse(text)) for name, text in data["let"]),
-        assign=tuple((port, ex.parse(text)) for port, text in data["assign"]),
-        delta=optional(data["delta"]),
-        compose=optional(data["compose"]),
-        train=tuple(data["train"]),
-        expect=data["expect"],
-        arguments=dict(data["arguments"]),
-        place=Place("<deltas>", 1, 1),
-        penalty=optional(data.get("penalty")),
-        positions=data.get("positions", "keep"),
-        words=tuple(words) if isinstance(words := data.get("words"), list) else words,
-    )
-
-
-def _param(data: Mapping[str, Any]) -> Param:
-    name, *args = data["init"]
-    init = Init(name, tuple(ex.parse(arg) for arg in args))
-    shape = tuple(ex.parse(dim) for dim in data["shape"])
-    return Param(data["name"], shape, init, data["per"], data["trainable"])

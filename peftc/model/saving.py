@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from peftc.language.spec import to_data
+from peftc.language import resolved
 from peftc.plan.algebra import constant_form
 from peftc.plan.plan import Plan
 from peftc.rewrite.evaluate import constant_values
@@ -33,8 +33,8 @@ def save(model: Any, path: Path, stored: bool = False) -> None:
     manifest = {
         "format": FORMAT,
         "form": form,
-        "spec": to_data(plan.spec),
-        "spec_digest": plan.spec.digest(),
+        "spec": resolved.write(plan.spec),
+        "spec_digest": resolved.digest(plan.spec),
         "edits": [edit.name for edit in plan.edits],
         "backbone": {
             "name": model.config.name_or_path,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from peftc.errors import PeftcError
 from peftc.language.reader import parse_spec
@@ -42,7 +42,9 @@ def elements(budget: str, backbone: int) -> int:
 
 def solve(spec: Spec, budget: str, plan: Planner) -> Solved:
     """The largest value of the spec's `auto` argument, or else of the one that weighs most, whose weights,
-    as the paper counts them, stay within the budget."""
+    as the paper counts them, stay within the budget. Raises BudgetError: no size fits, none is to be decided."""
+    if not spec.text:
+        raise BudgetError(f"'{spec.name}' is several specs, which have no one size; size each")
     argument = spec.auto or _heaviest(spec, plan)
     step, least = _step(spec, argument, plan)
     limit = elements(budget, least.parameters.backbone)
@@ -77,9 +79,11 @@ def _step(spec: Spec, argument: str, plan: Planner) -> tuple[int, Plan]:
 
 
 def at(spec: Spec, argument: str, value: int) -> Spec:
-    """The spec with one argument set."""
+    """The spec with one argument set: read anew, for sizes of what it uses may follow from it."""
     given = {k: v for k, v in spec.arguments.items() if k != spec.auto}
-    return parse_spec(spec.text, spec.path, **{**given, argument: value})
+    made = parse_spec(spec.text, spec.path, **{**given, argument: value})
+    worded = zip(made.entries, spec.entries, strict=True)  # words may have been given since
+    return replace(made, entries=tuple(replace(new, words=old.words) for new, old in worded))
 
 
 def _heaviest(spec: Spec, plan: Planner) -> str:

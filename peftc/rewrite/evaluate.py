@@ -5,29 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import fx
 
 from peftc.language.expr import Expr, names
 from peftc.plan.algebra import constants, numbers
 from peftc.plan.edit import Edit
-from peftc.rewrite.lower import Builder
+from peftc.rewrite.lower import Values
 
 Tensors = Mapping[str, torch.Tensor]
 
 
 def evaluate(expression: Expr, env: Tensors, sizes: Mapping[str, float | int]) -> torch.Tensor:
-    """The value of an expression of tensors and numbers, in float64, by the same lowering as a graph."""
-    graph = fx.Graph()
-    read = [name for name in names(expression) if name in env]
-    nodes = {name: graph.placeholder(f"p_{name}") for name in read}
-    result = Builder(graph).lower(expression, {**sizes, **nodes}, "value")
-    if not isinstance(result, fx.Node):
-        return torch.tensor(float(result), dtype=torch.float64)
-    graph.output(result)
-    values = [env[name].detach().double() for name in read]
+    """The value of an expression of tensors and numbers, in float64, by the same lowering as a graph's."""
+    read = {name: _wide(env[name]) for name in names(expression) if name in env}
     with torch.no_grad():
-        value: torch.Tensor = fx.Interpreter(fx.GraphModule({}, graph)).run(*values)
-    return value
+        value = Values().lower(expression, {**sizes, **read}, "value")
+    return value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64)
+
+
+def _wide(value: torch.Tensor) -> torch.Tensor:
+    """In float64; ids stay whole numbers."""
+    value = value.detach()
+    return value.double() if value.is_floating_point() else value
 
 
 def constant_values(edit: Edit, tensors: Tensors) -> dict[str, torch.Tensor]:

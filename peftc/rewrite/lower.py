@@ -1,11 +1,11 @@
-"""Lowering: an expression of the spec language becomes fx nodes."""
+"""Lowering: an expression of the spec language becomes fx nodes, or what they compute."""
 
 from __future__ import annotations
 
 import functools
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,17 +14,18 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from peftc.graph.program import aten
-from peftc.language.expr import Call, Expr, Name, Number, names, number
+from peftc.language.expr import ARITHMETIC, Call, Expr, Name, Number, names, number
 from peftc.language.ops import OPS
 
-Operand = fx.Node | float | int
+Operand = fx.Node | torch.Tensor | float | int
+Env = Mapping[str, Operand]
 
 
 @functools.cache
-def target(op: str) -> Any:
-    """The torch function that the op table names, such as `aten.relu.default`."""
+def target(path: str) -> Any:
+    """The torch function that a row of the op table names, such as `aten.relu.default`."""
     found: Any = torch.ops
-    for part in OPS[op].target.split("."):
+    for part in path.split("."):
         found = getattr(found, part)
     return found
 
@@ -41,10 +42,34 @@ def value_of(fn: Any, args: Any, kwargs: Any) -> Any:
         return fn(*real_args, **real_kwargs)
 
 
+class Lowering:
+    """Walks an expression; `call` says what an op on tensors becomes. `axes` are those of rows that are
+    prepended: [heads, l, head_dim] or [l, d]."""
+
+    training: bool = False
+    axes: int = 3
+
+    def call(self, fn: Any, *args: Any, name: str = "", **kwargs: Any) -> Operand:
+        raise NotImplementedError
+
+    def lower(self, expr: Expr, env: Env, name: str) -> Operand:
+        """What `expr` becomes: a number where no tensor is in it. The last op is called `name`. `env` binds
+        ports, parameters and numbers. Raises ExprError where a number has no value."""
+        if isinstance(expr, Name):
+            return env[expr.id]
+        if isinstance(expr, Number) or _is_plain(expr, env):
+            return plain(expr, env)
+        row = OPS[expr.op]
+        rule = LOWERINGS.get(row.lowering)
+        if rule is not None:
+            return rule(self, expr, env, name)
+        args = [self.lower(arg, env, f"{name}_{expr.op}") for arg in expr.args]
+        return self.call(target(row.lowering), *args, *row.args, name=name, **row.options)
+
+
 @dataclass
-class Builder:
-    """Adds named, tagged nodes to one graph. With a `memo`, equal calls are one node. `axes` are those of
-    rows that are prepended: [heads, l, head_dim] or [l, d]."""
+class Builder(Lowering):
+    """Adds named, tagged nodes to one graph. With a `memo`, equal calls are one node."""
 
     graph: fx.Graph
     training: bool = False
@@ -56,6 +81,7 @@ class Builder:
     axes: int = 3
 
     def call(self, fn: Any, *args: Any, name: str = "", **kwargs: Any) -> fx.Node:
+        """A node of `fn`, called `label_name`."""
         key = f"{fn} {args} {kwargs}"
         if self.memo is not None and key in self.memo:
             return self.memo[key]
@@ -71,46 +97,95 @@ class Builder:
             self.memo[key] = node
         return node
 
-    def lower(self, expr: Expr, env: Mapping[str, Operand], name: str) -> Operand:
-        """Nodes for `expr`; the last one is called `name`. `env` binds ports, parameters and numbers."""
-        if isinstance(expr, Name):
-            return env[expr.id]
-        if isinstance(expr, Number) or _is_plain(expr, env):
-            return number(expr, env)  # type: ignore[arg-type]  # no name in it is a node
-        special = _SPECIAL.get(expr.op)
-        if special is not None:
-            return special(self, expr, env, name)
-        args = [self.lower(arg, env, f"{name}_{expr.op}") for arg in expr.args]
-        return self.call(target(expr.op), *_tensor_first(self, expr.op, args), name=name)
+
+class Values(Lowering):
+    """Computes at once, on tensors."""
+
+    def call(self, fn: Any, *args: Any, name: str = "", **kwargs: Any) -> torch.Tensor:
+        """What `fn` gives now."""
+        value: torch.Tensor = fn(*args, **kwargs)
+        return value
 
 
-def _tensor_first(builder: Builder, op: str, args: list[Operand]) -> list[Operand]:
-    """aten's binary ops want the tensor on the left."""
-    if len(args) != 2 or isinstance(args[0], fx.Node):
-        return args
-    if op in ("add", "mul"):
-        return [args[1], args[0]]
-    flipped = {"sub": (aten.neg.default, "neg"), "div": (aten.reciprocal.default, "reciprocal")}
-    fn, name = flipped[op]
-    return [builder.call(fn, args[1], name=name), args[0]]
+def _is_tensor(one: object) -> bool:
+    return isinstance(one, fx.Node | torch.Tensor)
 
 
-def _add(builder: Builder, expr: Call, env: Mapping[str, Operand], name: str) -> Operand:
+def _is_plain(expr: Expr, env: Env) -> bool:
+    """Whether `expr` is a number here: no tensor in it."""
+    return not any(_is_tensor(env[name]) for name in names(expr))
+
+
+def plain(expr: Expr, env: Env) -> float | int:
+    """The value of an expression of numbers; ops that are not arithmetic are torch's, of one float64.
+
+    Raises ExprError where there is none, such as 1 / 0.
+    """
+    if not isinstance(expr, Call):
+        return number(expr, env)  # type: ignore[arg-type]  # no name in it is a tensor
+    args = tuple(Number(plain(arg, env)) for arg in expr.args)
+    if expr.op in ARITHMETIC:
+        return number(replace(expr, args=args), {})
+    first = torch.tensor(args[0].value, dtype=torch.float64)
+    call = replace(expr, args=(Name("x"), *args[1:]))
+    value: Any = Values().lower(call, {"x": first}, "")
+    return float(value)
+
+
+def _operands(builder: Lowering, expr: Call, env: Env, name: str) -> tuple[Operand, Operand]:
+    a, b = (builder.lower(arg, env, f"{name}_{expr.op}") for arg in expr.args)
+    return a, b
+
+
+# aten's binary ops want the tensor on the left; what a number there becomes is what torch's own
+# __radd__, __rsub__ and __rtruediv__ make of it.
+
+
+def _sub(builder: Lowering, expr: Call, env: Env, name: str) -> Operand:
+    a, b = _operands(builder, expr, env, name)
+    if _is_tensor(a):
+        return builder.call(aten.sub.Tensor, a, b, name=name)
+    negative = builder.call(aten.neg.default, b, name=f"{name}_neg")
+    return builder.call(aten.add.Tensor, negative, a, name=name)
+
+
+def _mul(builder: Lowering, expr: Call, env: Env, name: str) -> Operand:
+    a, b = _operands(builder, expr, env, name)
+    a, b = (a, b) if _is_tensor(a) else (b, a)
+    return builder.call(aten.mul.Tensor, a, b, name=name)
+
+
+def _div(builder: Lowering, expr: Call, env: Env, name: str) -> Operand:
+    a, b = _operands(builder, expr, env, name)
+    if _is_tensor(a):
+        return builder.call(aten.div.Tensor, a, b, name=name)
+    inverse = builder.call(aten.reciprocal.default, b, name=f"{name}_reciprocal")
+    return builder.call(aten.mul.Tensor, inverse, a, name=name)
+
+
+def _floordiv(builder: Lowering, expr: Call, env: Env, name: str) -> Operand:
+    """Not by a reciprocal: 49 * (1 / 49) is below 1. The mode of `div` has a gradient, `floor_divide` none."""
+    a, b = _operands(builder, expr, env, name)
+    if not _is_tensor(a):
+        a = builder.call(aten.full_like.default, b, a, name=f"{name}_number")
+    return builder.call(aten.div.Tensor_mode, a, b, rounding_mode="floor", name=name)
+
+
+def _add(builder: Lowering, expr: Call, env: Env, name: str) -> Operand:
     """`h + c * e` with a constant c is one kernel: add with alpha. A bottleneck is scaled where it is narrow."""
     left, right = expr.args
+    if _is_plain(left, env):
+        left, right = right, left
+    if _is_plain(right, env):
+        a = builder.lower(left, env, f"{name}_left")
+        return builder.call(aten.add.Tensor, a, plain(right, env), name=name)
     factor, rest = _constant_factor(right, env)
     if factor != 1 and isinstance(rest, Call) and rest.op == "matmul" and _is_bottleneck(rest):
         narrow = Call("mul", (rest.args[0], Number(factor)))
         factor, rest = 1, Call("matmul", (narrow, rest.args[1]))
     a, b = builder.lower(left, env, f"{name}_left"), builder.lower(rest, env, f"{name}_delta")
-    if isinstance(a, fx.Node) and isinstance(b, fx.Node) and factor != 1:
-        return builder.call(aten.add.Tensor, a, b, name=name, alpha=factor)
-    if not isinstance(b, fx.Node):
-        b = b * factor
-    elif factor != 1:
-        b = builder.call(aten.mul.Tensor, b, factor, name=f"{name}_scaled")
-    a, b = (a, b) if isinstance(a, fx.Node) else (b, a)
-    return builder.call(aten.add.Tensor, a, b, name=name)
+    scaled = {} if factor == 1 else {"alpha": factor}
+    return builder.call(aten.add.Tensor, a, b, name=name, **scaled)
 
 
 def _is_bottleneck(product: Call) -> bool:
@@ -119,18 +194,13 @@ def _is_bottleneck(product: Call) -> bool:
     return isinstance(left, Call) and left.op == "matmul"
 
 
-def _is_plain(expr: Expr, env: Mapping[str, Operand]) -> bool:
-    """Whether `expr` is a number here: no tensor in it."""
-    return not any(isinstance(env[name], fx.Node) for name in names(expr))
-
-
-def _constant_factor(expr: Expr, env: Mapping[str, Operand]) -> tuple[float | int, Expr]:
+def _constant_factor(expr: Expr, env: Env) -> tuple[float | int, Expr]:
     if isinstance(expr, Call) and expr.op == "mul" and _is_plain(expr.args[0], env):
-        return number(expr.args[0], env), expr.args[1]  # type: ignore[arg-type]
+        return plain(expr.args[0], env), expr.args[1]
     return 1, expr
 
 
-def _split_heads(builder: Builder, expr: Call, env: Mapping[str, Operand], name: str) -> Operand:
+def _split_heads(builder: Lowering, expr: Call, env: Env, name: str) -> Operand:
     """[l, n * head_dim] -> [n, l, head_dim]"""
     rows = builder.lower(expr.args[0], env, f"{name}_rows")
     heads = builder.lower(expr.args[1], env, name)
@@ -138,7 +208,7 @@ def _split_heads(builder: Builder, expr: Call, env: Mapping[str, Operand], name:
     return builder.call(aten.transpose.int, split, 0, 1, name=name)
 
 
-def _prepend(builder: Builder, expr: Call, env: Mapping[str, Operand], name: str) -> Operand:
+def _prepend(builder: Lowering, expr: Call, env: Env, name: str) -> Operand:
     """P [n, l, head_dim] before k [batch, n, keys, head_dim] along the keys; [l, d] before [batch, tokens, d]."""
     prefix = builder.lower(expr.args[0], env, f"{name}_prefix")
     keys = builder.lower(expr.args[1], env, name)
@@ -150,7 +220,7 @@ def _prepend(builder: Builder, expr: Call, env: Mapping[str, Operand], name: str
     return builder.call(aten.cat.default, [rows, keys], -2, name=name)
 
 
-def _dropout(builder: Builder, expr: Call, env: Mapping[str, Operand], name: str) -> Operand:
+def _dropout(builder: Lowering, expr: Call, env: Env, name: str) -> Operand:
     x = builder.lower(expr.args[0], env, f"{name}_x")
     p = builder.lower(expr.args[1], env, name)
     if p == 0 or not builder.training:
@@ -158,25 +228,7 @@ def _dropout(builder: Builder, expr: Call, env: Mapping[str, Operand], name: str
     return builder.call(aten.dropout.default, x, p, True, name=name)
 
 
-def _last_axis(*more: Any, **kwargs: Any) -> Callable[..., Operand]:
-    def rule(builder: Builder, expr: Call, env: Mapping[str, Operand], name: str) -> Operand:
-        x = builder.lower(expr.args[0], env, f"{name}_x")
-        return builder.call(target(expr.op), x, *more, name=name, **kwargs)
-
-    return rule
-
-
-def _norm(builder: Builder, expr: Call, env: Mapping[str, Operand], name: str) -> Operand:
-    x = builder.lower(expr.args[0], env, f"{name}_x")
-    return builder.call(aten.linalg_vector_norm.default, x, 2, [-1], True, name=name)
-
-
-def _sum_first(builder: Builder, expr: Call, env: Mapping[str, Operand], name: str) -> Operand:
-    x = builder.lower(expr.args[0], env, f"{name}_x")
-    return builder.call(aten.sum.dim_IntList, x, [0], name=name)
-
-
-def _kron(builder: Builder, expr: Call, env: Mapping[str, Operand], name: str) -> Operand:
+def _kron(builder: Lowering, expr: Call, env: Env, name: str) -> Operand:
     """[..., m, n] and [..., p, q] to [..., m * p, n * q]"""
     a, b = (builder.lower(arg, env, f"{name}_factor") for arg in expr.args)
     for axis in (-1, -3):  # [..., m, 1, n, 1]
@@ -188,7 +240,7 @@ def _kron(builder: Builder, expr: Call, env: Mapping[str, Operand], name: str) -
     return builder.call(aten.flatten.using_ints, columns, -3, -2, name=name)
 
 
-def _block_diag(builder: Builder, expr: Call, env: Mapping[str, Operand], name: str) -> Operand:
+def _block_diag(builder: Lowering, expr: Call, env: Env, name: str) -> Operand:
     """[n, a, b] to [n * a, n * b] with the blocks on the diagonal"""
     x = builder.lower(expr.args[0], env, f"{name}_blocks")
     last = builder.call(aten.permute.default, x, [1, 2, 0], name=f"{name}_last")
@@ -198,7 +250,7 @@ def _block_diag(builder: Builder, expr: Call, env: Mapping[str, Operand], name: 
     return builder.call(aten.flatten.using_ints, columns, 0, 1, name=name)
 
 
-def _cayley(builder: Builder, expr: Call, env: Mapping[str, Operand], name: str) -> Operand:
+def _cayley(builder: Lowering, expr: Call, env: Env, name: str) -> Operand:
     """(I + Q)^-1 (I - Q) of Q = (x - x^T) / 2: a rotation; the identity at x = 0."""
     given = builder.lower(expr.args[0], env, f"{name}_x")
     # Solving takes float32 at least; float64 stays what it is.
@@ -218,7 +270,7 @@ def _cayley(builder: Builder, expr: Call, env: Mapping[str, Operand], name: str)
     return builder.call(aten.type_as.default, rotation, given, name=name)
 
 
-def _logistic_noise(builder: Builder, expr: Call, env: Mapping[str, Operand], name: str) -> Operand:
+def _logistic_noise(builder: Lowering, expr: Call, env: Env, name: str) -> Operand:
     """log u - log(1 - u) of u ~ U(0, 1), clamped to [1e-4, 1 - 1e-4]; in evaluation 0, its median."""
     x = builder.lower(expr.args[0], env, f"{name}_x")
     if not builder.training:
@@ -230,7 +282,7 @@ def _logistic_noise(builder: Builder, expr: Call, env: Mapping[str, Operand], na
 def _factor(rows: bool) -> Callable[..., Operand]:
     """The best rank-r factors of W^T, `svd_in(W, r) @ svd_out(W, r)`, with the singular values in halves."""
 
-    def rule(builder: Builder, expr: Call, env: Mapping[str, Operand], name: str) -> Operand:
+    def rule(builder: Lowering, expr: Call, env: Env, name: str) -> Operand:
         weight = builder.lower(expr.args[0], env, f"{name}_weight")
         rank = builder.lower(expr.args[1], env, name)
         parts = builder.call(aten.linalg_svd.default, weight, False, name=f"{name}_svd")
@@ -248,17 +300,16 @@ def _factor(rows: bool) -> Callable[..., Operand]:
     return rule
 
 
-_SPECIAL: Mapping[str, Callable[[Builder, Call, Mapping[str, Operand], str], Operand]] = {
+# Lowerings that take more than one op, by the name that a row of the op table gives.
+LOWERINGS: Mapping[str, Callable[[Lowering, Call, Env, str], Operand]] = {
     "add": _add,
+    "sub": _sub,
+    "mul": _mul,
+    "div": _div,
+    "floordiv": _floordiv,
     "split_heads": _split_heads,
     "prepend": _prepend,
     "dropout": _dropout,
-    "softmax": _last_axis(-1),
-    "sum": _last_axis([-1]),
-    "transpose": _last_axis(-2, -1),
-    "gelu_tanh": _last_axis(approximate="tanh"),
-    "norm": _norm,
-    "sum_first": _sum_first,
     "kron": _kron,
     "block_diag": _block_diag,
     "cayley": _cayley,

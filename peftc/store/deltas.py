@@ -13,8 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from peftc.errors import PeftcError
-from peftc.language.spec import Spec, from_data
-from peftc.store import sparse
+from peftc.language import resolved
+from peftc.language.spec import Spec
+from peftc.store import format1, sparse
 from peftc.store.directory import MANIFEST, DeltaError, write_directory
 
 # Trainer looks for this name when it resumes; the file holds deltas alone.
@@ -37,9 +38,10 @@ def write(path: Path, manifest: Mapping[str, Any], tensors: Mapping[str, torch.T
 
 
 def spec_of(manifest: Mapping[str, Any], path: Path) -> Spec:
-    """The resolved spec that the deltas carry."""
+    """The resolved spec that the deltas carry, checked as any spec is. Raises DeltaError."""
     try:
-        return from_data(manifest["spec"])
+        said = manifest["spec"] if manifest["format"] > 1 else format1.converted(manifest["spec"])
+        return resolved.read(said)
     except (PeftcError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DeltaError(f"{path / MANIFEST} is damaged: {error}") from error
 

@@ -13,7 +13,8 @@ from typing import Any
 from peftc.errors import PeftcError
 
 MANIFEST = "peftc.json"
-FORMAT = 1
+FORMAT = 2
+READS = (1, FORMAT)  # 1: the spec in data of its own (peftc.store.format1)
 MAX_MANIFEST_BYTES = 4 << 20
 
 
@@ -75,13 +76,13 @@ def read_manifest(
         raise DeltaError(f"{file} is larger than {MAX_MANIFEST_BYTES} bytes")
     try:
         manifest = json.loads(file.read_text())
-        fits = manifest["format"] == FORMAT
+        fits = manifest["format"] in READS
         lacks = [key for key in keys if key not in manifest]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DeltaError(f"{file} is damaged: {error}") from error
     if not fits:
         raise DeltaError(
-            f"{file} has format {manifest['format']}; this peftc reads format {FORMAT}"
+            f"{file} has format {manifest['format']}; this peftc reads format {' and '.join(map(str, READS))}"
         )
     if lacks:
         kind = "an ONNX bundle" if "graphs" in manifest else "a directory of deltas"
