@@ -180,11 +180,13 @@ def load(path: str | Path, backbone: PreTrainedModel | None = None) -> CompiledM
     captured = _captured(backbone, None, trace)
     plan = _restored_plan(manifest, _plan(backbone, delta.spec_of(manifest, path), captured))
     check_backbone(manifest, backbone, plan)
+    weights = dict(backbone.named_parameters())
+    shapes = {f"deltas.{p.path}": p.shape for edit in plan.edits for p in edit.parameters}
+    shapes |= {one.path: tuple(weights[one.path].shape) for one in plan.unfrozen}
+    tensors = delta.read_tensors(path, manifest, shapes)  # before the backbone is touched
     model = _attach(backbone, plan, trace, manifest["form"], captured)
     slots = {f"deltas.{k}": v for k, v in model.deltas.values().items()}
-    weights = dict(backbone.named_parameters())
     slots |= {one.path: weights[one.path] for one in plan.unfrozen}
-    tensors = delta.read_tensors(path, {k: tuple(v.shape) for k, v in slots.items()})
     with torch.no_grad():
         for name, slot in slots.items():
             slot.copy_(tensors[name])

@@ -18,7 +18,7 @@ from peftc.errors import PeftcError
 from peftc.graph.arguments import seeded_inputs
 from peftc.model.compiled import CompiledModel
 from peftc.rewrite.verify import difference
-from peftc.store.directory import read_manifest
+from peftc.store.directory import check_files, read_manifest
 
 # Relative to the largest output: folding is exact in float64 and casts once.
 TOLERANCE = 1e-4
@@ -116,6 +116,7 @@ def _bundle_checks(directory: Path, model: str | None) -> Iterator[Check]:
     """What the manifest certifies; with a model (deltas or a checkpoint) the bundle against it, now."""
 
     manifest = read_manifest(directory, ("kind", "graphs", "parity", "data_bytes"))
+    check_files(directory, manifest, content=True)
     size = sum(one.stat().st_size for one in directory.glob("*.data"))
     yield Check("bytes of weights that are missing", abs(size - manifest["data_bytes"]), 0)
     with step(f"loading {directory}"):

@@ -56,7 +56,7 @@ def export(
     folded.eval()
     certificate: list[Parity] = []
 
-    def fill(directory: Path) -> None:
+    def fill(directory: Path) -> Mapping[str, Any]:
         graphs = tuple(_graphs(folded))
         models = {}
         for graph in graphs:
@@ -69,14 +69,13 @@ def export(
             say(f"checking {graph.role}")
             certificate.append(check(folded, graph, directory / f"{graph.role}.onnx"))
         _settings(folded, tokenizer, directory)
-        manifest = {
+        return {
             **_about(model, folded, graphs),
             "opset": opset,
             "data_bytes": size,
             "fold": {"error": report.error, "tolerance": TOLERANCE * max(1.0, report.scale)},
             "parity": [asdict(one) for one in certificate],
         }
-        (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
     try:
         write_directory(path, fill)
