@@ -22,15 +22,17 @@ from peftc.model import backbones
 from peftc.model.compiled import CompiledModel, attach
 from peftc.model.saving import check_backbone
 from peftc.model.words import Activations
+from peftc.plan import left
 from peftc.plan.algebra import constant_form
 from peftc.plan.budget import BudgetError, Solved, solve
+from peftc.plan.edit import Edit
 from peftc.plan.plan import Plan, Survey, make_plan
 from peftc.rewrite import tying, verify
 from peftc.rewrite.folding import Folding, Report
 from peftc.rewrite.pipeline import PassResult, Pipeline
 from peftc.sites.site import Site, find_sites
 from peftc.store import deltas as delta
-from peftc.store.directory import DeltaError, read_manifest
+from peftc.store.directory import MANIFEST, DeltaError, read_manifest
 
 SpecLike = Spec | str | Path | Sequence[Spec | str | Path]
 
@@ -178,7 +180,7 @@ def load(path: str | Path, backbone: PreTrainedModel | None = None) -> CompiledM
         backbone = _named_backbone(manifest)
     trace = Trace()
     captured = _captured(backbone, None, trace)
-    plan = _restored_plan(manifest, _plan(backbone, delta.spec_of(manifest, path), captured))
+    plan = _restored_plan(manifest, path, _plan(backbone, delta.spec_of(manifest, path), captured))
     check_backbone(manifest, backbone, plan)
     weights = dict(backbone.named_parameters())
     shapes = {f"deltas.{p.path}": p.shape for edit in plan.edits for p in edit.parameters}
@@ -193,13 +195,28 @@ def load(path: str | Path, backbone: PreTrainedModel | None = None) -> CompiledM
     return model
 
 
-def _restored_plan(manifest: Mapping[str, Any], plan: Plan) -> Plan:
-    """The plan in the form that was saved: constants evaluated, folded edits gone."""
+def _restored_plan(manifest: Mapping[str, Any], path: Path, plan: Plan) -> Plan:
+    """The plan in the form that was saved: constants evaluated, folded edits gone, to be filled."""
     edits = plan.edits
+    try:
+        if "left" in manifest:
+            edits = left.named(edits, [(int(index), str(site)) for index, site in manifest["left"]])
+        else:  # written before there was `left`: two entries of one method may share a name
+            names = set(manifest["edits"])
+            edits = tuple(edit for edit in edits if edit.name in names)
+    except (KeyError, TypeError, ValueError) as error:
+        raise DeltaError(
+            f"{path / MANIFEST}: what is left of the spec does not fit this backbone: {error}"
+        ) from error
     if manifest["form"] == "stored":
         edits = tuple(constant_form(edit) for edit in edits)
-    left = set(manifest["edits"])
-    return replace(plan, edits=tuple(edit for edit in edits if edit.name in left))
+    return left.keep(plan, [_unstarted(edit) for edit in edits])
+
+
+def _unstarted(edit: Edit) -> Edit:
+    """The edit without its initialisers: what is read from disk need not be drawn first."""
+    parameters = (replace(p, init="zeros", init_args=(), formula=None) for p in edit.parameters)
+    return replace(edit, parameters=tuple(parameters))
 
 
 def _named_backbone(manifest: Mapping[str, Any]) -> PreTrainedModel:
@@ -228,8 +245,8 @@ def merge(model: CompiledModel, *, trace: Trace | None = None) -> tuple[PreTrain
     merged: PreTrainedModel = backbone.train(model.training)
     if folding.edits:
         edits = tying.anchored(folding.edits, folding.separable if apart else frozenset())
-        left = replace(model.plan, edits=edits)
-        merged = _attach(backbone, left, trace, "stored")
+        plan = left.keep(model.plan, [_unstarted(edit) for edit in edits])
+        merged = _attach(backbone, plan, trace, "stored")
         for path, value in merged.deltas.values().items():
             value.data.copy_(folding.tensors[path])
     return merged, _report(model, merged, folding)

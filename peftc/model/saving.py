@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from peftc.language.spec import to_data
 from peftc.plan.algebra import constant_form
+from peftc.plan.left import key
 from peftc.plan.plan import Plan
 from peftc.rewrite.evaluate import constant_values
 from peftc.store.deltas import write
@@ -36,6 +37,7 @@ def save(model: Any, path: Path, stored: bool = False) -> None:
         "spec": to_data(plan.spec),
         "spec_digest": plan.spec.digest(),
         "edits": [edit.name for edit in plan.edits],
+        "left": [key(edit) for edit in plan.edits],
         "backbone": {
             "name": model.config.name_or_path,
             "class": type(model).__name__,
