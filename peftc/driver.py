@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 import passes
+from peftc.errors import PeftcError
 from peftc.graph.arguments import dummy_inputs, forward_flags, seeded_inputs
 from peftc.graph.capture import capture
 from peftc.graph.facts import Stacks
@@ -30,6 +31,7 @@ from peftc.plan.plan import Plan, Survey, make_plan
 from peftc.rewrite import tying, verify
 from peftc.rewrite.folding import Folding, Report
 from peftc.rewrite.pipeline import PassResult, Pipeline
+from peftc.rewrite.tolerance import tolerance as rounding
 from peftc.sites.site import Site, find_sites
 from peftc.store import deltas as delta
 from peftc.store.directory import MANIFEST, DeltaError, read_manifest
@@ -226,12 +228,23 @@ def _named_backbone(manifest: Mapping[str, Any]) -> PreTrainedModel:
     return backbones.resolve(named["name"], cls=named["class"], settings=named.get("labels"))
 
 
-def merge(model: CompiledModel, *, trace: Trace | None = None) -> tuple[PreTrainedModel, Report]:
+class MergeError(PeftcError):
+    """A fold after which the model would compute something else."""
+
+
+def merge(
+    model: CompiledModel,
+    *,
+    tolerance: float | None = None,
+    trace: Trace | None = None,
+) -> tuple[PreTrainedModel, Report]:
     """Fold what algebra can fold into a copy of the backbone, in float64, cast once.
 
     Returns a plain Hugging Face model when everything folded; otherwise a compiled model with what is
     left over the folded backbone. The report names every delta, and what kept it if it stayed. Unfolded
-    and folded are compared on a seeded batch.
+    and folded are compared on a seeded batch: raises MergeError when an output moves by more than
+    `tolerance` of the largest one; without it, by more than rounding (`peftc.rewrite.tolerance`). `model` stays
+    as it is.
     """
     trace = trace or Trace()
     backbone, folding = fold(model, trace, tying.separable)
@@ -249,7 +262,18 @@ def merge(model: CompiledModel, *, trace: Trace | None = None) -> tuple[PreTrain
         merged = _attach(backbone, plan, trace, "stored")
         for path, value in merged.deltas.values().items():
             value.data.copy_(folding.tensors[path])
-    return merged, _report(model, merged, folding)
+    report = _report(model, merged, folding)
+    limit = rounding(report.scale, model.dtype) if tolerance is None else tolerance * report.scale
+    _require_equal(report, limit)
+    return merged, report
+
+
+def _require_equal(report: Report, bound: float) -> None:
+    if not report.error <= bound:  # true for nan
+        raise MergeError(
+            f"folding moved the outputs by {report.error:.3g} of {report.scale:.3g}, more than {bound:.1e}: "
+            "keep the deltas apart; if this much is known to be rounding, merge(tolerance=...) takes more"
+        )
 
 
 def fold(
@@ -259,8 +283,13 @@ def fold(
 ) -> tuple[PreTrainedModel, Folding]:
     """A copy of the backbone as it is, and its weights with what folds, in float64.
 
-    `separable` says which tied paths may get a weight of their own.
+    `separable` says which tied paths may get a weight of their own. Raises MergeError where a delta holds
+    infinities or no numbers.
     """
+    values = dict(model.deltas.values())
+    odd = [path for path, value in values.items() if not torch.isfinite(value).all()]
+    if odd:
+        raise MergeError(f"delta '{odd[0]}' holds numbers that are not finite; train it again")
     backbone = copy.deepcopy(model.__dict__["_backbone"])
     for path, required in model.__dict__["_required_grad"].items():
         backbone.get_parameter(path).requires_grad_(required)
@@ -268,7 +297,7 @@ def fold(
     concerned = any(edit.site.anchors.get("W") in tied for edit in edits)
     folding = Folding(
         edits,
-        dict(model.deltas.values()),
+        values,
         backbone.get_parameter,
         tied,
         separable(backbone) if concerned else frozenset(),
