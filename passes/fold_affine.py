@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from peftc.rewrite.affine import Affine, NotAffine
-from peftc.rewrite.folding import Folding
+from peftc.rewrite.folding import Folding, Key
 from peftc.rewrite.linear_map import Change, LinearMap, Stays
 from peftc.rewrite.tying import own_path
 from peftc.sites.view import Weight
@@ -26,11 +26,11 @@ class FoldAffine:
                 change = Change.of(edit)
                 groups.setdefault(_target(change, folding), []).append(change)
             except NotAffine as reason:
-                folding.reasons[edit.path] = str(reason)
+                folding.reasons[edit.key] = str(reason)
         before = len(folding.edits)
         for path, changes in groups.items():
             _fold(path, changes, folding)
-        folding.edits[:] = [edit for edit in folding.edits if edit.path not in folding.folded]
+        folding.edits[:] = [edit for edit in folding.edits if edit.key not in folding.folded]
         return before - len(folding.edits)
 
 
@@ -56,17 +56,17 @@ def _fold(path: str, changes: Sequence[Change], folding: Folding) -> None:
         weight.read(folding.read(path).detach().double()),
         None if bias is None else folding.read(bias.path).detach().double(),
     )
-    stays: dict[str, str] = {}
+    stays: dict[Key, str] = {}
     while True:
         _wait(changes, stays)
         try:
-            made = _composed([one for one in changes if one.edit.path not in stays], start, folding)
+            made = _composed([one for one in changes if one.edit.key not in stays], start, folding)
         except Stays as one:
-            stays[one.change.edit.path] = one.reason
+            stays[one.change.edit.key] = one.reason
         else:
             break
     folding.reasons |= stays
-    folding.folded |= {one.edit.path: path for one in changes if one.edit.path not in stays}
+    folding.folded |= {one.edit.key: path for one in changes if one.edit.key not in stays}
     if len(stays) == len(changes):
         return
     stored = folding.read(path).detach().double()
@@ -80,18 +80,18 @@ def _whole(weight: Weight, path: str) -> Weight:
     return Weight(path, type(weight.view)(weight.view.form))
 
 
-def _wait(changes: Sequence[Change], stays: dict[str, str]) -> None:
+def _wait(changes: Sequence[Change], stays: dict[Key, str]) -> None:
     """Add to what stays all that depends on it."""
     moved = True
     while moved:
         moved = False
         for i, one in enumerate(changes):
             for j, other in enumerate(changes):
-                if one.edit.path in stays or other.edit.path not in stays:
+                if one.edit.key in stays or other.edit.key not in stays:
                     continue
                 if one.waits_for(other, j < i):
                     what = "an earlier" if j < i else "a later"
-                    stays[one.edit.path] = f"{what} delta of the same linear stays"
+                    stays[one.edit.key] = f"{what} delta of the same linear stays"
                     moved = True
 
 

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 import passes
+from peftc.errors import PeftcError
 from peftc.graph.arguments import dummy_inputs, forward_flags, seeded_inputs
 from peftc.graph.capture import capture
 from peftc.graph.facts import Stacks
@@ -22,16 +23,19 @@ from peftc.model import backbones
 from peftc.model.compiled import CompiledModel, attach
 from peftc.model.saving import check_backbone
 from peftc.model.words import Activations
+from peftc.plan import left
 from peftc.plan.algebra import constant_form
 from peftc.plan.budget import BudgetError, Solved, solve
+from peftc.plan.edit import Edit
 from peftc.plan.plan import Plan, make_plan
 from peftc.rewrite import tying, verify
 from peftc.rewrite.folding import Folding, Report, rounded
 from peftc.rewrite.pipeline import PassResult, Pipeline
+from peftc.rewrite.tolerance import tolerance as rounding
 from peftc.sites.kinds import Survey
 from peftc.sites.site import Site
 from peftc.store import deltas as delta
-from peftc.store.directory import DeltaError, read_manifest
+from peftc.store.directory import MANIFEST, DeltaError, read_manifest
 
 SpecLike = Spec | str | Path | Sequence[Spec | str | Path]
 
@@ -189,26 +193,45 @@ def load(path: str | Path, backbone: PreTrainedModel | None = None) -> CompiledM
         backbone = _named_backbone(manifest)
     trace = Trace()
     captured = _captured(backbone, None, trace)
-    plan = _restored_plan(manifest, _plan(backbone, [delta.spec_of(manifest, path)], captured))
+    plan = _restored_plan(
+        manifest, path, _plan(backbone, [delta.spec_of(manifest, path)], captured)
+    )
     check_backbone(manifest, backbone, plan)
+    weights = dict(backbone.named_parameters())
+    shapes = {f"deltas.{p.path}": p.shape for edit in plan.edits for p in edit.parameters}
+    shapes |= {one.path: tuple(weights[one.path].shape) for one in plan.unfrozen}
+    tensors = delta.read_tensors(path, manifest, shapes)  # before the backbone is touched
     model = _attach(backbone, plan, trace, manifest["form"], captured)
     slots = {f"deltas.{k}": v for k, v in model.deltas.values().items()}
-    weights = dict(backbone.named_parameters())
     slots |= {one.path: weights[one.path] for one in plan.unfrozen}
-    tensors = delta.read_tensors(path, {k: tuple(v.shape) for k, v in slots.items()})
     with torch.no_grad():
         for name, slot in slots.items():
             slot.copy_(tensors[name])
     return model
 
 
-def _restored_plan(manifest: Mapping[str, Any], plan: Plan) -> Plan:
-    """The plan in the form that was saved: constants evaluated, folded edits gone."""
+def _restored_plan(manifest: Mapping[str, Any], path: Path, plan: Plan) -> Plan:
+    """The plan in the form that was saved: constants evaluated, folded edits gone, to be filled."""
     edits = plan.edits
+    try:
+        if "left" in manifest:
+            edits = left.named(edits, [(int(index), str(site)) for index, site in manifest["left"]])
+        else:  # written before there was `left`: two entries of one method may share a name
+            names = set(manifest["edits"])
+            edits = tuple(edit for edit in edits if edit.name in names)
+    except (KeyError, TypeError, ValueError) as error:
+        raise DeltaError(
+            f"{path / MANIFEST}: what is left of the spec does not fit this backbone: {error}"
+        ) from error
     if manifest["form"] == "stored":
         edits = tuple(constant_form(edit) for edit in edits)
-    left = set(manifest["edits"])
-    return replace(plan, edits=tuple(edit for edit in edits if edit.name in left))
+    return left.keep(plan, [_unstarted(edit) for edit in edits])
+
+
+def _unstarted(edit: Edit) -> Edit:
+    """The edit without its initialisers: what is read from disk need not be drawn first."""
+    parameters = (replace(p, init="zeros", init_args=(), formula=None) for p in edit.parameters)
+    return replace(edit, parameters=tuple(parameters))
 
 
 def _named_backbone(manifest: Mapping[str, Any]) -> PreTrainedModel:
@@ -218,12 +241,23 @@ def _named_backbone(manifest: Mapping[str, Any]) -> PreTrainedModel:
     return backbones.resolve(named["name"], cls=named["class"], settings=named.get("labels"))
 
 
-def merge(model: CompiledModel, *, trace: Trace | None = None) -> tuple[PreTrainedModel, Report]:
+class MergeError(PeftcError):
+    """A fold after which the model would compute something else."""
+
+
+def merge(
+    model: CompiledModel,
+    *,
+    tolerance: float | None = None,
+    trace: Trace | None = None,
+) -> tuple[PreTrainedModel, Report]:
     """Fold what algebra can fold into a copy of the backbone, in float64, cast once.
 
     Returns a plain Hugging Face model when everything folded; otherwise a compiled model with what is
     left over the folded backbone. The report names every delta, and what kept it if it stayed. Unfolded
-    and folded are compared on a seeded batch.
+    and folded are compared on a seeded batch: raises MergeError when an output moves by more than
+    `tolerance` of the largest one; without it, by more than rounding (`peftc.rewrite.tolerance`). `model` stays
+    as it is.
     """
     trace = trace or Trace()
     backbone, folding = fold(model, trace, tying.separable)
@@ -237,11 +271,22 @@ def merge(model: CompiledModel, *, trace: Trace | None = None) -> tuple[PreTrain
     merged: PreTrainedModel = backbone.train(model.training)
     if folding.edits:
         edits = tying.anchored(folding.edits, folding.separable if apart else frozenset())
-        left = replace(model.plan, edits=edits)
-        merged = _attach(backbone, left, trace, "stored")
+        plan = left.keep(model.plan, [_unstarted(edit) for edit in edits])
+        merged = _attach(backbone, plan, trace, "stored")
         for path, value in merged.deltas.values().items():
             value.data.copy_(folding.tensors[path])
-    return merged, _report(model, merged, folding)
+    report = _report(model, merged, folding)
+    limit = rounding(report.scale, model.dtype) if tolerance is None else tolerance * report.scale
+    _require_equal(report, limit)
+    return merged, report
+
+
+def _require_equal(report: Report, bound: float) -> None:
+    if not report.error <= bound:  # true for nan
+        raise MergeError(
+            f"folding moved the outputs by {report.error:.3g} of {report.scale:.3g}, more than {bound:.1e}: "
+            "keep the deltas apart; if this much is known to be rounding, merge(tolerance=...) takes more"
+        )
 
 
 def fold(
@@ -253,8 +298,12 @@ def fold(
     """A copy of the backbone as it is, and the folding of the deltas into its weights.
 
     `separable` says which tied paths may get a weight of their own; `as_stored(stored, folded)` what is kept of a
-    folded weight, which is float64.
+    folded weight, which is float64. Raises MergeError where a delta holds infinities or no numbers.
     """
+    values = dict(model.deltas.values())
+    odd = [path for path, value in values.items() if not torch.isfinite(value).all()]
+    if odd:
+        raise MergeError(f"delta '{odd[0]}' holds numbers that are not finite; train it again")
     backbone = copy.deepcopy(model.__dict__["_backbone"])
     for path, required in model.__dict__["_required_grad"].items():
         backbone.get_parameter(path).requires_grad_(required)
@@ -264,7 +313,7 @@ def fold(
     )
     folding = Folding(
         edits,
-        dict(model.deltas.values()),
+        values,
         backbone.get_parameter,
         tied,
         separable(backbone) if concerned else frozenset(),

@@ -65,7 +65,7 @@ def prune(model: CompiledModel, keep: str | int = "0.5%") -> tuple[CompiledModel
     if folding.edits:
         kept = folding.edits[0]
         raise PruneError(
-            f"{kept.name} is no difference of weights: {folding.reasons[kept.path]}; prune deltas that fold, such as those "
+            f"{kept.name} is no difference of weights: {folding.reasons[kept.key]}; prune deltas that fold, such as those "
             "of diff_pruning or lora"
         )
     differences = _differences(backbone, folding, free)

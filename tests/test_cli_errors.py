@@ -34,7 +34,7 @@ WRONG = {
     ),
     "output in the way": (["merge", "{lora}", "-o", "{model}"], "is not empty"),
     "not deltas": (["merge", "{model}", "-o", "{new}"], "peftc did not write it"),
-    "truncated": (["merge", "{truncated}", "-o", "{new}"], "model.safetensors cannot be read"),
+    "truncated": (["merge", "{truncated}", "-o", "{new}"], "model.safetensors is damaged"),
     "nothing to keep": (["prune", "{lora}", "--keep", "0", "-o", "{new}"], "'0' is no budget"),
     "too much to keep": (["prune", "{lora}", "--keep", "90%", "-o", "{new}"], "or fewer"),
     "other backbone": (["verify", "{lora}", "-m", "{other}"], "belong to another backbone"),

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import peft
 import pytest
 import torch
 from conftest import batch, logits, stir, tiny
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 import peftc
 from peftc.errors import PeftcError
 from peftc.interchange.read import import_peft
+from peftc.interchange.settings import COMMON, KINDS
 from peftc.interchange.write import export_peft
+from peftc.language.expr import show
+from peftc.language.reader import parse_spec
 
 Q, K, V, DOWN = (
     {"bart": "q_proj", "roberta": "query", "llama": "q_proj"},
@@ -176,7 +180,8 @@ def test_prefix_of_peft_token_by_token(family: str, tmp_path: Path) -> None:
     got = mine.generate(**inputs, **settings)
     assert torch.equal(got, theirs.generate(**inputs, **settings))
     assert torch.equal(got, mine.generate(**inputs, **settings, use_cache=False))
-    kept = peftc.spec.parse_spec(mine.plan.spec.text.replace("    positions: shift\n", ""), "kept")
+    spec = mine.plan.spec
+    kept = replace(spec, entries=tuple(replace(one, positions="keep") for one in spec.entries))
     other = peftc.compile(tiny(family), kept)
     for name, value in mine.deltas.values().items():
         other.deltas.values()[name].data.copy_(value)
@@ -212,3 +217,230 @@ def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PeftcError, match="is not LoRA-like"):
         export_peft(peftc.compile(tiny("bert"), "ia3"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def settled(path: Path, **changes: object) -> Path:
+    """The adapter with other settings."""
+    file = path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    return path
+
+
+def started(family: str, config: peft.PeftConfig, path: Path) -> PreTrainedModel:
+    """PEFT's model, trained a little, and its checkpoint as PEFT loads it anew."""
+    torch.manual_seed(3)
+    model = peft.get_peft_model(tiny(family), config)
+    with torch.no_grad():
+        for value in (p for p in model.parameters() if p.requires_grad):
+            value.add_(torch.randn_like(value) * 0.1)
+    model.save_pretrained(path)
+    again: PreTrainedModel = peft.PeftModel.from_pretrained(tiny(family), path).eval()
+    return again
+
+
+REFUSED = {
+    "alora_invocation_tokens": ([1, 2], "acts behind those tokens alone"),
+    "layer_replication": ([[0, 1]], "repeats layers"),
+    "target_parameters": (["experts.gate"], "no linear's weight"),
+    "trainable_token_indices": ([3], "rows of the embedding"),
+    "init_lora_weights": ("pissa_niter_4", "path_initial_model_for_weight_conversion"),
+    "velora_config": ({"num_groups": 2}, "which peftc does not compute"),
+    "a_key_of_the_future": (1.5, "which peftc does not compute"),
+    "lora_dropout": (1.5, "a dropout of 1.5 is none"),
+    "lora_alpha": (float("nan"), "no usable alpha"),
+    "modules_to_save": ("head", "not a list of names"),
+    "alpha_pattern": ({"(": 3}, r"the pattern '\(' cannot be used"),
+    "peft_type": ("XLORA", "XLORA has no form here; LORA"),
+    "use_dora": (True, "does not fit the tensors"),
+}
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_a_setting_is_used_or_refused_by_name(key: str, tmp_path: Path) -> None:
+    adapter("lora", "roberta", tmp_path)
+    value, reason = REFUSED[key]
+    backbone = tiny("roberta")
+    flags = [one.requires_grad for one in backbone.parameters()]
+    with pytest.raises(PeftcError, match=reason):
+        import_peft(settled(tmp_path, **{key: value}), backbone)
+    assert [one.requires_grad for one in backbone.parameters()] == flags
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.LoraConfig(),
+        peft.IA3Config(),
+        peft.VeraConfig(),
+        peft.LoHaConfig(),
+        peft.LoKrConfig(),
+        peft.PromptTuningConfig(num_virtual_tokens=3),
+        peft.PromptEncoderConfig(num_virtual_tokens=3),
+        peft.PrefixTuningConfig(num_virtual_tokens=3),
+    ],
+    ids=lambda one: type(one).__name__,
+)
+def test_every_setting_of_this_peft_is_known(config: peft.PeftConfig) -> None:
+    """A new version's settings are looked at, one by one."""
+    kind = KINDS[config.peft_type.value]
+    known = {*COMMON, *kind.used, *kind.harmless, *kind.refused}
+    off = {key for key, value in config.to_dict().items() if not value}
+    assert config.to_dict().keys() - known - off == set()
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_start_that_moves_the_backbone_is_refused_and_its_conversion_read(
+    start: str, tmp_path: Path
+) -> None:
+    settings = dict(r=4, lora_alpha=8, target_modules=["query"])
+    torch.manual_seed(3)
+    model = peft.get_peft_model(
+        tiny("roberta"), peft.LoraConfig(**settings, init_lora_weights=start)
+    )
+    model.peft_config[
+        "default"
+    ].init_lora_weights = True  # as PEFT's guide has it: the start, without its name
+    model.save_pretrained(tmp_path / "start")
+    model.peft_config["default"].init_lora_weights = start
+    with torch.no_grad():
+        for value in (p for p in model.parameters() if p.requires_grad):
+            value.add_(torch.randn_like(value) * 0.1)
+    model.save_pretrained(tmp_path / "raw")
+    with pytest.raises(PeftcError, match=f"'{start}': its base weights move"):
+        import_peft(tmp_path / "raw", tiny("roberta"))
+    converted = tmp_path / "converted"
+    model.save_pretrained(
+        converted, path_initial_model_for_weight_conversion=str(tmp_path / "start")
+    )
+    mine = import_peft(converted, tiny("roberta"))
+    inputs = batch(mine)
+    assert (logits(mine, inputs) - logits(model.eval(), inputs)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["lora", "vera", "lora bias"])
+def test_dropout_acts_in_training_alone(kind: str, tmp_path: Path) -> None:
+    """The mean over draws and its spread are PEFT's; in evaluation nothing is dropped."""
+    targets = dict(target_modules=["query", "value"])
+    made = {
+        "lora": peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.4, **targets),
+        "vera": peft.VeraConfig(r=4, vera_dropout=0.4, **targets),
+        "lora bias": peft.LoraConfig(r=4, lora_bias=True, lora_dropout=0.4, **targets),
+    }[kind]
+    theirs = started("roberta", made, tmp_path)
+    mine = import_peft(tmp_path, tiny("roberta"))
+    inputs = batch(mine)
+    want = logits(theirs, inputs)
+    assert (logits(mine, inputs) - want).abs().max() <= 1e-5 * want.abs().max().clamp(min=1)
+    entry = mine.plan.spec.entries[0]
+    assert "dropout(x, 0.4)" in show(entry.delta)
+    _, report = peftc.merge(mine)
+    assert not report.kept
+    calm = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, classifier_dropout=0.0)
+    draws = []
+    for model in (
+        import_peft(tmp_path, tiny("roberta", **calm)).train(),
+        peft.PeftModel.from_pretrained(tiny("roberta", **calm), tmp_path).train(),
+    ):
+        torch.manual_seed(5)
+        draws.append(torch.stack([logits(model, inputs) for _ in range(150)]))
+    ours, others = draws
+    assert ours.std(0).mean() > 1e-4
+    assert (ours.std(0).mean() / others.std(0).mean() - 1).abs() < 0.1
+    error = (ours.std(0) + others.std(0)) / 150**0.5
+    assert ((ours.mean(0) - others.mean(0)).abs() <= 5 * error).all()
+
+
+@pytest.mark.parametrize("kind", ["dora", "lokr", "loha"])
+def test_a_dropout_that_no_spec_says_is_refused_with_its_fix(kind: str, tmp_path: Path) -> None:
+    adapter(kind, "roberta", tmp_path)
+    key = "lora_dropout" if kind == "dora" else "rank_dropout"
+    with pytest.raises(PeftcError, match=rf"'{key}'.* set it to 0 in the file"):
+        import_peft(settled(tmp_path, **{key: 0.1}), tiny("roberta"))
+    import_peft(settled(tmp_path, **{key: 0.0}), tiny("roberta"))
+
+
+@pytest.mark.parametrize("targets", [["c_attn"], ["c_attn", "c_fc", "c_proj"]])
+@pytest.mark.parametrize("kind", ["vera", "lora", "dora"])
+def test_linears_that_are_stored_turned(kind: str, targets: list[str], tmp_path: Path) -> None:
+    made = {
+        "vera": peft.VeraConfig(r=4, target_modules=targets, fan_in_fan_out=True),
+        "lora": peft.LoraConfig(r=4, target_modules=targets, fan_in_fan_out=True),
+        "dora": peft.LoraConfig(r=4, target_modules=targets, fan_in_fan_out=True, use_dora=True),
+    }[kind]
+    theirs = started("gpt2", made, tmp_path)
+    mine = import_peft(tmp_path, tiny("gpt2"))
+    inputs = batch(mine)
+    want = logits(theirs, inputs)
+    assert (logits(mine, inputs) - want).abs().max() <= 1e-5 * want.abs().max().clamp(min=1)
+    assert (want - logits(tiny("gpt2"), inputs)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+@pytest.mark.parametrize("task", [None, "SEQ_CLS"])
+def test_biases_that_train_along(bias: str, task: str | None, tmp_path: Path) -> None:
+    made = peft.LoraConfig(r=4, target_modules=["query"], bias=bias, task_type=task)
+    theirs = started("roberta", made, tmp_path)
+    mine = import_peft(tmp_path, tiny("roberta"))
+    inputs = batch(mine)
+    assert (logits(mine, inputs) - logits(theirs, inputs)).abs().max() <= 1e-5
+
+
+def test_modules_of_any_kind_that_were_saved_whole(tmp_path: Path) -> None:
+    saved = ["LayerNorm", "word_embeddings", "classifier"]
+    made = peft.LoraConfig(r=4, target_modules=["query"], modules_to_save=saved)
+    theirs = started("roberta", made, tmp_path / "a")
+    mine = import_peft(tmp_path / "a", tiny("roberta"))
+    inputs = batch(mine)
+    assert (logits(mine, inputs) - logits(theirs, inputs)).abs().max() <= 1e-5
+    mine.save_pretrained(tmp_path / "d")
+    again = peftc.load(tmp_path / "d", backbone=tiny("roberta"))
+    assert torch.equal(logits(again, inputs), logits(mine, inputs))
+
+
+def test_a_tensor_of_nothing_known_is_named(tmp_path: Path) -> None:
+    adapter("lora", "roberta", tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for name in (
+        "roberta.encoder.layer.0.attention.self.query.lora_C.weight",
+        "classifier.dense.weight",
+    ):
+        save_file({**tensors, f"base_model.model.{name}": torch.ones(32, 32)}, file)
+        with pytest.raises(
+            PeftcError, match=rf"'base_model\.model\.{name}' is no tensor of a LORA"
+        ):
+            import_peft(tmp_path, tiny("roberta"))
+
+
+def test_an_output_head_that_was_trained_apart_from_the_embedding(tmp_path: Path) -> None:
+    made = peft.LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True)
+    model = peft.get_peft_model(tiny("gpt2"), made)
+    model.save_pretrained(tmp_path / "same", save_embedding_layers=True)
+    mine = import_peft(tmp_path / "same", tiny("gpt2"))
+    assert not mine.plan.unfrozen  # the backbone's own
+    made = peft.LoraConfig(
+        r=4, target_modules=["c_attn"], fan_in_fan_out=True, modules_to_save=["lm_head"]
+    )
+    started("gpt2", made, tmp_path / "apart")
+    with pytest.raises(PeftcError, match="tie_word_embeddings=False"):
+        import_peft(tmp_path / "apart", tiny("gpt2"))
+
+
+def test_what_linears_share_is_written_for_each(tmp_path: Path) -> None:
+    text = peftc.load_spec("lora", r=4).text.replace(
+        "kaiming_uniform}", "kaiming_uniform, per: shape}"
+    )
+    mine = stir(peftc.compile(tiny("roberta"), parse_spec(text, "shared")), 0.1)
+    assert len(export_peft(mine, tmp_path)) == 4
+    theirs = peft.PeftModel.from_pretrained(tiny("roberta"), tmp_path).eval()
+    inputs = batch(mine)
+    assert (logits(theirs, inputs) - logits(mine, inputs)).abs().max() <= 1e-5
+
+
+def test_dropout_goes_out_and_comes_in(tmp_path: Path) -> None:
+    made = peft.LoraConfig(r=4, lora_dropout=0.25, target_modules=["query", "value"])
+    started("roberta", made, tmp_path / "a")
+    export_peft(import_peft(tmp_path / "a", tiny("roberta")), tmp_path / "b")
+    a, b = (load_file(tmp_path / one / "adapter_model.safetensors") for one in "ab")
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert json.loads((tmp_path / "b" / "adapter_config.json").read_text())["lora_dropout"] == 0.25

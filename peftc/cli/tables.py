@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -41,19 +41,21 @@ class Row:
 
 def rows(plan: Plan) -> tuple[Row, ...]:
     """One row for each method; entries that differ in their place alone share a row."""
-    groups: dict[tuple[str, ...], list[Match]] = {}
-    for match in plan.matches:
+    groups: dict[tuple[str, ...], dict[int, Match]] = {}
+    for index, match in enumerate(plan.matches):
         entry = match.entry
         key = (entry.method, form(entry), insertion(entry), composition(entry))
-        groups.setdefault(key, []).append(match)
+        if match.sites:  # else all of it folded
+            groups.setdefault(key, {})[index] = match
     return tuple(_row(key, matches, plan) for key, matches in groups.items())
 
 
-def _row(key: tuple[str, ...], matches: Sequence[Match], plan: Plan) -> Row:
+def _row(key: tuple[str, ...], numbered: Mapping[int, Match], plan: Plan) -> Row:
     method, functional, inserted, composed = key
+    matches = numbered.values()
     places = dict.fromkeys(place(match.entry) for match in matches)
     trained = [match for match in matches if match.entry.train]
-    edits = [edit for match in matches for edit in _edits(match, plan)]
+    edits = [edit for edit in plan.edits if edit.index in numbered]
     free = sum(match.parameters for match in trained)
     return Row(
         method,
@@ -65,10 +67,6 @@ def _row(key: tuple[str, ...], matches: Sequence[Match], plan: Plan) -> Row:
         free + numel(edits),
         free + numel(constant_form(edit) for edit in edits),
     )
-
-
-def _edits(match: Match, plan: Plan) -> Iterator[Edit]:
-    yield from (edit for edit in plan.edits if edit.entry is match.entry)
 
 
 def form(entry: Entry) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,9 @@ from peftc.cli.console import say, step
 from peftc.errors import PeftcError
 from peftc.graph.arguments import seeded_inputs
 from peftc.model.compiled import CompiledModel
+from peftc.rewrite.tolerance import tolerance
 from peftc.rewrite.verify import difference
-from peftc.store.directory import read_manifest
-
-# Relative to the largest output: folding is exact in float64 and casts once.
-TOLERANCE = 1e-4
+from peftc.store.directory import check_files, read_manifest
 
 
 @dataclass(frozen=True)
@@ -88,14 +87,13 @@ def _delta_checks(directory: Path, model: str | None) -> Iterator[Check]:
         once, again = (driver.outputs(compiled, inputs) for _ in range(2))
     yield Check("two runs of the compiled model", difference(once, again), 0)
     with step("folding"), torch.no_grad():
-        merged, report = driver.merge(compiled)
+        merged, report = driver.merge(compiled, tolerance=math.inf)
         bare = driver.outputs(compiled.__dict__["_backbone"], inputs)
     yield Check("compiled against the backbone", difference(once, bare))
-    limit = TOLERANCE * max(report.scale, 1.0)
     yield Check(
         f"folded ({len(report.folded)} of {len(report.outcomes)}) against unfolded",
         report.error,
-        limit,
+        tolerance(report.scale, compiled.dtype),
     )
     yield Check("folded twice against folded once", _fold_again(merged), 0)
 
@@ -106,7 +104,7 @@ def _fold_again(merged: PreTrainedModel) -> float:
     if not isinstance(merged, CompiledModel):
         return 0.0  # a plain checkpoint: there is nothing left that could fold
     with step("folding again"):
-        twice, report = driver.merge(merged)
+        twice, report = driver.merge(merged, tolerance=math.inf)
     before, after = dict(merged.named_parameters()), dict(twice.named_parameters())
     moved = [float((after[k] - v).detach().abs().max()) for k, v in before.items() if k in after]
     return max(moved) + len(report.folded)
@@ -116,6 +114,7 @@ def _bundle_checks(directory: Path, model: str | None) -> Iterator[Check]:
     """What the manifest certifies; with a model (deltas or a checkpoint) the bundle against it, now."""
 
     manifest = read_manifest(directory, ("kind", "graphs", "parity", "data_bytes"))
+    check_files(directory, manifest, content=True)
     size = sum(one.stat().st_size for one in directory.glob("*.data"))
     yield Check("bytes of weights that are missing", abs(size - manifest["data_bytes"]), 0)
     with step(f"loading {directory}"):
@@ -133,11 +132,11 @@ def _bundle_checks(directory: Path, model: str | None) -> Iterator[Check]:
             yield _tokens(runner, torch_model)
 
 
-def _logits(runner: Any, model: PreTrainedModel, tolerance: float) -> Check:
+def _logits(runner: Any, model: PreTrainedModel, limit: float) -> Check:
 
     inputs = seeded_inputs(model)
     error = (runner.logits(**inputs) - driver.outputs(model, inputs)["logits"]).abs().max()
-    return Check("ONNX logits against torch, now", float(error), tolerance)
+    return Check("ONNX logits against torch, now", float(error), limit)
 
 
 def _tokens(runner: Any, model: Any) -> Check:

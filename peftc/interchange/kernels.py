@@ -9,8 +9,6 @@ from torch import nn
 
 from peftc.errors import PeftcError
 
-_PRODUCT = "delta: x @ "
-
 
 class KernelError(PeftcError):
     """An adapter of a convolution that PEFT and peftc would compute as different functions."""
@@ -30,18 +28,9 @@ def require(path: str, conv: nn.Module) -> None:
             )
 
 
-def body(path: str, conv: nn.Module, linear: str, found: Mapping[str, torch.Tensor]) -> str:
-    """The formula of a linear's delta `x @ M`, M [in, out], as one of the weight. Raises KernelError.
-
-    `found` are the adapter's tensors by PEFT's names.
-    """
-    require(path, conv)
+def require_product(path: str, found: Mapping[str, torch.Tensor]) -> None:
+    """Raise KernelError where PEFT's tensors of a convolution make no product of matrices."""
     if "lokr_w2" in found and found["lokr_w2"].ndim == 3:  # make_kron aligns w1 from the right
         raise KernelError(
             f"'{path}': PEFT's LoKr of a Conv1d is no product of w1 and whole kernels"
         )
-    if linear.startswith(_PRODUCT):
-        return f'rewrite: {{W: "W + s * transpose({linear.removeprefix(_PRODUCT)})"}}'
-    if linear.startswith("rewrite: {W:"):
-        return linear
-    raise KernelError(f"'{path}' is a convolution, and its adapter has a form for linears alone")

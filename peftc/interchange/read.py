@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -16,78 +14,21 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peftc import driver
-from peftc.errors import PeftcError
-from peftc.interchange import kernels as peft_kernels
+from peftc.errors import PeftcError, Place
+from peftc.interchange import forms, kernels, patterns, settings
 from peftc.interchange import rows as peft_rows
+from peftc.interchange.forms import Formula
 from peftc.interchange.rows import ROWS
-from peftc.language.reader import parse_spec
-from peftc.language.spec import Spec, scopes
-from peftc.model.compiled import CompiledModel
+from peftc.interchange.settings import CONFIG, Config, InterchangeError
+from peftc.language.expr import Number
+from peftc.language.spec import Entry, Init, Param, Spec, Where, scopes
+from peftc.model.compiled import CompiledModel, detach
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-MAX_CONFIG_BYTES = 4 << 20
+WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-_SHARED = (
-    "base_model.vera_A",
-    "base_model.vera_B",
-)  # VeRA's projections, cut to each module's size
+# VeRA's projections, cut to each module's size.
+_SHARED = ("base_model.vera_A", "base_model.vera_B")
 Tensors = dict[str, torch.Tensor]
-
-
-class InterchangeError(PeftcError):
-    """A PEFT checkpoint that cannot be read, or deltas that PEFT has no form for."""
-
-
-@dataclass(frozen=True)
-class Form:
-    """How one kind of PEFT tensors reads in the spec language.
-
-    `tensors` maps PEFT's name to (ours, how it is laid out there: `T` transposed, `column`, `flat` or as it
-    is); `scaled` says that the delta is multiplied by the config's scale.
-    """
-
-    tensors: Mapping[str, tuple[str, str]]
-    body: str
-    scaled: bool = True
-
-    def fits(self, found: Iterable[str]) -> bool:
-        return set(found) == set(self.tensors)
-
-
-_LORA = {"lora_A.weight": ("down", "T"), "lora_B.weight": ("up", "T")}
-_KRON_1 = {"lokr_w1": ("small", "T")}
-_KRON_2 = {"lokr_w1_a": ("small_up", "T"), "lokr_w1_b": ("small_down", "T")}
-_FULL, _PAIR = {"lokr_w2": ("w", "T")}, {"lokr_w2_a": ("up", "T"), "lokr_w2_b": ("down", "T")}
-_DORA = "rewrite: {W: magnitude * (W + s * transpose(down @ up)) / detach(norm(W + s * transpose(down @ up)))}"
-FORMS = (
-    Form(_LORA, "delta: x @ down @ up"),
-    Form({**_LORA, "lora_magnitude_vector": ("magnitude", "column")}, _DORA),
-    Form({"ia3_l": ("scale", "flat")}, "rewrite: {h: h * scale}", scaled=False),
-    Form(
-        {"vera_lambda_d": ("scale_r", ""), "vera_lambda_b": ("scale_out", "")},
-        "delta: ((x @ down) * scale_r) @ up * scale_out",
-        scaled=False,
-    ),
-    Form(
-        {
-            "hada_w1_a": ("up_1", "T"),
-            "hada_w1_b": ("down_1", "T"),
-            "hada_w2_a": ("up_2", "T"),
-            "hada_w2_b": ("down_2", "T"),
-        },
-        "delta: x @ ((down_1 @ up_1) * (down_2 @ up_2))",
-    ),
-    Form({**_KRON_1, **_FULL}, "delta: x @ kron(small, w)"),
-    Form({**_KRON_1, **_PAIR}, "delta: x @ kron(small, down @ up)"),
-    Form({**_KRON_2, **_FULL}, "delta: x @ kron(small_down @ small_up, w)"),
-    Form({**_KRON_2, **_PAIR}, "delta: x @ kron(small_down @ small_up, down @ up)"),
-)
-_READ = {
-    "T": lambda value: value.flatten(1).T,
-    "column": lambda value: value.reshape(-1, 1),
-    "flat": lambda value: value.reshape(-1),
-    "": lambda value: value,
-}
 
 
 @dataclass(frozen=True)
@@ -95,54 +36,44 @@ class Module:
     """One adapted module: its path, its delta in our words, its tensors in our layout."""
 
     path: str
-    body: str
-    scale: float | None
+    op: str
+    formula: Formula
     tensors: Mapping[str, torch.Tensor]
     frozen: tuple[str, ...] = ()
-    op: str = "linear"
 
     @property
     def kind(self) -> tuple[object, ...]:
         """What modules that share an entry of the spec have in common."""
         shapes = tuple((name, tuple(value.shape)) for name, value in self.tensors.items())
-        return (self.path.rpartition(".")[2], self.body, self.scale, shapes)
+        return (self.path.rpartition(".")[2], self.op, self.formula, shapes)
 
 
 def import_peft(directory: str | Path, backbone: PreTrainedModel) -> CompiledModel:
-    """The checkpoint of a PEFT adapter as a compiled model on its backbone.
+    """The checkpoint of a PEFT adapter as a compiled model on its backbone, whose weights are shared.
 
-    Reads LoRA (rank and alpha patterns, rsLoRA; of convolutions too), DoRA, IA3, VeRA, LoHa, LoKr, `modules_to_save`, prompt
-    and p-tuning, and prefix tuning of models with one stack, from safetensors alone. Raises
-    InterchangeError for what it cannot read exactly.
+    Reads LoRA (rank and alpha patterns, rsLoRA, dropout; of convolutions too), DoRA, IA3, VeRA, LoHa, LoKr,
+    `modules_to_save` and biases, prompt and p-tuning, and prefix tuning of models with one stack, from
+    safetensors alone. `modules_to_save` are copied into the backbone. Raises InterchangeError for a setting,
+    a tensor or a pattern that cannot be read exactly; then the backbone is as it was.
     """
     path = Path(directory)
-    config, tensors = _config(path), _tensors(path)
+    config, tensors = settings.read(path), _tensors(path)
     rows = tensors.pop(ROWS, None)
     modules, whole = _modules(config, tensors, backbone)
     specs = [] if rows is None else [peft_rows.spec(config, rows, backbone)]
     if modules or whole:
-        name = str(config.get("peft_type", "adapter")).lower() if modules else "modules_to_save"
-        specs.append(_spec(name, modules, whole, backbone))
+        specs.append(_spec(config, path / CONFIG, modules, whole, backbone))
+    if not specs:
+        raise InterchangeError(f"{path / WEIGHTS} holds no tensor")
     model = driver.compile(backbone, specs)
-    if rows is not None:
-        peft_rows.fill(model, rows)
-    _fill(model, modules, whole)
-    return model
-
-
-def _config(path: Path) -> Mapping[str, Any]:
-    file = path / CONFIG
-    if not file.is_file():
-        raise InterchangeError(f"{path} has no {CONFIG}: not a PEFT adapter")
-    if file.stat().st_size > MAX_CONFIG_BYTES:
-        raise InterchangeError(f"{file} is larger than {MAX_CONFIG_BYTES >> 20} MiB")
     try:
-        config: Any = json.loads(file.read_text())
-    except ValueError as error:
-        raise InterchangeError(f"{file} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise InterchangeError(f"{file} is not a PEFT configuration")
-    return config
+        if rows is not None:
+            peft_rows.fill(model, rows)
+        _fill(model, modules, whole)
+    except PeftcError:
+        detach(model)
+        raise
+    return model
 
 
 def _tensors(path: Path) -> Tensors:
@@ -161,27 +92,33 @@ def _tensors(path: Path) -> Tensors:
 
 
 def _modules(
-    config: Mapping[str, Any], tensors: Tensors, backbone: PreTrainedModel
+    config: Config, tensors: Tensors, backbone: PreTrainedModel
 ) -> tuple[list[Module], Tensors]:
     """The adapted modules, and the parameters that were saved whole."""
-    known = {name for form in FORMS for name in form.tensors}
     found: dict[str, Tensors] = {}
     whole: Tensors = {}
+    shared = {key: tensors[key] for key in _SHARED if key in tensors}
+    weights = dict(backbone.named_parameters(remove_duplicate=False))
+    saved = settings.whole_modules(config)
     for key, value in tensors.items():
-        if key in _SHARED:
+        path = _path(key)
+        name = next((one for one in forms.TENSORS if path.endswith(f".{one}")), None)
+        if key in shared or ".original_module." in key:  # the backbone's own, as it was
             continue
-        path = key.removeprefix(PREFIX).removeprefix("base_model.").removesuffix(".default")
-        name = next((one for one in known if path.endswith(f".{one}")), None)
-        if name is None and not re.search(r"\.(weight|bias)$", path):
-            raise InterchangeError(
-                f"'{key}' of a {config.get('peft_type')} adapter has no form here"
-            )
-        if name is None:
-            whole[path] = value
-        else:
+        if name is not None:
             found.setdefault(path.removesuffix(f".{name}"), {})[name] = value
-    shared = {k: v for k, v in tensors.items() if k in _SHARED}
-    weights = dict(backbone.named_parameters())
+        elif _is_whole(path, saved, config, backbone):
+            if path not in weights or weights[path].shape != value.shape:
+                raise InterchangeError(
+                    f"the backbone has no parameter '{path}' {list(value.shape)}"
+                )
+            if not _is_its_own(path, value, weights):
+                whole[path] = value
+        else:
+            raise InterchangeError(
+                f"'{key}' is no tensor of a {config['peft_type']} adapter that is known here, and "
+                f"'modules_to_save' does not name it"
+            )
     modules = []
     for path, one in found.items():
         if f"{path}.weight" not in weights:
@@ -190,100 +127,165 @@ def _modules(
     return modules, whole
 
 
-def _module(
-    config: Mapping[str, Any], path: str, found: Tensors, shared: Tensors, owner: nn.Module
-) -> Module:
-    form = next((form for form in FORMS if form.fits(found)), None)
-    if form is None:
+def _path(key: str) -> str:
+    """The path in the backbone that a key speaks of; PEFT wraps what it adapts and what it saves."""
+    path = key.removeprefix(PREFIX).removeprefix("base_model.").removesuffix(".default")
+    return path.replace(".modules_to_save.default.", ".").replace(".base_layer.", ".")
+
+
+def _is_whole(path: str, saved: tuple[str, ...], config: Config, backbone: PreTrainedModel) -> bool:
+    """Whether PEFT saves a parameter of the backbone itself: of a module so named, a bias, or an embedding."""
+    owner, _, last = path.rpartition(".")
+    if last == "bias" and config.get("bias", "none") != "none":
+        return True
+    parts = owner.split(".")
+    owners = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    if any(one.endswith(name) for one in owners for name in saved):
+        return True
+    tables = (backbone.get_input_embeddings(), backbone.get_output_embeddings())
+    return any(
+        module is table for n, module in backbone.named_modules() if n == owner for table in tables
+    )
+
+
+def _is_its_own(path: str, value: torch.Tensor, weights: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a tied weight is the backbone's, saved along; PEFT's copy of one is tied to nothing."""
+    weight = weights[path]
+    others = [one for one, tied in weights.items() if tied is weight and one != path]
+    if others and not torch.equal(value, weight.detach().to(value)):
         raise InterchangeError(
-            f"'{path}' has the tensors {', '.join(sorted(found))}: no known form"
+            f"'{path}' was trained apart from '{others[0]}', to which the backbone ties it; "
+            "load the backbone with tie_word_embeddings=False"
         )
-    tensors = {ours: _READ[how](found[name]) for name, (ours, how) in form.tensors.items()}
-    body = form.body
-    if "ia3_l" in found and found["ia3_l"].shape[0] == 1:
-        body = "rewrite: {x: x * scale}"
-    weight, op = owner.get_parameter("weight"), "linear"
+    return bool(others)
+
+
+def _module(config: Config, path: str, found: Tensors, shared: Tensors, owner: nn.Module) -> Module:
+    form = forms.of(path, found)
+    if bool(config.get("use_dora")) != ("lora_magnitude_vector" in found):
+        raise InterchangeError(f"{CONFIG}: 'use_dora' does not fit the tensors of '{path}'")
+    tensors = form.laid_out(found)
+    scale = _scale(config, path, tensors) if form.scaled else 1.0
+    rate, weight = settings.rate(config), owner.get_parameter("weight")
     if weight.ndim > 2:
-        body, op = peft_kernels.body(path, owner, body, found), "conv"
+        kernels.require_product(path, found)
+        formula = forms.of_kernels(path, form, scale, rate, owner, found)
+        return Module(path, "conv", formula, tensors)
+    formula = forms.of_linear(path, form, scale, rate)
     if "vera_lambda_d" in found:
-        projections = _projections(shared, weight.shape)
-        return Module(path, body, None, tensors | projections, ("down", "up"))
-    scale = _scale(config, path, tensors) if form.scaled else None
-    return Module(path, body, scale, {k: v.contiguous() for k, v in tensors.items()}, op=op)
+        projections = _projections(path, shared, found, weight)
+        return Module(path, "linear", formula, {**tensors, **projections}, tuple(projections))
+    return Module(path, "linear", formula, tensors)
 
 
-def _projections(shared: Tensors, shape: torch.Size) -> Tensors:
+def _projections(path: str, shared: Tensors, found: Tensors, weight: torch.Tensor) -> Tensors:
+    """The part of VeRA's projections that a linear of this size reads: down [in, r], up [r, out]."""
     if len(shared) < len(_SHARED):
         raise InterchangeError(
             "the adapter was saved without its random projections; save it with save_projection=True"
         )
     down, up = (shared[name] for name in _SHARED)
-    return {"down": down[:, : shape[1]].T, "up": up[: shape[0]].T}
+    n_out = len(found["vera_lambda_b"])
+    n_in = weight.numel() // n_out  # its layout may be [in, out]
+    if n_in * n_out != weight.numel() or n_in > down.shape[1] or n_out > up.shape[0]:
+        raise InterchangeError(f"'{path}' is {list(weight.shape)}, and its scale is of {n_out}")
+    return {"down": down[:, :n_in].T.contiguous(), "up": up[:n_out].T.contiguous()}
 
 
-def _scale(config: Mapping[str, Any], path: str, tensors: Mapping[str, torch.Tensor]) -> float:
+def _scale(config: Config, path: str, tensors: Tensors) -> float:
     """alpha / r, or alpha / sqrt(r); both may have patterns over module paths."""
-    alpha = config.get("lora_alpha", config.get("alpha"))
-    alpha = _pattern(config.get("alpha_pattern"), path, alpha)
-    rank = _pattern(config.get("rank_pattern"), path, config.get("r"))
+    said = config.get("lora_alpha", config.get("alpha"))
+    alpha = patterns.first(settings.patterns(config, "alpha_pattern"), path, said)
+    rank = patterns.first(settings.patterns(config, "rank_pattern"), path, config.get("r"))
     if "lora_alpha" in config:
         rank = tensors["down"].shape[1]
-    if not isinstance(alpha, int | float) or not isinstance(rank, int | float) or rank <= 0:
+    numbers = all(isinstance(one, int | float) and math.isfinite(one) for one in (alpha, rank))
+    if not numbers or rank <= 0:
         raise InterchangeError(f"{CONFIG} gives no usable alpha and r for '{path}'")
-    return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
+    return float(alpha) / float(math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _pattern(patterns: Any, path: str, default: Any) -> Any:
-    """PEFT's rule: a key is a regular expression for the end of a module's path."""
-    for key, value in (patterns or {}).items():
-        if path == key or path.endswith(f".{key}") or re.fullmatch(rf"(.*\.)?({key})", path):
-            return value
-    return default
-
-
-def _spec(name: str, modules: list[Module], whole: Tensors, backbone: PreTrainedModel) -> Spec:
-    lines = [f"# Imported from a PEFT adapter ({name})", f"name: {name}", "deltas:"]
+def _spec(
+    config: Config, file: Path, modules: list[Module], whole: Tensors, backbone: PreTrainedModel
+) -> Spec:
+    name = str(config["peft_type"]).lower() if modules else "modules_to_save"
     groups: dict[tuple[object, ...], list[Module]] = {}
     for module in modules:
         groups.setdefault(module.kind, []).append(module)
-    paths = [name for name, _ in backbone.named_modules()]
-    for group in groups.values():
-        for scope in scopes([module.path for module in group], paths):
-            lines += _entry(group[0], scope)
+    paths, place = [path for path, _ in backbone.named_modules()], Place(str(file), 1, 1)
+    entries = [
+        _entry(name, group[0], scope, place)
+        for group in groups.values()
+        for scope in scopes([module.path for module in group], paths)
+    ]
+    entries += _unfrozen(name, whole, place)
+    return Spec(name, f"Imported from a PEFT adapter ({name})", {}, tuple(entries))
+
+
+def _entry(method: str, module: Module, scope: str, place: Place) -> Entry:
+    params = tuple(
+        Param(
+            name,
+            tuple(Number(size) for size in value.shape),
+            Init("zeros"),
+            "shape" if name in module.frozen else "site",
+            name not in module.frozen,
+        )
+        for name, value in module.tensors.items()
+    )
+    said = module.formula
+    return Entry(
+        method=method,
+        at=module.op,
+        scope=scope,
+        where=Where(),
+        params=params,
+        let=(),
+        assign=said.assign,
+        delta=said.delta,
+        compose=said.compose,
+        train=(),
+        expect=None,
+        arguments={},
+        place=place,
+    )
+
+
+def _unfrozen(method: str, whole: Tensors, place: Place) -> Iterator[Entry]:
+    """What was saved whole trains on: parameters of a module by their last names."""
     owners: dict[str, list[str]] = {}
     for path in whole:
         owner, _, last = path.rpartition(".")
         owners.setdefault(owner, []).append(last)
     for owner, own in owners.items():
-        lines += [f"  - at: {{op: linear, scope: {owner}}}", f"    train: [{', '.join(own)}]"]
-    return parse_spec("\n".join(lines) + "\n", name)
-
-
-def _entry(module: Module, scope: str) -> list[str]:
-    lines = [f'  - at: {{op: {module.op}, scope: "{scope}"}}', "    params:"]
-    for name, value in module.tensors.items():
-        shared = ", per: shape, trainable: false" if name in module.frozen else ""
-        lines.append(f"      {name}: {{shape: {list(value.shape)}, init: zeros{shared}}}")
-    body = module.body
-    if module.scale is not None:
-        body = re.sub(r"\bs\b", repr(module.scale), body)
-    lines.append(f"    {body}")
-    if module.scale is not None and body.startswith("delta"):
-        lines.append(f"    compose: h + {module.scale!r} * delta")
-    return lines
+        yield Entry(
+            method=method,
+            at="",
+            scope=owner,
+            where=Where(),
+            params=(),
+            let=(),
+            assign=(),
+            delta=None,
+            compose=None,
+            train=tuple(own),
+            expect=None,
+            arguments={},
+            place=place,
+        )
 
 
 def _fill(model: CompiledModel, modules: list[Module], whole: Tensors) -> None:
-    sites = {edit.site.scope: edit for edit in model.plan.edits}
-    slots = model.deltas.values()
-    weights = dict(model.named_parameters())
+    edits = {edit.site.scope: edit for edit in model.plan.edits}
+    for module in modules:
+        if module.path not in edits:
+            misses = (one.reason for one in model.plan.misses if module.path in one.site)
+            reason = next(misses, "no site is there")
+            raise InterchangeError(f"'{module.path}' cannot have a delta here: {reason}")
+    slots, weights = model.deltas.values(), dict(model.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for module in modules:
-            for parameter in sites[module.path].parameters:
+            for parameter in edits[module.path].parameters:
                 slots[parameter.path].copy_(module.tensors[parameter.name])
         for path, value in whole.items():
-            if path not in weights or weights[path].shape != value.shape:
-                raise InterchangeError(
-                    f"the backbone has no parameter '{path}' {list(value.shape)}"
-                )
             weights[path].copy_(value)

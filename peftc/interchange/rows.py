@@ -3,30 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from peftc.errors import PeftcError
-from peftc.language.reader import load_spec, parse_spec
+from peftc.language.reader import load_spec
 from peftc.language.spec import Spec
 from peftc.model.compiled import CompiledModel
 
 ROWS = "prompt_embeddings"
-# Prefix tuning as PEFT has it: the rows are a cache, so the tokens stand behind them.
-_SHIFTED = """\
-# Imported from a PEFT adapter (prefix tuning): one prefix of the self-attention, positions moved behind it
-name: prefix_tuning
-with: {{l: {length}}}
-deltas:
-  - at: attention.heads
-    positions: shift
-    params:
-      P_k: {{shape: [kv_heads, l, head_dim], init: zeros}}
-      P_v: {{shape: [kv_heads, l, value_dim], init: zeros}}
-    rewrite: {{k: "prepend(P_k, k)", v: "prepend(P_v, v)"}}
-"""
 
 
 class RowsError(PeftcError):
@@ -51,7 +39,17 @@ def spec(config: Mapping[str, Any], table: torch.Tensor, backbone: PreTrainedMod
             "PEFT's prefix of an encoder-decoder is the decoder's self-attention alone, with positions "
             "that its decoder does not take; train specs/prefix_tuning.yaml instead"
         )
-    return parse_spec(_SHIFTED.format(length=length), "prefix_tuning")
+    # The rows are a cache there, so the tokens stand behind them.
+    direct = load_spec("prefix_direct", l=length)
+    shifted = (
+        replace(entry, method="prefix_tuning", positions="shift") for entry in direct.entries
+    )
+    title = (
+        "Imported from a PEFT adapter: one prefix of the self-attention, positions moved behind it"
+    )
+    return replace(
+        direct, name="prefix_tuning", title=title, entries=tuple(shifted), text="", path=""
+    )
 
 
 def fill(model: CompiledModel, table: torch.Tensor) -> None:

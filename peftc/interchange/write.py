@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from peftc.interchange import kernels as peft_kernels
-from peftc.interchange.read import CONFIG, PREFIX, WEIGHTS, InterchangeError, Tensors
+from peftc.interchange.read import PREFIX, WEIGHTS, Tensors
+from peftc.interchange.settings import CONFIG, InterchangeError
 from peftc.language.expr import Call, Expr, Name, names, number
 from peftc.model.compiled import CompiledModel
 from peftc.plan.algebra import inlined, numbers
@@ -23,28 +24,48 @@ from peftc.store.directory import write_directory
 
 @dataclass(frozen=True)
 class LowRank:
-    """`h + scale * (x @ down @ up)` at one site, or `W + scale * transpose(down @ up)`."""
+    """`h + scale * (x @ down @ up)` at one site, or `W + scale * transpose(down @ up)`.
+
+    `down` and `up` are paths of delta tensors; `rate` is how much of x is dropped in training.
+    """
 
     edit: Edit
     scale: float
     down: str
     up: str
+    rate: float = 0.0
 
 
 def low_rank(edit: Edit) -> LowRank:
     """The form PEFT calls LoRA, read off the expression. Raises InterchangeError when it is another."""
-    own, assigned = {p.name for p in edit.parameters}, tuple(inlined(edit)[1].items())
+    paths, assigned = {p.name: p.path for p in edit.parameters}, tuple(inlined(edit)[1].items())
     match assigned:
         case ((port, Call("add", (Name(old), change))),) if old == port:
             scale, product = _factor(change, edit)
             match port, product:
-                case ("h", Call("matmul", (Call("matmul", (Name("x"), Name(down))), Name(up)))) | (
-                    "W",
-                    Call("transpose", (Call("matmul", (Name(down), Name(up))),)),
-                ):
-                    if {down, up} <= own and "W" in edit.site.weights:
-                        return LowRank(edit, scale, down, up)
-    raise InterchangeError(f"{edit.name} is not LoRA-like: PEFT has no form for it")
+                case ("h", Call("matmul", (Call("matmul", (x, Name(down))), Name(up)))):
+                    rate = _rate(x, edit)
+                case ("W", Call("transpose", (Call("matmul", (Name(down), Name(up))),))):
+                    rate = 0.0
+                case _:
+                    raise _no_form(edit)
+            if rate is not None and {down, up} <= paths.keys() and "W" in edit.site.weights:
+                return LowRank(edit, scale, paths[down], paths[up], rate)
+    raise _no_form(edit)
+
+
+def _no_form(edit: Edit) -> InterchangeError:
+    return InterchangeError(f"{edit.name} is not LoRA-like: PEFT has no form for it")
+
+
+def _rate(x: Expr, edit: Edit) -> float | None:
+    """How much of the input is dropped: 0 of x itself; None of another value."""
+    match x:
+        case Name("x"):
+            return 0.0
+        case Call("dropout", (Name("x"), rate)):
+            return float(number(rate, numbers(edit)))
+    return None
 
 
 def _factor(change: Expr, edit: Edit) -> tuple[float, Expr]:
@@ -95,10 +116,10 @@ def export_peft(model: CompiledModel, directory: str | Path) -> tuple[str, ...]:
 def _pair(model: CompiledModel, group: list[LowRank]) -> tuple[torch.Tensor, torch.Tensor]:
     """(A [r, in], B [out, r]) of a module, with the slices' factors side by side and their scale in B."""
     values = model.deltas.values()
-    downs = [values[f"{one.edit.path}.{one.down}"].detach().T for one in group]
+    downs = [values[one.down].detach().T for one in group]
     ups = []
     for one in group:
-        up, weight = values[f"{one.edit.path}.{one.up}"].detach().T, one.edit.site.weights["W"]
+        up, weight = values[one.up].detach().T, one.edit.site.weights["W"]
         features = View(weight.view.form).read(compute, model.get_parameter(weight.path)).shape[0]
         nothing = up.new_zeros(features, up.shape[1])
         full = View(columns=weight.view.columns).write(compute, nothing, up)
@@ -113,8 +134,7 @@ def _same_scale(group: list[LowRank]) -> bool:
 def _lora_config(model: CompiledModel, groups: Mapping[str, list[LowRank]]) -> dict[str, Any]:
     values = model.deltas.values()
     ranks = {
-        path: sum(values[f"{one.edit.path}.{one.down}"].shape[1] for one in group)
-        for path, group in groups.items()
+        path: sum(values[one.down].shape[1] for one in group) for path, group in groups.items()
     }
     alphas = {
         path: ranks[path] * (group[0].scale if _same_scale(group) else 1.0)
@@ -134,7 +154,18 @@ def _lora_config(model: CompiledModel, groups: Mapping[str, list[LowRank]]) -> d
         "fan_in_fan_out": any(
             group[0].edit.site.weights["W"].view.form == TURNED for group in groups.values()
         ),
-        "lora_dropout": 0.0,
+        "lora_dropout": _common_rate(groups),
         "bias": "none",
         "inference_mode": True,
     }
+
+
+def _common_rate(groups: Mapping[str, list[LowRank]]) -> float:
+    """PEFT has one rate for an adapter."""
+    rates = {one.rate: one.edit.name for group in groups.values() for one in group}
+    if len(rates) > 1:
+        said = ", ".join(f"{rate} at {name}" for rate, name in rates.items())
+        raise InterchangeError(
+            f"PEFT drops inputs at one rate, and these deltas at several: {said}"
+        )
+    return next(iter(rates))

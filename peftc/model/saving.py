@@ -36,6 +36,7 @@ def save(model: Any, path: Path, stored: bool = False) -> None:
         "spec": resolved.write(plan.spec),
         "spec_digest": resolved.digest(plan.spec),
         "edits": [edit.name for edit in plan.edits],
+        "left": [edit.key for edit in plan.edits],
         "backbone": {
             "name": model.config.name_or_path,
             "class": type(model).__name__,

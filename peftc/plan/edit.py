@@ -37,12 +37,19 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Edit:
-    """One delta at one site. `path` is where its own tensors live among the deltas."""
+    """One delta at one site. `path` is where its own tensors live among the deltas; `index` counts the
+    entries of the spec, and stays when the entry is rewritten."""
 
     site: Site
     entry: Entry
     path: str
     parameters: tuple[Parameter, ...]
+    index: int = 0
+
+    @property
+    def key(self) -> tuple[int, str]:
+        """What tells it from every other of its plan: two entries of one method may share a site."""
+        return self.index, self.site.name
 
     @property
     def name(self) -> str:

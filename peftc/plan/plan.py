@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 
@@ -107,7 +107,7 @@ def make_plan(spec: Spec, survey: Survey, backbone: Mapping[str, tuple[int, ...]
         taken |= _paths(placed)
         passed = list(_passed_by(entry, survey.none))
         problems += broken or _unmatched(entry, len(placed), sites, [*missed, *passed])
-        edits += placed
+        edits += [replace(edit, index=index) for edit in placed]
         misses += [*missed, *passed]
         matches.append(Match(entry, len(placed), numel(placed)))
     problems += behind_rows(edits)

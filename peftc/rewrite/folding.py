@@ -9,6 +9,8 @@ import torch
 
 from peftc.plan.edit import Edit
 
+Key = tuple[int, str]
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -50,7 +52,7 @@ def rounded(stored: torch.Tensor, folded: torch.Tensor) -> torch.Tensor:
 class Folding:
     """`read` fetches a backbone weight by path. Of the `tied` paths the `separable` ones may get a weight of
     their own. Fold passes take edits out of `edits` and say where they went (`folded`) or why they stay
-    (`reasons`), by the edit's path. `weights` has what `as_stored` makes of a stored weight and its folded value as
+    (`reasons`), by the edit's key. `weights` has what `as_stored` makes of a stored weight and its folded value as
     soon as all of a weight's edits are done, so that no float64 copy is kept."""
 
     edits: list[Edit]
@@ -60,8 +62,8 @@ class Folding:
     separable: frozenset[str] = frozenset()
     as_stored: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = rounded
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
-    folded: dict[str, str] = field(default_factory=dict)
-    reasons: dict[str, str] = field(default_factory=dict)
+    folded: dict[Key, str] = field(default_factory=dict)
+    reasons: dict[Key, str] = field(default_factory=dict)
 
     def put(self, path: str, value: torch.Tensor) -> None:
         """A rewritten weight, float64, as the model stores it."""
@@ -72,8 +74,8 @@ class Folding:
         return tuple(
             Outcome(
                 edit.name,
-                edit.path in self.folded,
-                self.folded.get(edit.path) or self.reasons.get(edit.path, ""),
+                edit.key in self.folded,
+                self.folded.get(edit.key) or self.reasons.get(edit.key, ""),
             )
             for edit in edits
         )

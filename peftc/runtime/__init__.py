@@ -9,7 +9,7 @@ from typing import Any
 from peftc.runtime.classifier import Classifier
 from peftc.runtime.seq2seq import Seq2Seq
 from peftc.runtime.session import CPU, RuntimeFault, Session
-from peftc.store.directory import MANIFEST, read_manifest
+from peftc.store.directory import MANIFEST, check_files, read_manifest
 
 __all__ = ["Classifier", "RuntimeFault", "Seq2Seq", "load"]
 
@@ -37,6 +37,7 @@ def load(
     for file in files:
         if not file.is_file():
             raise RuntimeFault(f"{directory} lacks {file.name}")
+    check_files(directory, manifest, content=False)
     sessions = [Session.open(file, providers, allow_cpu_fallback) for file in files]
     opened: Classifier | Seq2Seq = runner(directory, *sessions)
     return opened

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from peftc.errors import PeftcError
 from peftc.language import resolved
 from peftc.language.spec import Spec
 from peftc.store import format1, sparse
-from peftc.store.directory import MANIFEST, DeltaError, write_directory
+from peftc.store.directory import MANIFEST, DeltaError, check_files, write_directory
 
 # Trainer looks for this name when it resumes; the file holds deltas alone.
 WEIGHTS = "model.safetensors"
@@ -28,11 +27,11 @@ def write(path: Path, manifest: Mapping[str, Any], tensors: Mapping[str, torch.T
     A tensor of mostly zeros is written as its non-zeros (see `peftc.store.sparse`); reading gives the same bits.
     """
 
-    def fill(directory: Path) -> None:
+    def fill(directory: Path) -> Mapping[str, Any]:
         cpu = {k: v.detach().to("cpu").contiguous().clone() for k, v in tensors.items()}
         save_file(sparse.packed(cpu), directory / WEIGHTS, {"format": "pt"})
         os.chmod(directory / WEIGHTS, 0o644)  # safetensors writes for the owner alone
-        (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        return manifest
 
     write_directory(path, fill)
 
@@ -46,10 +45,16 @@ def spec_of(manifest: Mapping[str, Any], path: Path) -> Spec:
         raise DeltaError(f"{path / MANIFEST} is damaged: {error}") from error
 
 
-def read_tensors(path: Path, expected: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-    """The tensors of `model.safetensors`, sparse ones made whole; names and shapes must be exactly the
-    expected ones, which is checked before anything is read."""
+def read_tensors(
+    path: Path, manifest: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]
+) -> dict[str, torch.Tensor]:
+    """The tensors of `model.safetensors`, sparse ones made whole.
+
+    It must be the file that the manifest was written with, its names and shapes exactly the expected ones;
+    both are checked before a tensor is read. Raises DeltaError.
+    """
     file = path / WEIGHTS
+    check_files(path, manifest, content=True, only=(WEIGHTS,))
     try:
         with safe_open(file, framework="pt") as handle:
             sizes = {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118

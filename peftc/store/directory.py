@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import glob
+import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from peftc.errors import PeftcError
 
+try:
+    import fcntl
+except ImportError:  # Windows: what a killed write leaves there stays
+    fcntl = None  # type: ignore[assignment]
+
 MANIFEST = "peftc.json"
+FILES, UNFINISHED = "files", "unfinished"  # keys of a manifest
+NUMBERS = (".safetensors", ".onnx", ".data")
+# Without these nothing reads a directory, so they come after what they speak of.
+LAST = ("adapter_config.json", "config.json", MANIFEST)
 FORMAT = 2
 READS = (1, FORMAT)  # 1: the spec in data of its own (peftc.store.format1)
 MAX_MANIFEST_BYTES = 4 << 20
@@ -32,24 +44,150 @@ def require_ours(path: Path) -> None:
         )
 
 
-def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
-    """Fill a temporary directory and move its files to `path`: a reader never sees half of them.
+def write_directory(path: Path, fill: Callable[[Path], Mapping[str, Any] | None]) -> None:
+    """Fill a temporary directory beside `path` and move its files there, with what `fill` returns as their manifest.
 
-    A file that stands in the way and is not ours is an error; other files (Trainer's) are left alone.
+    A kill at any moment leaves the old files, the new ones, or a manifest that says that the write was
+    interrupted. The manifest gets the size and the SHA-256 of each file. A file that stands in the way and is
+    not ours is an error; other files (Trainer's) are left alone.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    _sweep(path)
+    temporary = Path(tempfile.mkdtemp(prefix=_prefix(path), dir=path.parent))
+    with _held(temporary):
+        try:
+            manifest = fill(temporary)
+            if manifest is not None:
+                _put(temporary / MANIFEST, {**manifest, FILES: _facts(temporary)})
+            _flush(temporary)
+            _refuse_foreign(path, [one.name for one in temporary.iterdir()])
+            _move(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _move(temporary: Path, path: Path) -> None:
+    if not path.exists():
+        os.chmod(temporary, 0o755)
+        os.replace(temporary, path)
+        return _sync(path.parent)
+    if (temporary / MANIFEST).is_file():
+        # Files can only be replaced one by one: until the last, no reader may take them for one artefact.
+        _put(temporary / UNFINISHED, {"format": FORMAT, UNFINISHED: True})
+        os.replace(temporary / UNFINISHED, path / MANIFEST)
+        _sync(path)
+    for one in sorted(temporary.iterdir(), key=lambda one: (one.name in LAST, one.name)):
+        if one.name == MANIFEST:
+            _sync(path)  # the others are there before it says so
+        os.replace(one, path / one.name)
+    _sync(path)
+
+
+def _facts(directory: Path) -> dict[str, dict[str, Any]]:
+    """Size and digest of what holds numbers; settings and tokenizers may be edited by hand."""
+    return {
+        one.name: {"bytes": one.stat().st_size, "sha256": _digest(one)}
+        for one in sorted(directory.iterdir())
+        if one.suffix in NUMBERS
+    }
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _put(file: Path, data: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(data, indent=2) + "\n")
+    _sync(file)
+
+
+def _flush(directory: Path) -> None:
+    """To the disk: a rename must not get there before the content that it names."""
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            _sync(Path(folder) / name)
+        _sync(Path(folder))
+
+
+def _sync(path: Path) -> None:
+    """The content of a file, or the names in a directory, to the disk, where the file system can."""
+    if os.name == "nt":  # neither can be opened so there
+        return
+    opened = os.open(path, os.O_RDONLY)
     try:
-        fill(temporary)
-        _refuse_foreign(path, [one.name for one in temporary.iterdir()])
-        if path.exists():
-            for one in sorted(temporary.iterdir(), key=lambda one: one.name == MANIFEST):
-                os.replace(one, path / one.name)
-        else:
-            os.chmod(temporary, 0o755)
-            os.replace(temporary, path)
+        with suppress(OSError):
+            os.fsync(opened)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(opened)
+
+
+def _prefix(path: Path) -> str:
+    return f".{path.name}-peftc-"
+
+
+@contextmanager
+def _held(directory: Path) -> Iterator[None]:
+    """Lock a temporary directory while it is written; the system lets go of it when this process ends."""
+    if fcntl is None:
+        yield
+        return
+    folder = os.open(directory, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks: nobody can sweep there either
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
+def _sweep(path: Path) -> None:
+    """Remove what killed writes of `path` left beside it: temporary directories that nobody holds."""
+    if fcntl is None:
+        return
+    for orphan in path.parent.glob(f"{glob.escape(_prefix(path))}*"):
+        try:
+            folder = os.open(orphan, os.O_RDONLY)
+        except OSError:  # another write was faster
+            continue
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(orphan, ignore_errors=True)
+        except OSError:  # it is being written
+            continue
+        finally:
+            os.close(folder)
+
+
+def check_files(
+    path: Path, manifest: Mapping[str, Any], *, content: bool, only: Collection[str] = ()
+) -> None:
+    """Raise DeltaError unless the files of a manifest are those that were written with it.
+
+    Sizes are always compared, digests with `content`; `only` names some of the files. A manifest of before
+    there were digests has none to compare.
+    """
+    written = manifest.get(FILES, {})
+    try:
+        wanted = {
+            name: (int(one["bytes"]), str(one["sha256"]))
+            for name, one in written.items()
+            if not only or name in only
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DeltaError(f"{path / MANIFEST} is damaged: '{FILES}' is none: {error}") from error
+    for name, (size, digest) in wanted.items():
+        file = path / Path(name).name
+        if not file.is_file():
+            raise DeltaError(f"{path} lacks {file.name}; write it again")
+        if file.stat().st_size != size:
+            raise DeltaError(
+                f"{file} is damaged: it has {file.stat().st_size:,} bytes of {size:,}; write it again"
+            )
+        if content and _digest(file) != digest:
+            raise DeltaError(
+                f"{file} is not the file that {MANIFEST} was written with; write both again"
+            )
 
 
 def _refuse_foreign(path: Path, names: list[str]) -> None:
@@ -76,10 +214,13 @@ def read_manifest(
         raise DeltaError(f"{file} is larger than {MAX_MANIFEST_BYTES} bytes")
     try:
         manifest = json.loads(file.read_text())
+        unfinished = manifest.get(UNFINISHED)
         fits = manifest["format"] in READS
         lacks = [key for key in keys if key not in manifest]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DeltaError(f"{file} is damaged: {error}") from error
+    if unfinished:
+        raise DeltaError(f"{path} is incomplete: its write was interrupted; write it again")
     if not fits:
         raise DeltaError(
             f"{file} has format {manifest['format']}; this peftc reads format {' and '.join(map(str, READS))}"
