@@ -95,7 +95,7 @@ def _write_linear(program: Program, addmm: fx.Node) -> None:
 def _made(program: Program, like: fx.Node, op: Any, args: tuple[Any, ...]) -> fx.Node:
     """A node that stands for what `like` computes, with its module and its own value."""
     node = program.graph.call_function(op, args)
-    node.meta = {**like.meta, "val": value_of(op, args, {})}
+    node.meta = {**like.meta, "val": value_of(program.graph, op, args, {})}
     return node
 
 

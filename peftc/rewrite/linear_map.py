@@ -132,11 +132,11 @@ class LinearMap:
         elif self.by == "table":
             # Ids are one-hot rows, which only `lookup` reads: no matrix of vocab x vocab for them.
             maps[_name(change, "x")] = Affine(torch.eye(1, dtype=torch.float64))
-        elif self.by == "kernels":
-            mixed = [one.op for one in calls(expression) if OPS[one.op].affine == "matmul"]
-            if mixed and change.edit.site.dims["groups"] > 1:
-                raise NotAffine(f"'{mixed[0]}' mixes the groups of the convolution")
-        return affine(expression, maps, *self._scope(change, tensors))
+        result = affine(expression, maps, *self._scope(change, tensors))
+        mixed = [one.op for one in calls(expression) if OPS[one.op].affine == "matmul"]
+        if self.by == "kernels" and mixed and change.edit.site.dims["groups"] > 1:
+            raise NotAffine(f"'{mixed[0]}' mixes the groups of the convolution")
+        return result
 
     def _scope(
         self, change: Change, tensors: Tensors

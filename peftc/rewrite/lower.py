@@ -30,15 +30,15 @@ def target(path: str) -> Any:
     return found
 
 
-def value_of(fn: Any, args: Any, kwargs: Any) -> Any:
-    """What a node gives: the sizes and type of its result, computed on those of its operands."""
+def value_of(graph: fx.Graph, fn: Any, args: Any, kwargs: Any) -> Any:
+    """What a node gives: the sizes and type of its result, computed on those of its operands; None in a graph
+    that was not traced."""
     nodes = [one for one in pytree.tree_leaves((args, kwargs)) if isinstance(one, fx.Node)]
-    values = [one.meta.get("val") for one in nodes]
-    mode = next((one.fake_mode for one in values if isinstance(one, FakeTensor)), None)
-    if mode is None or any(value is None for value in values):
-        return None  # outside of a traced graph
+    first: Any = next(iter(graph.nodes)).meta.get("val")
+    if not isinstance(first, FakeTensor) or any(one.meta.get("val") is None for one in nodes):
+        return None
     real_args, real_kwargs = fx.map_arg((args, kwargs), lambda one: one.meta["val"])
-    with mode:
+    with first.fake_mode:
         return fn(*real_args, **real_kwargs)
 
 
@@ -91,7 +91,7 @@ class Builder(Lowering):
         node.meta["delta"] = self.tag
         if self.stack is not None:
             node.meta["nn_module_stack"] = self.stack
-        node.meta["val"] = value_of(fn, args, kwargs)
+        node.meta["val"] = value_of(self.graph, fn, args, kwargs)
         self.inserted.append(node)
         if self.memo is not None:
             self.memo[key] = node
