@@ -15,7 +15,7 @@ from peftc.graph.arguments import seeded_inputs
 from peftc.language.expr import Name, substitute
 from peftc.language.ports import SITES, STORED
 from peftc.language.reader import load_spec
-from peftc.language.spec import Entry, Spec, scopes
+from peftc.language.spec import Entry, Spec, numbered, scopes
 from peftc.model.compiled import CompiledModel
 from peftc.plan.budget import elements
 from peftc.plan.plan import Plan
@@ -150,7 +150,8 @@ def _spec(plan: Plan, paths: list[str]) -> Spec:
     ]
     trained = [entry for entry in plan.spec.entries if entry.train]
     title = f"{shipped.title}, of {plan.spec.name}"
-    return replace(shipped, title=title, entries=(*entries, *trained), text="", path="")
+    deltas = numbered([*([entry] for entry in entries), trained])
+    return replace(shipped, title=title, entries=deltas, text="", path="")
 
 
 def _owners(plan: Plan) -> dict[str, tuple[Site, str]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -11,10 +13,13 @@ import torch
 import transformers
 from conftest import batch, logits, stir, tiny
 from safetensors.torch import load_file, save_file
+from transformers import BartConfig, BartForConditionalGeneration
 
 import peftc
 from peftc.errors import PeftcError
+from peftc.language import resolved
 from peftc.language.reader import parse_spec
+from peftc.language.spec import Spec
 from peftc.model import backbones
 
 NAMES = {
@@ -155,3 +160,69 @@ def test_saving_leaves_foreign_files_alone(tmp_path: Path) -> None:
 def test_compiling_twice_is_refused() -> None:
     with pytest.raises(PeftcError, match="compiled already"):
         peftc.compile(peftc.compile(tiny("bert"), "lora"), "bitfit")
+
+
+SHARED = """
+deltas:
+  - at: [attention, ffn]
+    params:
+      core: {shape: [2, 2], init: normal, per: model}
+      down: {shape: [d, 2], init: normal}
+      up: {shape: [2, d], init: normal}
+    delta: h @ down @ core @ up
+"""
+
+
+def cores(*specs: Spec) -> list[str]:
+    plan = peftc.plan(tiny("bert"), [*specs])
+    assert len(plan.matches) == 2 * len(specs)
+    return sorted({p.path for edit in plan.edits for p in edit.parameters if p.name == "core"})
+
+
+def test_what_a_delta_shares_is_one_tensor() -> None:
+    """`per: model` over a list of sites is of all of them; two deltas, or two specs, share nothing."""
+    one = parse_spec(SHARED, "one")
+    assert cores(one) == ["shared.model.one.core"]
+    assert cores(one, one) == ["shared.model.one.core", "shared.model.one_2.core"]
+    assert cores(resolved.read(resolved.write(one))) == cores(one)
+    apart = replace(one, entries=tuple(replace(e, group=i) for i, e in enumerate(one.entries)))
+    assert cores(apart) == ["shared.model.one.core", "shared.model.one_1.core"]
+    model = stir(peftc.compile(tiny("bert"), one))
+    model(**batch(model)).logits.sum().backward()
+    core = model.deltas.get_parameter("shared.model.one.core")
+    assert core.grad is not None and core.grad.abs().max() > 0
+    kinds = parse_spec(SHARED.replace("model", "kind"), "one")
+    assert cores(kinds) == ["shared.encoder.one.core", "shared.encoder_self.one.core"]
+
+
+def test_what_is_shared_has_one_shape() -> None:
+    shapes = SHARED.replace("[attention, ffn]", "[ffn.up, ffn.down]").replace("[2, 2]", "[in, 2]")
+    text = shapes.replace("h @ down @ core @ up", "sum(sum(core)) * h")
+    text = re.sub(r"      (down|up): .*\n", "", text)
+    with pytest.raises(
+        PeftcError, match=r"'core' is shared by sites of different shapes: \[32, 2\] and \[64, 2\]"
+    ):
+        peftc.plan(tiny("bert"), parse_spec(text, "s"))
+
+
+def test_a_delta_is_once_at_a_site() -> None:
+    text = (
+        "deltas:\n  - at: [{op: linear, scope: '*.query'}, {op: linear, scope: '*.layer.0.*'}]\n"
+        "    rewrite: {h: 2 * h}\n"
+    )
+    with pytest.raises(PeftcError) as error:
+        peftc.plan(tiny("bert"), parse_spec(text, "s.yaml"))
+    fact = "bert.encoder.layer.0.attention.self.query:linear is named twice by one delta"
+    assert str(error.value) == f"s.yaml:2:5: {fact}; let its sites not overlap"
+
+
+def test_compacter_shares_its_rules_over_all_adapters() -> None:
+    """FACTS: 48 adapters of 3,168 and one rule of 4 ** 3 at BART-large's self-attentions and feed-forwards."""
+    with torch.device("meta"):
+        model = BartForConditionalGeneration(BartConfig())
+    plan = peftc.plan(model, peftc.load_spec("compacter", r=32))
+    assert plan.parameters.training == 60 * 3168 + 64
+    published = {
+        p.path: p.numel for e in plan.edits if e.site.kind != "cross" for p in e.parameters
+    }
+    assert sum(published.values()) == 152_128

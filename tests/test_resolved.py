@@ -137,6 +137,12 @@ def test_other_formats_are_refused(number: object, tmp_path: Path) -> None:
         read_manifest(tmp_path)
 
 
+@pytest.mark.parametrize("number", [1, FORMAT])
+def test_bundles_of_both_formats_are_read(number: int, tmp_path: Path) -> None:
+    (tmp_path / "peftc.json").write_text(json.dumps({"format": number, "graphs": {}, "kind": "x"}))
+    assert read_manifest(tmp_path, ("graphs", "kind"))["format"] == number
+
+
 def exact(model: PreTrainedModel) -> PreTrainedModel:
     """Weights that do not depend on a random generator: sixty-fourths from -15 to 15."""
     with torch.no_grad():

@@ -14,7 +14,8 @@ from torch import fx
 from torch.nn import functional as F
 
 from peftc.language.expr import Expr, ExprError, Name, Number, Shape, calls, names, parse
-from peftc.language.ops import NUMBER, OPS, infer
+from peftc.language.ops import OPS, infer
+from peftc.language.shapes import NUMBER
 from peftc.rewrite.affine import _RULES as RULES
 from peftc.rewrite.evaluate import evaluate
 from peftc.rewrite.lower import LOWERINGS, Builder, Operand, target
@@ -346,3 +347,21 @@ def test_several_matrices() -> None:
     }
     assert infer(parse("q @ P"), shapes) == ("...", "heads", "queries", "l")
     assert infer(parse("S @ P"), {"S": (2, 3), "P": ("heads", 3, "l")}) == ("heads", 2, "l")
+
+
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("dropout(M, s / 3)", lambda m: F.dropout(m, 0.25)),
+        ("2 - logistic_noise(M)", lambda m: 2 - torch.logit(torch.rand_like(m), 1e-4)),
+    ],
+)
+def test_what_is_drawn_in_training(text: str, want: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    graph = fx.Graph()
+    env = {**NUMBERS, "M": graph.placeholder("M")}
+    graph.output(Builder(graph, training=True).lower(parse(text), env, "value"))
+    torch.manual_seed(3)
+    got = fx.GraphModule({}, graph)(TENSORS["M"])
+    torch.manual_seed(3)
+    close(got, want(TENSORS["M"]))
+    assert got.unique().numel() > 2

@@ -13,12 +13,15 @@ from hypothesis import strategies as st
 from peftc.errors import PeftcError
 from peftc.language import resolved
 from peftc.language.expr import ExprError, Name, names, number, parse, show, substitute
-from peftc.language.fields import FIELDS, FORMS, PARAM, TOP, WHERE
+from peftc.language.field import FORMS
+from peftc.language.fields import FIELDS, TOP
+from peftc.language.params import PARAM
 from peftc.language.reader import load_spec, parse_spec
 from peftc.language.schema import json_schema
 from peftc.language.shelf import directory, shipped
 from peftc.language.skeleton import skeleton
 from peftc.language.spec import Spec, Where
+from peftc.language.where import WHERE
 
 HEAD = "with: {r: 4}\ndeltas:\n  - at: ffn\n    params:\n"
 DOWN = "      down: {shape: [in, r], init: zeros}\n"
@@ -37,6 +40,7 @@ BAD = {
     "deltas: [{train: [bias]}]\ndeltas: []": "s.yaml:2:1: 'deltas' stands here twice",
     "deltas: [&a {train: [bias]}, *a]": "s.yaml:1:10: anchors and aliases are not allowed (write it out, or `use:` a spec)",
     "deltas: " + "[" * 30 + "]" * 30: "s.yaml:1:28: nested deeper than 20",
+    "deltas: [{}]": "s.yaml:1:10: 'at' is missing (say which site the delta modifies, such as ffn)",
     "deltas: [{train: []}]": "s.yaml:1:18: 'train' names no parameter",
     "deltas: [{train: [a.b]}]": "s.yaml:1:19: 'a.b' is not the last component of a parameter's name",
     "deltas: [{train: [bias], delta: x}]": "s.yaml:1:26: 'delta' does not go with 'train'",
@@ -199,6 +203,11 @@ words = st.sampled_from(
         "1",
         "in",
         "let",
+        "method",
+        "rewrite",
+        "where",
+        "scope",
+        "layers",
     ]
 )
 trees = st.recursive(
@@ -225,6 +234,12 @@ def test_any_text_is_a_spec_or_an_error(text: str) -> None:
 @given(st.lists(st.dictionaries(words, trees, max_size=5), max_size=3))
 def test_any_structure_is_a_spec_or_an_error(deltas: list[dict[str, object]]) -> None:
     read(json.dumps({"deltas": deltas}))
+    try:
+        spec = resolved.read({"deltas": deltas})
+    except PeftcError as error:
+        assert str(error)
+    else:
+        assert resolved.read(resolved.write(spec)) == spec
 
 
 @settings(max_examples=300, deadline=None)

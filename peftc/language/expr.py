@@ -123,6 +123,7 @@ def names(expr: Expr) -> tuple[str, ...]:
 
 
 def leaves(expr: Expr) -> tuple[Name, ...]:
+    """Every name in `expr` where it stands, from left to right."""
     match expr:
         case Name():
             return (expr,)

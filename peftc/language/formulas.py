@@ -9,8 +9,9 @@ import yaml
 
 from peftc.errors import suggest
 from peftc.language import expr as ex
-from peftc.language.ops import NUMBER, OPS, infer
+from peftc.language.ops import OPS, infer
 from peftc.language.ports import SITES
+from peftc.language.shapes import NUMBER
 from peftc.language.source import Source
 from peftc.language.spec import FORMULA, Arguments, Init
 

@@ -52,6 +52,7 @@ class SiteType:
 
     @property
     def shapes(self) -> dict[str, Shape]:
+        """The shape of each port, in names of dims."""
         return {name: port.shape for name, port in self.ports.items()}
 
     def having(self, *roles: str) -> tuple[str, ...]:

@@ -12,11 +12,14 @@ import yaml
 
 from peftc.errors import PeftcError, SpecError, suggest
 from peftc.language import expr as ex
-from peftc.language.fields import FIELDS, NEW, TOP, Draft, composed, narrowed, started
+from peftc.language.changes import composed, started
+from peftc.language.field import NEW, Draft
+from peftc.language.fields import FIELDS, TOP
 from peftc.language.formulas import Formulas
 from peftc.language.shelf import find
 from peftc.language.source import Item, Source, compose
-from peftc.language.spec import Arguments, Entry, Spec, Where, numbered
+from peftc.language.spec import Arguments, Entry, Spec, numbered
+from peftc.language.where import meet, narrowed
 
 AUTO = "auto"
 MAX_USES = 8
@@ -151,7 +154,8 @@ class Reader(Formulas):
     def delta(self, node: yaml.Node) -> list[Entry]:
         """The entries of one delta: one for each kind of site, or those of the spec that it uses."""
         items = self.source.mapping(node, "a delta", [row.name for row in FIELDS])
-        form = self.form(node, items) if items else ""
+        empty = isinstance(node, yaml.MappingNode) and not node.value
+        form = self.form(node, items) if items or empty else ""
         if not form:
             return []
         goes = [row.name for row in FIELDS if form in row.forms]
@@ -268,41 +272,7 @@ class Reader(Formulas):
         if "where" not in items:
             return [*spec.entries]
         narrower = narrowed(self.source, items["where"][1])
-        return [self.narrow(entry, *narrower, items["where"][1]) for entry in spec.entries]
-
-    def narrow(self, entry: Entry, more: Where, scope: str | None, node: yaml.Node) -> Entry:
-        """The entry at the sites that both name; a problem where there can be none."""
-        what = f"'where' selects nothing of {entry.method}"
-        if not entry.at and more != Where():
-            self.source.fail(node, f"{what}: it names no site to narrow", "narrow by scope")
-        pairs = {
-            "stack": (entry.where.stack, more.stack),
-            "kind": (entry.where.kind, more.kind),
-            "layers": (entry.where.layers, more.layers),
-            "scope": (entry.scope, scope),
-        }
-        met: dict[str, Any] = {}
-        for key, (own, other) in pairs.items():
-            met[key] = own if other is None else other if own is None else _meet(own, other)
-            if met[key] is None and own is not None:
-                fact = f"{what} at {entry.at}: {key} {_shown(own)} there, {_shown(other)} here"
-                self.source.fail(node, fact)
-        scope = met.pop("scope")
-        return replace(entry, where=Where(**met), scope=scope)
-
-
-def _meet(own: Any, other: Any) -> Any:
-    """What two ways to narrow leave; None where they leave nothing. The first stack is the encoder if there is
-    one; where there is none, `encoder` selects nothing anyway."""
-    if isinstance(own, tuple):
-        return tuple(one for one in own if one in other) or None
-    if {own, other} == {"first", "encoder"}:
-        return "encoder"
-    return own if own == other else None
-
-
-def _shown(one: Any) -> str:
-    return ",".join(map(str, one)) if isinstance(one, tuple) else str(one)
+        return [meet(self.source, entry, *narrower, items["where"][1]) for entry in spec.entries]
 
 
 def _keys(items: Mapping[str, Item], name: str) -> list[yaml.ScalarNode]:

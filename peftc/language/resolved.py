@@ -9,7 +9,8 @@ from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
-from peftc.language.fields import FIELDS, TOP, data
+from peftc.language.field import data
+from peftc.language.fields import FIELDS, TOP
 from peftc.language.reader import Reader
 from peftc.language.source import Json, Source, nodes
 from peftc.language.spec import Arguments, Entry, Spec

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from peftc.language.fields import TOP, keys
+from peftc.language.field import keys
+from peftc.language.fields import TOP
 from peftc.language.source import Json
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import textwrap
 
-from peftc.language.fields import FIELDS, TOP, Field
+from peftc.language.field import Field
+from peftc.language.fields import FIELDS, TOP
 
 WIDTH = 120
 

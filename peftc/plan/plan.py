@@ -6,6 +6,7 @@ import fnmatch
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import groupby
 from math import prod
 
 from torch import nn
@@ -91,25 +92,20 @@ def make_plan(spec: Spec, survey: Survey, backbone: Mapping[str, tuple[int, ...]
     unfrozen: dict[str, Unfrozen] = {}
     misses: list[Miss] = []
     matches: list[Match] = []
-    taken: set[str] = set()
     first = "encoder" if any(site.stack == "encoder" for site in sites) else "decoder"
-    for index, entry in enumerate(spec.entries):
-        chosen = [site for site in sites if _selects(entry, site, first)]
+    chosen = [[site for site in sites if _selects(entry, site, first)] for entry in spec.entries]
+    for index, (entry, placed) in enumerate(zip(spec.entries, _placed(spec, chosen), strict=True)):
         if entry.train:
-            found = list(_unfrozen(entry, chosen, backbone))
+            found = list(_unfrozen(entry, chosen[index], backbone))
             unfrozen |= {one.path: one for one in found}
             matches.append(Match(entry, len(found), sum(one.numel for one in found)))
             problems += _unmatched(entry, len(found), sites)
             continue
-        placed, missed, broken = _edits(entry, entry.method, chosen)
-        if taken & _paths(placed):  # the same method twice at one site
-            placed, missed, broken = _edits(entry, f"{entry.method}_{index}", chosen)
-        taken |= _paths(placed)
-        passed = list(_passed_by(entry, survey.none))
-        problems += broken or _unmatched(entry, len(placed), sites, [*missed, *passed])
-        edits += [replace(edit, index=index) for edit in placed]
-        misses += [*missed, *passed]
-        matches.append(Match(entry, len(placed), numel(placed)))
+        missed = [*placed.misses, *_passed_by(entry, survey.none)]
+        problems += placed.problems or _unmatched(entry, len(placed.edits), sites, missed)
+        edits += [replace(edit, index=index) for edit in placed.edits]
+        misses += missed
+        matches.append(Match(entry, len(placed.edits), numel(placed.edits)))
     problems += behind_rows(edits)
     if problems:
         raise PlanError("\n".join(problems))
@@ -200,13 +196,54 @@ def _advice(entry: Entry, sites: Sequence[Site]) -> str:
     return (suggest(entry.at, kinds) + " " if suggest(entry.at, kinds) else "") + f"found: {found}"
 
 
+@dataclass(frozen=True)
+class Placed:
+    """What becomes of an entry at the sites that it selects."""
+
+    edits: Sequence[Edit]
+    misses: Sequence[Miss]
+    problems: Sequence[str]
+
+
+def _placed(spec: Spec, chosen: Sequence[Sequence[Site]]) -> list[Placed]:
+    """What becomes of each entry at its sites. Tensors are named by the method; where another delta has taken
+    one of the names, all of a delta's have the number of its first entry too."""
+    found: list[Placed] = []
+    taken: set[str] = set()
+    for _, written in groupby(enumerate(spec.entries), lambda pair: pair[1].group):
+        several = [(entry, chosen[index]) for index, entry in written]
+        one = _delta(several, several[0][0].method)
+        if taken & _paths(one):
+            one = _delta(several, f"{several[0][0].method}_{len(found)}")
+        taken |= _paths(one)
+        found += one
+    return found
+
+
+def _delta(several: Sequence[tuple[Entry, Sequence[Site]]], label: str) -> list[Placed]:
+    """What becomes of the entries that were written as one delta, and share what it shares."""
+    shared: dict[str, tuple[int, ...]] = {}
+    found: list[Placed] = []
+    for entry, sites in several:
+        placed = Placed([], [], []) if entry.train else _edits(entry, label, sites, shared)
+        before = {edit.path for one in found for edit in one.edits}
+        twice = [edit.site.name for edit in placed.edits if edit.path in before]
+        if twice:
+            fact = (
+                f"{entry.place}: {twice[0]} is named twice by one delta; let its sites not overlap"
+            )
+            placed = replace(placed, problems=[*placed.problems, fact])
+        found.append(placed)
+    return found
+
+
 def _edits(
-    entry: Entry, label: str, sites: Sequence[Site]
-) -> tuple[list[Edit], list[Miss], list[str]]:
+    entry: Entry, label: str, sites: Sequence[Site], shared: dict[str, tuple[int, ...]]
+) -> Placed:
+    """`shared` is the shape of each tensor of the delta so far."""
     placed: list[Edit] = []
     missed: list[Miss] = []
     problems: dict[str, str] = {}
-    shared: dict[str, tuple[int, ...]] = {}
     for site in sites:
         reason = _unfit(entry, site)
         if reason:
@@ -228,7 +265,7 @@ def _edits(
                     f"{list(shared[parameter.path])} and {list(parameter.shape)} (at {site.name})"
                 )
         placed.append(edit)
-    return placed, missed, list(problems.values())
+    return Placed(placed, missed, list(problems.values()))
 
 
 def _unfit(entry: Entry, site: Site) -> str:
@@ -251,8 +288,8 @@ def _unfit(entry: Entry, site: Site) -> str:
     )
 
 
-def _paths(edits: Iterable[Edit]) -> set[str]:
-    return {p.path for edit in edits for p in edit.parameters}
+def _paths(placed: Iterable[Placed]) -> set[str]:
+    return {p.path for one in placed for edit in one.edits for p in edit.parameters}
 
 
 def _parameter(param: Param, site: Site, entry: Entry, label: str) -> Parameter:

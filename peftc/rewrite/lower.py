@@ -50,6 +50,7 @@ class Lowering:
     axes: int = 3
 
     def call(self, fn: Any, *args: Any, name: str = "", **kwargs: Any) -> Operand:
+        """An op on operands, lowered; `name` is for whoever reads the graph."""
         raise NotImplementedError
 
     def lower(self, expr: Expr, env: Env, name: str) -> Operand:
