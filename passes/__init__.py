@@ -1,5 +1,10 @@
 """The schedule: which passes run, in which order. Read it aloud."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import torch
+
 from passes.fold_affine import FoldAffine
 from passes.fold_constants import FoldConstants
 from passes.insert import Insert
@@ -9,8 +14,10 @@ from peftc.plan.edit import Edit
 FOLD = (FoldConstants(), FoldAffine())
 
 
-def train(edits: tuple[Edit, ...]) -> tuple[Normalize, Insert]:
-    """What every captured entry goes through, whatever the mode."""
+def train(
+    edits: tuple[Edit, ...], dtypes: Mapping[str, torch.dtype] = MappingProxyType({})
+) -> tuple[Normalize, Insert]:
+    """What every captured entry goes through, whatever the mode. `dtypes` are those of the deltas by path."""
     return (Normalize(), Insert(edits))
 
 

@@ -89,7 +89,7 @@ def _delta_checks(directory: Path, model: str | None) -> Iterator[Check]:
     yield Check("two runs of the compiled model", difference(once, again), 0)
     with step("folding"), torch.no_grad():
         merged, report = driver.merge(compiled)
-        bare = driver.outputs(compiled.__dict__["_backbone"], inputs)
+        bare = driver.outputs(compiled.backbone, inputs)
     yield Check("compiled against the backbone", difference(once, bare))
     limit = TOLERANCE * max(report.scale, 1.0)
     yield Check(

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 
-from torch import nn
-
 from peftc.errors import PeftcError, suggest
 from peftc.graph.facts import Stacks
 from peftc.graph.program import Program
@@ -261,8 +259,6 @@ def _paths(edits: Iterable[Edit]) -> set[str]:
 
 
 def _parameter(param: Param, site: Site, entry: Entry, label: str) -> Parameter:
-    if hasattr(nn.Module, param.name):
-        raise ex.ExprError(0, f"'{param.name}' is a name that torch's modules use; choose another")
     sizes = {**entry.arguments, **site.dims}
     shape = tuple(_size(dim, sizes, param) for dim in param.shape)
     group = {
