@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 
@@ -17,11 +18,11 @@ FOLD = (FoldConstants(), FoldAffine())
 
 
 def train(
-    edits: tuple[Edit, ...], dtypes: Mapping[str, torch.dtype] | None = None
+    edits: tuple[Edit, ...], dtypes: Mapping[str, torch.dtype] = MappingProxyType({})
 ) -> tuple[Normalize, Insert, Penalize]:
-    """What every captured entry goes through, whatever the mode; `dtypes` of delta tensors by path, where they
-    are not the model's."""
-    return (Normalize(), Insert(edits, dtypes or {}), Penalize(edits))
+    """What every captured entry goes through, whatever the mode. `dtypes` are those of the deltas by path, where
+    they are not the model's."""
+    return (Normalize(), Insert(edits, dtypes), Penalize(edits))
 
 
 __all__ = ["FOLD", "FoldAffine", "FoldConstants", "Insert", "Normalize", "Penalize", "train"]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import torch
 from transformers import PreTrainedModel
@@ -17,10 +17,11 @@ from peftc.graph.arguments import dummy_inputs, forward_flags, seeded_inputs
 from peftc.graph.capture import capture
 from peftc.graph.facts import Stacks
 from peftc.graph.program import Program
+from peftc.graph.state import Fingerprint, evaluating, fingerprint
 from peftc.language.reader import load_spec
 from peftc.language.spec import Spec, combine
 from peftc.model import backbones
-from peftc.model.compiled import CompiledModel, attach
+from peftc.model.compiled import CompiledModel, attach, bare_copy, require_bare
 from peftc.model.saving import check_backbone
 from peftc.model.words import Activations
 from peftc.plan import left
@@ -47,10 +48,33 @@ class Trace:
 
     after: Callable[[str, object], None] | None = None
     results: list[PassResult] = field(default_factory=list)
-    model: CompiledModel | None = None
+    _model: ref[CompiledModel] | None = None
+
+    @property
+    def model(self) -> CompiledModel | None:
+        """Not held: who deletes a compiled model gets its memory back, whoever has the trace."""
+        return None if self._model is None else self._model()
+
+    @model.setter
+    def model(self, model: CompiledModel) -> None:
+        self._model = ref(model)
 
     def run(self, schedule: Sequence[Any], subject: Any) -> None:
         self.results += Pipeline(verify.check, self.after).run(schedule, subject)
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """What every captured graph of a compiled model goes through. Copies and pickles tell no trace."""
+
+    edits: tuple[Edit, ...]
+    trace: Trace
+
+    def __call__(self, program: Program, dtypes: Mapping[str, torch.dtype]) -> None:
+        self.trace.run(passes.train(self.edits, dtypes), program)
+
+    def __reduce__(self) -> Any:
+        return Rewrite, (self.edits, Trace())
 
 
 def as_specs(spec: SpecLike) -> tuple[Spec, ...]:
@@ -80,19 +104,18 @@ class Captured:
     program: Program
     inputs: Mapping[str, torch.Tensor]
     flags: Mapping[str, bool]
+    seen: Fingerprint
 
 
 def _captured(
     model: PreTrainedModel, example: Mapping[str, torch.Tensor] | None, trace: Trace
 ) -> Captured:
-    mode, inputs, flags = model.training, example or dummy_inputs(model), forward_flags(model)
-    try:
-        model.eval()
-        program = capture(model, "forward", inputs, flags)
-    finally:
-        model.train(mode)
+    inputs, flags = example or dummy_inputs(model), forward_flags(model)
+    with evaluating(model):
+        seen = fingerprint(model)
+        program = capture(model, "forward", inputs, flags, seen=seen)
     trace.run((passes.Normalize(),), program)
-    return Captured(program, inputs, flags)
+    return Captured(program, inputs, flags, seen)
 
 
 def _plan(model: PreTrainedModel, specs: Sequence[Spec], captured: Captured) -> Plan:
@@ -154,8 +177,7 @@ def compile(  # the name that users of torch expect
     Weights are shared with `model`, not copied, and frozen; `peftc.detach` gives the model back. Graphs
     are captured when an entry (forward, encode, prefill, decode) is first used.
     """
-    if isinstance(model, CompiledModel):
-        raise DeltaError("the model is compiled already; combine specs in a list: [spec, spec]")
+    require_bare(model)
     trace = trace or Trace()
     captured = _captured(model, example, trace)
     plan = _plan(model, as_specs(spec), captured)
@@ -170,15 +192,12 @@ def _attach(
     form: str = "training",
     captured: Captured | None = None,
     activations: Activations | None = None,
+    values: Mapping[str, torch.Tensor] | None = None,
 ) -> CompiledModel:
-    schedule = passes.train(plan.edits)
-
-    def transform(program: Program) -> None:
-        trace.run(schedule, program)
-
-    compiled = trace.model = attach(model, plan, transform, form, activations)
+    compiled = attach(model, plan, Rewrite(plan.edits, trace), form, activations, values)
+    trace.model = compiled
     if captured is not None and not plan.room:  # rows in front change what is traced
-        compiled.adopt(captured.program, captured.inputs, captured.flags)
+        compiled.adopt(captured.program, captured.inputs, captured.flags, captured.seen)
     return compiled
 
 
@@ -191,6 +210,7 @@ def load(path: str | Path, backbone: PreTrainedModel | None = None) -> CompiledM
     manifest = read_manifest(path)
     if backbone is None:
         backbone = _named_backbone(manifest)
+    require_bare(backbone)
     trace = Trace()
     captured = _captured(backbone, None, trace)
     plan = _restored_plan(
@@ -198,15 +218,15 @@ def load(path: str | Path, backbone: PreTrainedModel | None = None) -> CompiledM
     )
     check_backbone(manifest, backbone, plan)
     weights = dict(backbone.named_parameters())
-    shapes = {f"deltas.{p.path}": p.shape for edit in plan.edits for p in edit.parameters}
-    shapes |= {one.path: tuple(weights[one.path].shape) for one in plan.unfrozen}
-    tensors = delta.read_tensors(path, manifest, shapes)  # before the backbone is touched
-    model = _attach(backbone, plan, trace, manifest["form"], captured)
-    slots = {f"deltas.{k}": v for k, v in model.deltas.values().items()}
-    slots |= {one.path: weights[one.path] for one in plan.unfrozen}
+    unfrozen = {one.path: tuple(weights[one.path].shape) for one in plan.unfrozen}
+    deltas = {p.path: p.shape for edit in plan.edits for p in edit.parameters}
+    expected = {**{f"deltas.{path}": shape for path, shape in deltas.items()}, **unfrozen}
+    tensors = delta.read_tensors(path, manifest, expected)  # before the backbone is touched
+    values = {path: tensors[f"deltas.{path}"] for path in deltas}
+    model = _attach(backbone, plan, trace, manifest["form"], captured, values=values)
     with torch.no_grad():
-        for name, slot in slots.items():
-            slot.copy_(tensors[name])
+        for name in unfrozen:
+            weights[name].copy_(tensors[name])
     return model
 
 
@@ -225,13 +245,7 @@ def _restored_plan(manifest: Mapping[str, Any], path: Path, plan: Plan) -> Plan:
         ) from error
     if manifest["form"] == "stored":
         edits = tuple(constant_form(edit) for edit in edits)
-    return left.keep(plan, [_unstarted(edit) for edit in edits])
-
-
-def _unstarted(edit: Edit) -> Edit:
-    """The edit without its initialisers: what is read from disk need not be drawn first."""
-    parameters = (replace(p, init="zeros", init_args=(), formula=None) for p in edit.parameters)
-    return replace(edit, parameters=tuple(parameters))
+    return left.keep(plan, edits)
 
 
 def _named_backbone(manifest: Mapping[str, Any]) -> PreTrainedModel:
@@ -271,10 +285,8 @@ def merge(
     merged: PreTrainedModel = backbone.train(model.training)
     if folding.edits:
         edits = tying.anchored(folding.edits, folding.separable if apart else frozenset())
-        plan = left.keep(model.plan, [_unstarted(edit) for edit in edits])
-        merged = _attach(backbone, plan, trace, "stored")
-        for path, value in merged.deltas.values().items():
-            value.data.copy_(folding.tensors[path])
+        plan = left.keep(model.plan, edits)
+        merged = _attach(backbone, plan, trace, "stored", values=folding.tensors)
     report = _report(model, merged, folding)
     limit = rounding(report.scale, model.dtype) if tolerance is None else tolerance * report.scale
     _require_equal(report, limit)
@@ -304,9 +316,7 @@ def fold(
     odd = [path for path, value in values.items() if not torch.isfinite(value).all()]
     if odd:
         raise MergeError(f"delta '{odd[0]}' holds numbers that are not finite; train it again")
-    backbone = copy.deepcopy(model.__dict__["_backbone"])
-    for path, required in model.__dict__["_required_grad"].items():
-        backbone.get_parameter(path).requires_grad_(required)
+    backbone = bare_copy(model)
     edits, tied = list(model.plan.edits), tying.tied(backbone)
     concerned = any(
         "W" in edit.site.weights and edit.site.weights["W"].path in tied for edit in edits
@@ -326,7 +336,7 @@ def fold(
 def _report(model: CompiledModel, merged: PreTrainedModel, folding: Folding) -> Report:
     inputs = seeded_inputs(model)
     before, after = outputs(model, inputs), outputs(merged, inputs)
-    bare = outputs(model.__dict__["_backbone"], inputs)
+    bare = outputs(model.backbone, inputs)
     return Report(
         folding.outcomes(model.plan.edits),
         error=verify.difference(before, after),
@@ -337,12 +347,7 @@ def _report(model: CompiledModel, merged: PreTrainedModel, folding: Folding) -> 
 
 def outputs(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Output tensors in evaluation mode, without a cache."""
-    mode = model.training
     flags = forward_flags(model)
-    try:
-        model.eval()
-        with torch.no_grad():
-            fields = model(**inputs, **flags)
-    finally:
-        model.train(mode)
+    with evaluating(model), torch.no_grad():
+        fields = model(**inputs, **flags)
     return {k: v for k, v in fields.items() if isinstance(v, torch.Tensor)}

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from torch import fx
 from transformers import AutoModelForSequenceClassification, BertTokenizer, PreTrainedModel
 
 import peftc
 from peftc import cli
 from peftc.graph.arguments import dummy_inputs
-from peftc.graph.capture import capture as traced
-from peftc.graph.program import Program
-from peftc.graph.rows import NONE, Room
+from peftc.graph.capture import CAPTURES
 
 transformers.logging.set_verbosity_error()
 
@@ -210,35 +205,8 @@ def logits(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Ten
     return out
 
 
-_TRACES: dict[tuple[object, ...], Program] = {}
-
-
-@pytest.fixture(autouse=True)
-def traces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trace a model once for all tests: a graph holds no weights, so models of one configuration share it."""
-
-    def capture(
-        model: PreTrainedModel,
-        entry: str,
-        inputs: Mapping[str, torch.Tensor],
-        flags: Mapping[str, object] | None = None,
-        room: Room = NONE,
-    ) -> Program:
-        key = (
-            (type(model), model.config.to_json_string(use_diff=False), model.loss_function),
-            (model.config._attn_implementation, model.dtype, model.device),
-            tuple((one.training, type(one)) for one in model.modules()),
-            (entry, tuple((k, v.dtype, v.ndim, v.device) for k, v in sorted(inputs.items()))),
-            repr((flags, room)),
-        )
-        if key not in _TRACES:
-            _TRACES[key] = traced(model, entry, inputs, flags, room)
-        one = _TRACES[key]
-        graph = fx.GraphModule(one.module, copy.deepcopy(one.graph))
-        return replace(one, module=graph, slots=dict(one.slots), replaced={})
-
-    monkeypatch.setattr("peftc.driver.capture", capture)
-    monkeypatch.setattr("peftc.model.compiled.capture", capture)
+# A model is traced once for all tests of a process: the product's store of graphs, without its bound.
+CAPTURES.bound = None
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -97,7 +97,7 @@ def test_fold(method: str, family: str) -> None:
     if model.plan.edits:
         assert report.changed > 1e-3
     if method == "lora":
-        assert not report.kept and type(merged) is type(model.__dict__["_backbone"])
+        assert not report.kept and type(merged) is type(model.backbone)
     if method == "mam":
         assert {one.note for one in report.kept} == {
             "'prepend' rewrites 'k, v', which is no linear's result",

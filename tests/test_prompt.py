@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 import peftc
 from peftc.errors import PeftcError
+from peftc.language.reader import parse_spec
 
 ROWS = 4
 SPEC = peftc.load_spec("prompt_tuning", l=ROWS)
@@ -163,7 +164,7 @@ def test_what_reads_the_decoder_alone() -> None:
 )
 def test_what_cannot_be_lengthened(spec: str, message: str) -> None:
     with pytest.raises(PeftcError, match=message):
-        peftc.plan(tiny("gpt2"), peftc.spec.parse_spec(spec))
+        peftc.plan(tiny("gpt2"), parse_spec(spec))
 
 
 def test_inputs_without_ids_are_refused() -> None:

@@ -43,7 +43,7 @@ def merge(
         plain: PreTrainedModel = merged
         if isinstance(merged, CompiledModel):
             _save_rest(merged, directory / REST, output)
-            plain = merged.__dict__["_backbone"]
+            plain = merged.backbone
         plain.save_pretrained(directory)
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)

@@ -88,7 +88,7 @@ def _delta_checks(directory: Path, model: str | None) -> Iterator[Check]:
     yield Check("two runs of the compiled model", difference(once, again), 0)
     with step("folding"), torch.no_grad():
         merged, report = driver.merge(compiled, tolerance=math.inf)
-        bare = driver.outputs(compiled.__dict__["_backbone"], inputs)
+        bare = driver.outputs(compiled.backbone, inputs)
     yield Check("compiled against the backbone", difference(once, bare))
     yield Check(
         f"folded ({len(report.folded)} of {len(report.outcomes)}) against unfolded",

@@ -18,8 +18,8 @@ from peftc.export.graph import ExportError, Graph, require_onnx, to_onnx
 from peftc.export.parity import Parity, check
 from peftc.export.weights import write_models
 from peftc.graph.arguments import forward_flags, reads_its_end, seeded_inputs
+from peftc.graph.cache import flatten_cache
 from peftc.graph.capture import capture
-from peftc.graph.entries import flatten_cache
 from peftc.graph.program import Program
 from peftc.graph.rows import room_of
 from peftc.language.resolved import digest

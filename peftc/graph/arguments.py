@@ -1,45 +1,142 @@
-"""Inputs of a model by the argument names that Hugging Face models share: their axes, and examples of them."""
+"""A model's inputs by the argument names that Hugging Face models share: their axes, and examples of them."""
 
 from __future__ import annotations
 
-import inspect
+import fnmatch
+import functools
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 
 from peftc.errors import PeftcError
+from peftc.graph.entries import ENTRIES, Tensors
+from peftc.graph.facts import ModelFacts
 
-Tensors = Mapping[str, torch.Tensor]
-
-IMAGE = 224  # of models whose configuration names no size, because any is theirs
+IMAGE = (224, 224)  # of models whose configuration names no size, because any is theirs
+WAVE = 4000  # samples of sound
 # Sizes of the example that is traced: all >= 2, because export specialises 0 and 1, and all
 # different, so that no two axes are taken for one.
 SIZES = {"batch": 3, "seq": 11, "target": 7, "past": 5, "query": 2, "total": 7}
+# Labels that no loss counts, as torch's cross entropy has it.
+IGNORED = -100
 
 
 class CaptureError(PeftcError):
     """A model that cannot be traced to one graph."""
 
 
+@dataclass(frozen=True)
+class Argument:
+    """What is known of the inputs whose names match `pattern`; of several rows the first.
+
+    `follows`: whose length its second axis has: "source" (what the model reads first), "target" (what an
+    encoder-decoder's decoder reads), "output" (what it predicts), "past" (the cache), "" (none's). `whole`: in a
+    step from a cache it is as long as all tokens so far. `square`: with three axes or more, the last two are new
+    tokens x all tokens. `holds`: the rows in front are in it already. `front` is what stands at rows in front;
+    None where nothing may. `role` is what it means: ids, mask, labels, positions, segments, states, place.
+    `step` is its name in an ONNX decoder, where that is another.
+    """
+
+    pattern: str
+    role: str
+    follows: str = "source"
+    whole: bool = False
+    square: bool = False
+    holds: bool = False
+    front: int | None = None
+    step: str = ""
+
+    @property
+    def cached(self) -> bool:
+        return self.role == "cache"
+
+
+ARGUMENTS = (
+    Argument("past.self.*", "cache", "past", holds=True),
+    Argument("past.cross.*", "cache", "source", holds=True),
+    Argument("encoder_hidden_states", "states", holds=True),
+    Argument("pixel_values", "samples", ""),
+    Argument("input_features", "samples", ""),
+    Argument("input_values", "samples", ""),
+    Argument("labels", "labels", "output", front=IGNORED),
+    Argument("*_positions", "place", ""),
+    Argument("decoder_input_ids", "ids", "target", step="input_ids"),
+    Argument("decoder_attention_mask", "mask", "target", whole=True, square=True, front=1),
+    Argument("decoder_position_ids", "positions", "target"),
+    Argument("decoder_*", "states", "target"),
+    Argument("input_ids", "ids"),
+    Argument("attention_mask", "mask", whole=True, square=True, front=1, step="encoder_attention_mask"),
+    Argument("token_type_ids", "segments", front=0),
+    Argument("position_ids", "positions"),
+    Argument("*", "states"),
+)  # fmt: skip
+
+
+@functools.lru_cache(1024)
+def argument(name: str) -> Argument:
+    """The row of ARGUMENTS that an input belongs to."""
+    return next(row for row in ARGUMENTS if fnmatch.fnmatchcase(name, row.pattern))
+
+
+@functools.lru_cache(1024)
 def axes(name: str, rank: int, entry: str, encoder_decoder: bool) -> tuple[str | None, ...]:
-    """The dynamic axes of an input by the argument names that Hugging Face models share."""
-    if name.startswith("past."):
-        return ("batch", None, "seq" if ".cross." in name else "past", None)
-    if rank == 0:
-        return ()
-    if name in ("pixel_values", "input_features", "input_values") or rank == 1:
+    """The dynamic axes of an input, by its name: batch, seq, target, past, query (new tokens), total (past and
+    new ones); None is fixed."""
+    row = argument(name)
+    if rank < 2:
+        return ("batch",)[:rank]
+    if row.cached:
+        return ("batch", None, _length(row, entry, encoder_decoder), None)
+    if not row.follows:
         return ("batch", *(None,) * (rank - 1))
-    step = "query" if entry == "decode" else "target"
-    if name == "decoder_attention_mask":
-        length = "total" if entry == "decode" else "target"
-    elif name.startswith("decoder_") or (name == "labels" and encoder_decoder):
-        length = step
-    elif entry == "decode" and not encoder_decoder:
-        length = "total" if name == "attention_mask" else "query"
-    else:
-        length = "seq"
+    if row.square and rank > 2:
+        new, all_ = (_length(row, entry, encoder_decoder, whole) for whole in (False, True))
+        return ("batch", *(None,) * (rank - 3), new, all_)
+    length = _length(row, entry, encoder_decoder, row.whole)
     return ("batch", length, *(None,) * (rank - 2))
+
+
+def _length(row: Argument, entry: str, encoder_decoder: bool, whole: bool = False) -> str:
+    if row.follows == "past":
+        return "past"
+    of_decoder = row.follows == "target" or (row.follows == "output" and encoder_decoder)
+    if ENTRIES[entry].steps and (of_decoder or not encoder_decoder):
+        return "total" if whole else "query"
+    return "target" if of_decoder else "seq"
+
+
+def layout(inputs: Tensors, entry: str, encoder_decoder: bool) -> dict[str, tuple[str | None, ...]]:
+    """The dynamic axes of every input of one call. A size that is not the batch's is fixed: a mask's axis of one
+    for all heads, a position row for all texts, the classes of a multi-label head."""
+    found = {k: axes(k, v.ndim, entry, encoder_decoder) for k, v in inputs.items()}
+    sizes: dict[str, int] = {}
+    for name, labels in found.items():
+        if argument(name).role in ("ids", "states", "samples", "cache"):
+            for label, size in zip(labels, inputs[name].shape, strict=True):
+                sizes.setdefault(label or "", size)
+    if ENTRIES[entry].steps:
+        sizes["total"] = sizes.get("past", 0) + sizes.get("query", 0)
+    return {
+        k: tuple(
+            label if _moves(k, inputs[k], axis, label, sizes) else None
+            for axis, label in enumerate(labels)
+        )
+        for k, labels in found.items()
+    }
+
+
+def _moves(
+    name: str, value: torch.Tensor, axis: int, label: str | None, sizes: Mapping[str, int]
+) -> bool:
+    """Whether an axis is as long as what it is named for, and so may be of any length."""
+    row, size = argument(name), value.shape[axis]
+    if label is None or (axis and row.role == "labels" and value.is_floating_point()):
+        return False  # floating labels have one number for each class
+    if sizes.get(label, size) == size:
+        return True
+    return not (size == 1 or row.role == "labels" or (row.square and value.ndim > 2))
 
 
 def example(
@@ -50,37 +147,47 @@ def example(
     `more` is what its length has beyond the traced one: rows in front, in a cache or a state.
     """
     sizes = {**SIZES, "seq": SIZES["seq"] + more, "past": SIZES["past"] + more}
-    for axis, label in enumerate(axes(name, real.ndim, entry, encoder_decoder)):
-        if label is None or real.is_meta:
+    return resized(real, axes(name, real.ndim, entry, encoder_decoder), sizes)
+
+
+def resized(
+    real: torch.Tensor, labels: tuple[str | None, ...], sizes: Mapping[str, int]
+) -> torch.Tensor:
+    """`real` with its named axes repeated or cut to `sizes`."""
+    if real.is_meta:
+        shape = [sizes[a] if a else n for a, n in zip(labels, real.shape, strict=True)]
+        return torch.empty(shape, dtype=real.dtype, device="meta")
+    for axis, label in enumerate(labels):
+        if label is None:
             continue
         if real.shape[axis] == 0:
             shape = [1 if i == axis else n for i, n in enumerate(real.shape)]
             real = real.new_zeros(shape)
         index = torch.arange(sizes[label], device=real.device) % real.shape[axis]
         real = real.index_select(axis, index)
-    if real.is_meta:
-        labels = axes(name, real.ndim, entry, encoder_decoder)
-        shape = [sizes[a] if a else n for a, n in zip(labels, real.shape, strict=True)]
-        return torch.empty(shape, dtype=real.dtype, device="meta")
     return real.detach()
 
 
 def forward_flags(model: PreTrainedModel) -> dict[str, bool]:
     """What a `forward` without a cache is called with."""
-    names = inspect.signature(type(model).forward).parameters
-    return {"use_cache": False} if "use_cache" in names else {}
+    return ModelFacts.read(model).flags
+
+
+def reads_its_end(model: PreTrainedModel) -> bool:
+    """A classifier on an encoder-decoder: the decoder reads the input too, and the head its last state."""
+    return ModelFacts.read(model).reads_its_end
 
 
 def dummy_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Inputs for a `forward` capture when there is no real batch at hand."""
-    name, device = model.main_input_name, model.device
+    facts, device = ModelFacts.read(model), model.device
     ids = torch.ones(SIZES["batch"], SIZES["seq"], dtype=torch.long, device=device)
-    if name == "input_ids":
+    if facts.main_input == "input_ids":
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     else:
-        shape = (SIZES["batch"], *_features(model, name))
-        inputs = {name: torch.zeros(shape, device=device, dtype=model.dtype)}
-    if model.config.is_encoder_decoder and not reads_its_end(model):
+        shape = (SIZES["batch"], *_sample(facts))
+        inputs = {facts.main_input: torch.zeros(shape, device=device, dtype=model.dtype)}
+    if facts.encoder_decoder and not facts.reads_its_end:
         inputs["decoder_input_ids"] = ids[:, : SIZES["target"]].clone()
     return inputs
 
@@ -88,15 +195,10 @@ def dummy_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 def seeded_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """One batch for a certificate, the same each time; token ids avoid the special ones at the start."""
     generator = torch.Generator().manual_seed(0)
-    inputs = dummy_inputs(model)
+    facts, inputs = ModelFacts.read(model), dummy_inputs(model)
     for name, tensor in inputs.items():
-        if name.endswith("input_ids"):
-            low, high = min(10, model.config.vocab_size // 2), model.config.vocab_size
-            ids = torch.randint(low, high, tensor.shape, generator=generator)
-            if reads_its_end(model):
-                ids[ids == model.config.eos_token_id] = low
-                ids[:, -1] = model.config.eos_token_id
-            inputs[name] = ids.to(tensor.device)
+        if argument(name).role == "ids":
+            inputs[name] = _seeded_ids(facts, tensor, generator)
         elif tensor.is_floating_point():
             noise = torch.randn(tensor.shape, generator=generator)
             inputs[name] = noise.to(tensor)
@@ -105,24 +207,26 @@ def seeded_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return inputs
 
 
-def reads_its_end(model: PreTrainedModel) -> bool:
-    """A classifier on an encoder-decoder: the decoder reads the input too, and the head its last state."""
-    head = model.base_model is not model and not model.can_generate()
-    return bool(model.config.is_encoder_decoder) and head and model.main_input_name == "input_ids"
+def _seeded_ids(facts: ModelFacts, like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    high = facts.vocabulary
+    assert high is not None  # a model that reads ids has a vocabulary
+    low = min(10, high // 2)
+    ids = torch.randint(low, high, like.shape, generator=generator)
+    if facts.reads_its_end:
+        ids[ids == facts.end] = low
+        ids[:, -1] = facts.end  # type: ignore[assignment]  # such a head needs one
+    return ids.to(like.device)
 
 
-def _features(model: PreTrainedModel, name: str) -> tuple[int, ...]:
-    """The sizes of one image, spectrogram or wave, by what the configuration says of it."""
-    config = model.config
-    if name == "pixel_values":
-        size = getattr(config, "image_size", None) or IMAGE
-        height, width = (size, size) if isinstance(size, int) else size
-        return (getattr(config, "num_channels", 3), height, width)
-    if name == "input_features" and hasattr(config, "num_mel_bins"):
-        return (config.num_mel_bins, 2 * config.max_source_positions)
-    if name == "input_values":
-        return (4000,)
+def _sample(facts: ModelFacts) -> tuple[int, ...]:
+    """The sizes of one image, spectrogram or wave, by what the model says of it."""
+    if facts.main_input == "pixel_values":
+        return (facts.channels, *(facts.image or IMAGE))
+    if facts.main_input == "input_features" and facts.spectrogram is not None:
+        return facts.spectrogram
+    if facts.main_input == "input_values":
+        return (WAVE,)
     raise CaptureError(
-        f"{type(model).__name__}: no example input is known for '{name}'; "
+        f"{facts.name}: no example input is known for '{facts.main_input}'; "
         "pass example={...} with one batch of it"
     )

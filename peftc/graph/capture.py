@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import io
+import copy
 import linecache
 import logging
+import sys
+import threading
 import traceback
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
 from transformers import PreTrainedModel
 
-from peftc.graph.arguments import CaptureError, Tensors, axes, example
-from peftc.graph.entries import ENTRIES
-from peftc.graph.program import Program, Slot
+from peftc.graph.arguments import SIZES, CaptureError, layout, resized
+from peftc.graph.entries import ENTRIES, Tensors
+from peftc.graph.program import Bound, Program, Slot
 from peftc.graph.rows import NONE, Room
+from peftc.graph.state import Fingerprint, fingerprint, undisturbed
 
 _KINDS = {
     InputKind.PARAMETER: "parameter",
@@ -28,6 +32,10 @@ _KINDS = {
     InputKind.CONSTANT_TENSOR: "constant",
     InputKind.USER_INPUT: "input",
 }
+# Tracing puts fake tensors into a model's registries and switches in torch that every thread sees: one thread
+# traces at a time, and who reads parameters for a graph holds this too.
+TRACING = threading.RLock()
+Labels = Mapping[str, tuple[str | None, ...]]
 
 
 class _Traced(nn.Module):
@@ -37,7 +45,38 @@ class _Traced(nn.Module):
         self.call = call
 
     def forward(self, tensors: Tensors) -> dict[str, Any]:
-        return self.call(tensors)
+        try:
+            return self.call(tensors)
+        except Exception as error:
+            raise _Stopped(error) from error
+
+
+class _Stopped(Exception):
+    """What stopped a trace. torch prints to stderr the graph that it hangs on a RuntimeError."""
+
+
+@dataclass
+class Captures:
+    """Graphs as they were traced, for all models that tracing cannot tell apart: a graph holds no weights.
+
+    At most `bound` graphs are kept, the latest used ones; None keeps all.
+    """
+
+    bound: int | None
+    programs: OrderedDict[Hashable, Program] = field(default_factory=OrderedDict)
+
+    def get(self, key: Hashable, trace: Callable[[], Program]) -> Program:
+        """A graph of its own for each caller."""
+        if key not in self.programs:
+            self.programs[key] = trace()
+        self.programs.move_to_end(key)
+        kept = _copied(self.programs[key])
+        while self.bound is not None and len(self.programs) > self.bound:
+            self.programs.popitem(last=False)
+        return kept
+
+
+CAPTURES = Captures(bound=8)
 
 
 def capture(
@@ -46,45 +85,125 @@ def capture(
     inputs: Tensors,
     flags: Mapping[str, Any] | None = None,
     room: Room = NONE,
+    labels: Labels | None = None,
+    seen: Fingerprint | None = None,
 ) -> Program:
-    """Trace one entry of `model` in its current mode, with every batch and length axis dynamic.
+    """One entry of `model` in its current mode as a graph, with every batch and length axis dynamic.
 
-    `inputs` are real or meta tensors by argument name; only their rank, dtype and device matter. The
-    model runs on them with `room` for rows in front. Raises CaptureError when the model cannot be
-    traced or an axis was specialised.
+    `inputs` are real or meta tensors by argument name; only their dtype, device, rank and the sizes of fixed axes
+    matter. The model runs on them with `room` for rows in front. `labels` names their dynamic axes (by default
+    `layout`), `seen` is the model's fingerprint where it is known. A graph that was traced before of a model that
+    is the same to tracing is used again. Where the model's code depends on a size, the graph's `bounds` say for
+    which it holds. Raises CaptureError when the model cannot be traced.
     """
+    labels = labels or layout(inputs, entry, bool(model.config.is_encoder_decoder))
+    flags = flags or {}
+    with TRACING:
+        seen = seen or fingerprint(model)
+        if not seen.shared:
+            return _traced(model, entry, inputs, flags, room, labels)
+        key = (seen.value, entry, signature(inputs, labels), settings(flags), room.key)
+        return CAPTURES.get(key, lambda: _traced(model, entry, inputs, flags, room, labels))
+
+
+def signature(inputs: Tensors, labels: Labels) -> tuple[Hashable, ...]:
+    """What a graph depends on of its inputs: names, kinds, and the sizes of the axes that are fixed."""
+    return tuple(
+        (k, v.dtype, v.device, *[n if a is None else a for n, a in zip(v.shape, labels[k])])
+        for k, v in sorted(inputs.items())
+    )
+
+
+def settings(flags: Mapping[str, Any]) -> tuple[Hashable, ...]:
+    return tuple((k, type(v), v) for k, v in sorted(flags.items()))
+
+
+def _copied(program: Program) -> Program:
+    graph = fx.GraphModule(program.module, copy.deepcopy(program.graph))
+    return replace(program, module=graph, slots=dict(program.slots), replaced={})
+
+
+def _traced(
+    model: PreTrainedModel,
+    entry: str,
+    inputs: Tensors,
+    flags: Mapping[str, Any],
+    room: Room,
+    labels: Labels,
+) -> Program:
     seq2seq = bool(model.config.is_encoder_decoder)
-    tensors = {k: example(k, v, entry, seq2seq, room.held(k, seq2seq)) for k, v in inputs.items()}
-    auto = torch.export.Dim.AUTO
-    shapes = {
-        k: {i: auto for i, a in enumerate(axes(k, v.ndim, entry, seq2seq)) if a}
-        for k, v in tensors.items()
+    tensors = {
+        k: resized(v, labels[k], _sizes(inputs, flags, room.held(k, seq2seq)))
+        for k, v in inputs.items()
     }
+    auto = torch.export.Dim.AUTO
+    shapes = {k: {i: auto for i, a in enumerate(labels[k]) if a} for k in tensors}
     output_types: list[type] = []
 
     def call(arguments: Tensors) -> dict[str, Any]:
         wide = room.widened(model, entry, arguments)
-        output_type, fields = ENTRIES[entry].call(model, wide, flags or {})
+        output_type, fields = ENTRIES[entry].call(model, wide, flags)
         output_types.append(output_type)
         return room.cut(model, entry, wide, fields)
 
-    with _quiet():
+    with _alone(model):
         try:
             exported = torch.export.export(
-                _Traced(model, call),
-                (tensors,),
-                dynamic_shapes=(shapes,),
-                strict=False,
+                _Traced(model, call), (tensors,), dynamic_shapes=(shapes,), strict=False
             )
-        except CaptureError:
-            raise
         except Exception as error:
-            raise CaptureError(_explain(model, entry, error)) from error
-    program = _program(exported, entry, model, list(tensors))
-    program.wide = room.wide(entry, seq2seq)
-    program.output_type = output_types[-1]
-    _check_dynamic(program, model, shapes)
-    return program
+            cause = error.__cause__ if isinstance(error, _Stopped) else error
+            if isinstance(cause, CaptureError):
+                raise cause from None
+            assert isinstance(cause, Exception)
+            raise CaptureError(_explain(model, entry, cause)) from cause
+    wide = room.wide(entry, seq2seq)
+    return _program(exported, entry, model, labels, wide, output_types[-1])
+
+
+def _sizes(inputs: Tensors, flags: Mapping[str, Any], held: int) -> dict[str, int]:
+    """The sizes to trace with; a number among the settings may count tokens, so there are more than that."""
+    longest = max((n for v in inputs.values() for n in v.shape), default=0)
+    counts = [v for v in flags.values() if isinstance(v, int) and 1 < v <= longest]
+    more = max(counts, default=0)
+    sizes = {k: n if k == "batch" else n + more for k, n in SIZES.items()}
+    past = sizes["past"] + more
+    return {
+        **sizes,
+        "seq": sizes["seq"] + held,
+        "past": past + held,
+        "total": past + sizes["query"],
+    }
+
+
+@contextlib.contextmanager
+def _alone(model: PreTrainedModel) -> Iterator[None]:
+    """What surrounds a trace, so that it is the same whenever it is made: gradients on, no autocast, no hooks,
+    torch's loggers quiet; and the model afterwards as before."""
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with (
+            undisturbed(model),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            _without_autocast(model.device.type),
+        ):
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    """The meta device has no autocast to switch off."""
+    known = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if known else contextlib.nullcontext()
+
+
+_LOGGERS = ("torch.export", "torch.fx", "torch._export", "torch.fx.experimental.symbolic_shapes")
 
 
 def canonical_paths(model: PreTrainedModel) -> dict[str, str]:
@@ -100,12 +219,14 @@ def _program(
     exported: Any,
     entry: str,
     model: PreTrainedModel,
-    names: list[str],
+    labels: Labels,
+    wide: frozenset[str],
+    output_type: type,
 ) -> Program:
     paths = canonical_paths(model)
     slots: dict[str, Slot] = {}
     constants: dict[str, torch.Tensor] = {}
-    users = iter(names)
+    users = iter(labels)
     for spec in exported.graph_signature.input_specs:
         kind = _KINDS.get(spec.kind)
         if kind is None:
@@ -132,23 +253,30 @@ def _program(
         constants=constants,
         out_spec=exported.call_spec.out_spec,
         training=model.training,
+        output_type=output_type,
+        wide=wide,
+        bounds=tuple(_bounds(exported, slots, labels)),
     )
 
 
-def _check_dynamic(
-    program: Program, model: PreTrainedModel, shapes: Mapping[str, Mapping[int, Any]]
-) -> None:
-    for node in program.graph.nodes:
-        slot = program.slot(node)
-        if slot is None or slot.kind != "input" or not node.users:
+def _bounds(exported: Any, slots: Mapping[str, Slot], labels: Labels) -> Iterator[Bound]:
+    """Axes that the graph holds for in a range, because the model's code compared their sizes, or for one size,
+    because it counted by them. Export itself assumes 2 at least, and its graphs run with 0 and 1 all the same."""
+    ranges = exported.range_constraints
+    for node in exported.graph_module.graph.find_nodes(op="placeholder"):
+        slot = slots[node.name]
+        if slot.kind != "input" or not node.users:
             continue
-        fixed = [i for i in shapes[slot.name] if isinstance(node.meta["val"].shape[i], int)]
-        if fixed:
-            size = node.meta["val"].shape[fixed[0]]
-            raise CaptureError(
-                f"{type(model).__name__}.{program.entry}: axis {fixed[0]} of '{slot.name}' was fixed to "
-                f"{size} while tracing; the model's code depends on that size"
-            )
+        for axis, size in enumerate(node.meta["val"].shape):
+            if labels[slot.name][axis] is None:
+                continue
+            fixed = size if isinstance(size, int) else size.node.maybe_as_int()
+            one = None if fixed is not None else ranges.get(size.node.expr)
+            if fixed is not None:
+                yield Bound(slot.name, axis, fixed, fixed)
+            elif one is not None and (one.lower > 2 or one.upper < sys.maxsize):
+                least = int(one.lower) if one.lower > 2 else 0
+                yield Bound(slot.name, axis, least, int(min(one.upper, sys.maxsize)))
 
 
 def _explain(model: PreTrainedModel, entry: str, error: Exception) -> str:
@@ -179,20 +307,3 @@ def _place(model: PreTrainedModel, error: Exception) -> str:
                 found = f"'{name}', {Path(file).name}:{line}: {code[:100]}"
         chain = chain.__cause__ or chain.__context__
     return found
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """torch.export warns about its own internals, and prints the graph so far when it fails; only the error
-    concerns the user."""
-    loggers = [logging.getLogger(name) for name in ("torch.export", "torch.fx", "torch._export")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)

@@ -1,4 +1,4 @@
-"""Entries: the ways into a model, and caches as flat tensors."""
+"""Entries: the ways into a model."""
 
 from __future__ import annotations
 
@@ -8,20 +8,25 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from peftc.graph.arguments import Tensors
+from peftc.graph.cache import CacheSlot, flatten_cache, unflatten_cache
 
 Outputs = tuple[type, dict[str, Any]]
+Tensors = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A way into a model: `call(model, tensors, flags)` gives its output class and output tensors."""
+    """A way into a model: `call(model, tensors, flags)` gives its output class and output tensors.
+
+    `steps`: it goes on from a cache. `encodes`: a later entry reads what it makes.
+    """
 
     name: str
     call: Callable[[PreTrainedModel, Tensors, Mapping[str, Any]], Outputs]
+    steps: bool = False
+    encodes: bool = False
 
 
 def _forward(model: PreTrainedModel, tensors: Tensors, flags: Mapping[str, Any]) -> Outputs:
@@ -38,19 +43,28 @@ def _encode(model: PreTrainedModel, tensors: Tensors, flags: Mapping[str, Any]) 
 
 
 def _cached(model: PreTrainedModel, tensors: Tensors, flags: Mapping[str, Any]) -> Outputs:
-    """One step with a cache: flat past keys and values in, flat present ones out."""
-    inputs = {k: v for k, v in tensors.items() if not k.startswith("past.")}
-    cache = unflatten_cache(tensors, bool(model.config.is_encoder_decoder))
+    """One step with a cache: flat past keys and values in, flat present ones out. A model that keeps none
+    gives its other fields alone."""
+    inputs = {k: v for k, v in tensors.items() if CacheSlot.read(k) is None}
+    seq2seq = bool(model.config.is_encoder_decoder)
+    cache = unflatten_cache(tensors, seq2seq)
     hidden = inputs.pop("encoder_hidden_states", None)
-    if model.config.is_encoder_decoder:
+    if seq2seq:
         if hidden is None:  # cross keys are cached, so the encoder's output is not read
-            past = tensors["past.cross.0.key"]
+            past = tensors[CacheSlot("cross", 0, "key").name]
             hidden = past.new_zeros(past.shape[0], past.shape[2], 1)
         inputs["encoder_outputs"] = BaseModelOutput(last_hidden_state=hidden)  # type: ignore[assignment]
     out = model(**inputs, **flags, past_key_values=cache, use_cache=True, return_dict=True)
-    present = flatten_cache(out.past_key_values)
-    fixed = {k for k in present if ".cross." in k and k in tensors}
-    return type(out), {"logits": out.logits} | {k: v for k, v in present.items() if k not in fixed}
+    output_type, fields = _plain(out)
+    fields.pop("encoder_last_hidden_state", None)
+    present = {} if out.get("past_key_values") is None else flatten_cache(out.past_key_values)
+    return output_type, fields | {k: v for k, v in present.items() if not _is_fixed(k, tensors)}
+
+
+def _is_fixed(name: str, tensors: Tensors) -> bool:
+    """Cross keys that were given come out as they were."""
+    slot = CacheSlot.read(name)
+    return slot is not None and slot.cross and name in tensors
 
 
 def _cross(model: PreTrainedModel, tensors: Tensors, flags: Mapping[str, Any]) -> Outputs:
@@ -61,7 +75,8 @@ def _cross(model: PreTrainedModel, tensors: Tensors, flags: Mapping[str, Any]) -
     token = torch.ones(hidden.shape[0], 1, dtype=torch.long, device=hidden.device)
     step = {"decoder_input_ids": token, "encoder_hidden_states": hidden, **mask}
     _, present = _cached(model, step, {})
-    cross = {k: v for k, v in present.items() if ".cross." in k}
+    slots = {k: CacheSlot.read(k) for k in present}
+    cross = {k: present[k] for k, slot in slots.items() if slot is not None and slot.cross}
     return output_type, {"last_hidden_state": hidden, **cross}
 
 
@@ -69,10 +84,10 @@ ENTRIES = {
     e.name: e
     for e in (
         Entry("forward", _forward),
-        Entry("encode", _encode),
+        Entry("encode", _encode, encodes=True),
         Entry("prefill", _cached),
-        Entry("decode", _cached),
-        Entry("encode_cross", _cross),
+        Entry("decode", _cached, steps=True),
+        Entry("encode_cross", _cross, encodes=True),
     )
 }
 
@@ -80,32 +95,3 @@ ENTRIES = {
 def _plain(output: Any) -> Outputs:
     fields = {k: v for k, v in output.items() if k != "past_key_values" and v is not None}
     return type(output), fields
-
-
-def flatten_cache(cache: Any) -> dict[str, torch.Tensor]:
-    """`past.self.0.key`, `past.self.0.value`, ... and the same for `cross`; tensors [batch, heads, length, dim]."""
-    parts = (
-        {"self": cache.self_attention_cache, "cross": cache.cross_attention_cache}
-        if isinstance(cache, EncoderDecoderCache)
-        else {"self": cache}
-    )
-    return {
-        f"past.{part}.{i}.{side}": getattr(layer, f"{side}s")
-        for part, one in parts.items()
-        for i, layer in enumerate(one.layers)
-        for side in ("key", "value")
-    }
-
-
-def unflatten_cache(tensors: Tensors, encoder_decoder: bool) -> Any:
-    def one(part: str) -> DynamicCache:
-        count = sum(k.startswith(f"past.{part}.") for k in tensors) // 2
-        pairs = [
-            (tensors[f"past.{part}.{i}.key"], tensors[f"past.{part}.{i}.value"])
-            for i in range(count)
-        ]
-        return DynamicCache(pairs or None)
-
-    if not encoder_decoder:
-        return one("self")
-    return EncoderDecoderCache(one("self"), one("cross"))

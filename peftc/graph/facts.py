@@ -1,10 +1,18 @@
-"""What a model says of itself, read once."""
+"""What a model says of itself: its configuration, its class and its module tree, read once."""
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from transformers import PreTrainedModel
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+# (ids [batch, tokens], tokens in the cache) to the positions of the ids.
+Positions = Callable[[torch.Tensor, int], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -32,3 +40,116 @@ class Stacks:
 
     def is_head(self, scope: str) -> bool:
         return bool(self.body) and not f"{scope}.".startswith(f"{self.body}.")
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a model says of itself. Where a traced graph knows better, the graph wins.
+
+    Sizes are counts; a fact that the model does not state is None. `arguments` are those of its forward, in
+    order; `counted` is its own way to number tokens by their ids, where it has one.
+    """
+
+    name: str
+    encoder_decoder: bool
+    generates: bool
+    has_head: bool
+    main_input: str
+    arguments: tuple[str, ...]
+    vocabulary: int | None
+    end: int | None
+    special: frozenset[int]
+    positions: int | None
+    segments: int
+    image: tuple[int, int] | None
+    channels: int
+    spectrogram: tuple[int, int] | None
+    returns_dict: bool
+    counted: Positions | None
+
+    @staticmethod
+    def read(model: PreTrainedModel) -> ModelFacts:
+        config = model.config
+        said = functools.partial(_said, config)
+        return ModelFacts(
+            name=type(model).__name__,
+            encoder_decoder=bool(config.is_encoder_decoder),
+            generates=model.can_generate(),
+            has_head=model.base_model is not model,
+            main_input=model.main_input_name,
+            arguments=tuple(inspect.signature(type(model).forward).parameters)[1:],
+            vocabulary=said("vocab_size"),
+            end=_first(said("eos_token_id")),
+            special=_special(config),
+            positions=said("max_position_embeddings"),
+            segments=said("type_vocab_size") or 0,
+            image=_image(said("image_size")),
+            channels=said("num_channels") or 3,
+            spectrogram=_spectrogram(said("num_mel_bins"), said("max_source_positions")),
+            returns_dict=bool(said("return_dict")),
+            counted=_counted(model),
+        )
+
+    @property
+    def reads_its_end(self) -> bool:
+        """A classifier on an encoder-decoder: the decoder reads the input too, and the head its last state."""
+        head = self.has_head and not self.generates
+        return self.encoder_decoder and head and self.main_input == "input_ids"
+
+    @property
+    def flags(self) -> dict[str, bool]:
+        """What a `forward` without a cache is called with."""
+        return {"use_cache": False} if "use_cache" in self.arguments else {}
+
+    @property
+    def ordinary(self) -> int:
+        """The first id to which the configuration gives no meaning: neither padding nor an end."""
+        return next(i for i in range(len(self.special) + 1) if i not in self.special)
+
+
+def _said(config: PreTrainedConfig, name: str) -> Any:
+    """A setting under any name that the configuration knows it by, of the model or of its part for text."""
+    found = getattr(config, name, None)
+    return getattr(config.get_text_config(), name, None) if found is None else found
+
+
+def _first(value: Any) -> int | None:
+    """Of one setting or several, the first."""
+    return next(iter(value), None) if isinstance(value, list | tuple) else value
+
+
+def _special(config: PreTrainedConfig) -> frozenset[int]:
+    said = {**config.get_text_config().to_dict(), **config.to_dict()}
+    named = [v for k, v in said.items() if k.endswith(("_token_id", "_token_index"))]
+    ids = {one for v in named for one in (v if isinstance(v, list | tuple) else (v,))}
+    return frozenset(one for one in ids if isinstance(one, int))
+
+
+def _image(size: Any) -> tuple[int, int] | None:
+    if not size:
+        return None
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
+
+
+def _spectrogram(bins: int | None, positions: int | None) -> tuple[int, int] | None:
+    """Mel bins and frames: an encoder of speech halves the frames to its positions."""
+    return None if bins is None or positions is None else (bins, 2 * positions)
+
+
+def _counted(model: PreTrainedModel) -> Positions | None:
+    """Models that leave padding out when they number tokens bring their own function for it."""
+    name = "create_position_ids_from_input_ids"
+    owner: Any = next((one for one in model.modules() if hasattr(one, name)), None)
+    if owner is None:
+        return None
+
+    own = getattr(owner, name)
+    continues = "past_key_values_length" in inspect.signature(own).parameters
+
+    def count(ids: torch.Tensor, past: int) -> torch.Tensor:
+        more = (past,) if continues else ()
+        counted: torch.Tensor = own(ids, owner.padding_idx, *more)
+        return counted
+
+    return count

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +43,16 @@ class Value:
 
 
 @dataclass(frozen=True)
+class Bound:
+    """An axis of an input that the graph holds for in a range of sizes."""
+
+    name: str
+    axis: int
+    least: int
+    most: int
+
+
+@dataclass(frozen=True)
 class Output:
     """A field that a graph returns."""
 
@@ -69,6 +79,7 @@ class Program:
     training: bool = False
     output_type: type = dict
     wide: frozenset[str] = frozenset()
+    bounds: tuple[Bound, ...] = ()
     replaced: dict[fx.Node, fx.Node] = field(default_factory=dict)
     _filled: dict[Slot, fx.Node] = field(default_factory=dict, init=False)
 
@@ -147,33 +158,16 @@ class Program:
         self.graph.lint()
         self.module.recompile()
 
-    def bind(
-        self, fetch: Mapping[str, Callable[[str], torch.Tensor]], inputs: Mapping[str, torch.Tensor]
-    ) -> list[Any]:
-        """The placeholder values in order. `fetch` has one function for each kind of stored slot."""
-        return [
-            inputs[slot.name]
-            if slot.kind == "input"
-            else self.constants[slot.name]
-            if slot.kind == "constant"
-            else fetch[slot.kind](slot.name)
-            for slot in self.order()
-        ]
-
     def order(self) -> Iterator[Slot]:
+        """What fills the placeholders, in their order."""
         for node in self.graph.nodes:
             if node.op == "placeholder":
                 yield self.slots[node.name]
 
-    def run(
-        self,
-        fetch: Mapping[str, Callable[[str], torch.Tensor]],
-        inputs: Mapping[str, torch.Tensor],
-        by: Callable[..., Any] | None = None,
-    ) -> Any:
-        """Evaluate the graph (`by` an interpreter of it) and give the outputs their structure back."""
-        results = (by or self.module)(*self.bind(fetch, inputs))
-        return pytree.tree_unflatten(results, self.out_spec)
+    def structured(self, results: Any) -> dict[str, Any]:
+        """What the graph returned, as the fields of the output."""
+        fields: dict[str, Any] = pytree.tree_unflatten(results, self.out_spec)
+        return fields
 
 
 def scope_of(node: fx.Node) -> str:

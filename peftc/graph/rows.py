@@ -6,7 +6,6 @@ from the model's own code; the pass `insert` then fills the rows at the embeddin
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,12 +15,10 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from peftc.graph.arguments import CaptureError, Tensors, axes, reads_its_end
-
-# Labels that no loss counts, as torch's cross entropy has it.
-_IGNORED = -100
-# What stands at the new places of an input, by the end of its name. Ids are chosen by `_unspecial`.
-_FILL = {"attention_mask": 1, "labels": _IGNORED, "token_type_ids": 0}
+from peftc.graph.arguments import CaptureError, argument, axes
+from peftc.graph.cache import CacheSlot
+from peftc.graph.entries import ENTRIES, Tensors
+from peftc.graph.facts import ModelFacts
 
 
 @dataclass(frozen=True)
@@ -35,28 +32,33 @@ class Room:
     def __bool__(self) -> bool:
         return bool(self.rows) or self.shift > 0
 
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What tells it from others."""
+        return (tuple(sorted(self.rows.items())), self.shift)
+
     def require(self, model: PreTrainedModel) -> None:
         """Raise CaptureError where positions cannot be moved, because the model is not told them, and where
         the decoder of a classifier would read as tokens what keeps the rows' place."""
-        if self.rows and reads_its_end(model):
+        facts = ModelFacts.read(model)
+        if self.rows and facts.reads_its_end:
             raise CaptureError(
-                f"{type(model).__name__}: its decoder reads the encoder's ids, and rows in front of them are no "
+                f"{facts.name}: its decoder reads the encoder's ids, and rows in front of them are no "
                 "tokens; use prefix_tuning"
             )
-        if self.shift and "position_ids" not in inspect.signature(type(model).forward).parameters:
+        if self.shift and "position_ids" not in facts.arguments:
             raise CaptureError(
-                f"{type(model).__name__} takes no position_ids, so 'positions: shift' moves nothing; "
+                f"{facts.name} takes no position_ids, so 'positions: shift' moves nothing; "
                 "leave it out, or use a decoder that takes them"
             )
 
     def held(self, name: str, seq2seq: bool) -> int:
         """Rows that an input has already, because an earlier entry made it: states and caches."""
-        own = "decoder_input_ids" if seq2seq else "input_ids"
-        if name.startswith("past.self."):
-            return self.rows.get(own, 0)
-        if name.startswith("past.cross.") or name == "encoder_hidden_states":
-            return self.rows.get("input_ids", 0)
-        return 0
+        row = argument(name)
+        if not row.holds:
+            return 0
+        own = "decoder_input_ids" if seq2seq and row.follows == "past" else "input_ids"
+        return self.rows.get(own, 0)
 
     def longest(self, positions: int) -> int:
         """How many tokens fit into so many positions."""
@@ -70,22 +72,24 @@ class Room:
         self, model: PreTrainedModel, entry: str, tensors: Tensors
     ) -> dict[str, torch.Tensor]:
         """The inputs of `entry` with place for the rows, positions moved. Raises CaptureError."""
-        seq2seq = bool(model.config.is_encoder_decoder)
+        facts = ModelFacts.read(model)
+        seq2seq = facts.encoder_decoder
         wide = dict(tensors)
         for ids, rows in self.rows.items():
             steps = _steps(ids, entry, seq2seq)
             for name, value in tensors.items():
-                if self.held(name, seq2seq):
+                row = argument(name)
+                if row.holds:
                     continue
                 label = (*axes(name, value.ndim, entry, seq2seq), None, None)[1]
-                if name.endswith("position_ids") and label == ("query" if steps else _label(ids)):
+                if row.role == "positions" and label == ("query" if steps else _label(ids)):
                     wide[name] = value + rows if steps else _positions(value, rows)
                 elif label == ("total" if steps else _label(ids)):
-                    wide[name] = _padded(model, name, value, rows)
-                elif name.endswith("_positions") and not seq2seq:  # where an answer starts and ends
+                    wide[name] = _padded(facts, name, value, rows)
+                elif row.role == "place" and not seq2seq:  # where an answer starts and ends
                     wide[name] = value + rows
         if self.shift:
-            wide["position_ids"] = _given_positions(model, wide) + self.shift
+            wide["position_ids"] = _given_positions(facts, wide) + self.shift
         return wide
 
     def cut(
@@ -95,7 +99,7 @@ class Room:
         its rows."""
         seq2seq = bool(model.config.is_encoder_decoder)
         cut = dict(fields)
-        if entry.startswith("encode"):
+        if ENTRIES[entry].encodes:
             return cut
         for ids in self.wide(entry, seq2seq):
             lengths = [
@@ -104,11 +108,8 @@ class Room:
                 if axes(name, value.ndim, entry, seq2seq)[1:] == (_label(ids),)
             ]
             for name, value in fields.items():
-                if (
-                    name.startswith("past.")
-                    or not isinstance(value, torch.Tensor)
-                    or value.ndim < 2
-                ):
+                tensor = isinstance(value, torch.Tensor) and value.ndim > 1
+                if not tensor or CacheSlot.read(name) is not None:
                     continue
                 if any(statically_known_true(value.shape[1] == length) for length in lengths):
                     cut[name] = value[:, self.rows[ids] :]
@@ -125,12 +126,12 @@ def room_of(model: PreTrainedModel) -> Room:
 
 
 def _label(ids: str) -> str:
-    """The axis that ids are read along, as `peftc.inputs` names it."""
-    return "target" if ids.startswith("decoder_") else "seq"
+    """The axis that ids are read along."""
+    return "target" if argument(ids).follows == "target" else "seq"
 
 
 def _steps(ids: str, entry: str, seq2seq: bool) -> bool:
-    return entry == "decode" and (ids.startswith("decoder_") or not seq2seq)
+    return ENTRIES[entry].steps and (argument(ids).follows == "target" or not seq2seq)
 
 
 def _positions(value: torch.Tensor, rows: int) -> torch.Tensor:
@@ -138,37 +139,26 @@ def _positions(value: torch.Tensor, rows: int) -> torch.Tensor:
     return torch.cat([first.expand(*value.shape[:-1], rows), value + rows], -1)
 
 
-def _given_positions(model: PreTrainedModel, tensors: Tensors) -> torch.Tensor:
-    """`position_ids`, or what a model takes when it is given none: its own count of what is no padding
-    (RoBERTa and its kin), or on from what the cache holds."""
+def _given_positions(facts: ModelFacts, tensors: Tensors) -> torch.Tensor:
+    """`position_ids`, or what a model takes when it is given none: its own count where it has one, or on from
+    what the cache holds."""
     if "position_ids" in tensors:
         return tensors["position_ids"]
     ids = tensors.get("input_ids", tensors.get("inputs_embeds"))
     assert ids is not None  # a model that takes position_ids reads tokens
-    counts = "create_position_ids_from_input_ids"
-    own: Any = next((one for one in model.modules() if hasattr(one, counts)), None)
-    if own is not None and ids.ndim == 2:
-        counted: torch.Tensor = getattr(own, counts)(ids, own.padding_idx)
-        return counted
-    past = tensors["past.self.0.key"].shape[2] if "past.self.0.key" in tensors else 0
+    keys = tensors.get(CacheSlot("self", 0, "key").name)
+    past = 0 if keys is None else keys.shape[2]
+    if facts.counted is not None and ids.ndim == 2:
+        return facts.counted(ids, past)
     return torch.arange(past, past + ids.shape[1], device=ids.device).unsqueeze(0)
 
 
-def _padded(model: PreTrainedModel, name: str, value: torch.Tensor, rows: int) -> torch.Tensor:
-    fill = next((one for end, one in _FILL.items() if name.endswith(end)), None)
-    if name.endswith("input_ids"):
-        fill = _unspecial(model)
+def _padded(facts: ModelFacts, name: str, value: torch.Tensor, rows: int) -> torch.Tensor:
+    row = argument(name)
+    fill = facts.ordinary if row.role == "ids" else row.front
     if fill is None or value.ndim != 2:
         raise CaptureError(
-            f"{type(model).__name__}: rows are put in front of the tokens, and nothing says what "
+            f"{facts.name}: rows are put in front of the tokens, and nothing says what "
             f"'{name}' {list(value.shape)} has there; leave it out, or give ids and a mask of two axes"
         )
     return functional.pad(value, (rows, 0), value=fill)
-
-
-def _unspecial(model: PreTrainedModel) -> int:
-    """The first id to which the configuration gives no meaning: neither padding nor an end."""
-    said = {**model.config.get_text_config().to_dict(), **model.config.to_dict()}
-    named = [v for k, v in said.items() if k.endswith(("_token_id", "_token_index"))]
-    special = {one for v in named for one in (v if isinstance(v, list | tuple) else (v,))}
-    return next(i for i in range(len(special) + 1) if i not in special)

@@ -5,69 +5,194 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from peftc.graph.arguments import CaptureError, forward_flags
-from peftc.graph.capture import capture
-from peftc.graph.entries import flatten_cache
+from peftc.errors import PeftcError
+from peftc.graph.arguments import CaptureError
+from peftc.graph.cache import flatten_cache
+from peftc.graph.capture import TRACING
 from peftc.graph.program import Program
+from peftc.graph.state import Fingerprint
+from peftc.model.caches import fill, prepared
+from peftc.model.programs import Programs, Transform
+from peftc.model.running import run_program, submodule
 from peftc.model.saving import save
 from peftc.model.tensors import Activations, Deltas, started
 from peftc.plan.plan import Plan
 from peftc.store.sparse import unpacked
 
-Transform = Callable[[Program], None]
+__all__ = [
+    "AttachError",
+    "CompiledModel",
+    "attach",
+    "bare_copy",
+    "detach",
+    "require_bare",
+    "run_program",
+]
 
 # Arguments that ask for a cache or name the output type; the entries decide both themselves.
 _CONTROL = ("use_cache", "return_dict", "past_key_values", "encoder_outputs")
+# What a compiled model has for itself, whatever its backbone has.
+_OWN = frozenset({*vars(nn.Module()), "forward", "plan", "deltas", "form"}) - {"training"}
+# Of the backbone's own, read and written through the compiled model.
+_SHARED = ("_parameters", "_buffers", "_non_persistent_buffers_set")
+# Arguments of Hugging Face's `save_pretrained` that have no meaning for one small file.
+_HARMLESS = frozenset(
+    {
+        *("max_shard_size", "safe_serialization", "token", "save_peft_format"),
+        *("save_original_format", "distributed_checkpoint"),
+    }
+)
+
+
+class AttachError(PeftcError):
+    """A model that no deltas can be attached to."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """How a backbone came: what required grad, each module's mode, and the loss that was set."""
+
+    required_grad: Mapping[str, bool]
+    modes: Mapping[str, bool]
+    loss: tuple[Any, ...]
+
+    @staticmethod
+    def of(backbone: PreTrainedModel) -> Origin:
+        return Origin(
+            {path: p.requires_grad for path, p in backbone.named_parameters()},
+            {path: module.training for path, module in backbone.named_modules()},
+            (vars(backbone)["_loss_function"],) if "_loss_function" in vars(backbone) else (),
+        )
+
+    def restore(self, backbone: PreTrainedModel) -> None:
+        self.restore_flags(backbone)
+        for path, module in backbone.named_modules():
+            module.training = self.modes.get(path, module.training)
+        vars(backbone).pop("_loss_function", None)
+        for loss in self.loss:
+            backbone.loss_function = loss
+
+    def restore_flags(self, backbone: PreTrainedModel) -> None:
+        for path, weight in backbone.named_parameters():
+            weight.requires_grad_(self.required_grad.get(path, weight.requires_grad))
+
+
+# Which backbone runs under which compiled model: a second one would freeze what the first trains.
+_ATTACHED: WeakKeyDictionary[PreTrainedModel, ref[CompiledModel]] = WeakKeyDictionary()
 
 
 class CompiledModel(PreTrainedModel):
     """Mixed in front of a Hugging Face class by `attach`; never built directly.
 
-    `plan` says what was inserted, `deltas` holds the new tensors, and everything else is the backbone's.
-    `form` is "training", or "stored" once the constants of the deltas have been evaluated.
+    It has parameters, buffers, modules, mode, configuration and loss in common with `backbone`: they are the same
+    objects, seen and set from both sides. Any other attribute that the backbone has is read and set there. Its own
+    are `deltas` (the new tensors), `plan` (what was inserted), `form` ("training", or "stored" once the constants
+    of the deltas have been evaluated), its hooks, its graphs, and a `forward` set on it, as accelerate does.
+    Copies and pickles hold no graphs: they capture anew.
     """
 
     plan: Plan
     deltas: Deltas
     form: str
     _backbone: PreTrainedModel
-    _programs: dict[tuple[Any, ...], Program]
+    _programs: Programs
     _transform: Transform
+    _origin: Origin
+
+    @property
+    def backbone(self) -> PreTrainedModel:
+        """The model whose forward is traced. It computes without the deltas."""
+        backbone: PreTrainedModel = self.__dict__["_backbone"]
+        return backbone
+
+    @property
+    def training(self) -> bool:
+        """The mode, which is the backbone's too."""
+        return bool(self.backbone.training)
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        if "_backbone" in self.__dict__:  # nn.Module sets it before there is one
+            self.backbone.training = mode
+
+    @property
+    def loss_function(self) -> Any:
+        """The backbone's, which its forward calls."""
+        return self.backbone.loss_function
+
+    @loss_function.setter
+    def loss_function(self, loss: Any) -> None:
+        self.backbone.loss_function = loss
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in _OWN or name.startswith("__") or "_backbone" not in self.__dict__:
+                raise
+            return getattr(self.backbone, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _OWN and not isinstance(getattr(type(self), name, None), property):
+            own = name in self.__dict__
+            if isinstance(value, nn.Module) or name in self.backbone._modules:
+                setattr(self.backbone, name, value)
+            elif name in vars(self.backbone) and not own:
+                setattr(self.backbone, name, value)
+                return
+        super().__setattr__(name, value)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the backbone's own forward: same arguments, same output type."""
-        names = [
-            n for n in inspect.signature(type(self._backbone).forward).parameters if n != "self"
-        ]
-        given = dict(zip(names, args, strict=False)) | kwargs
+        given = dict(zip(self._programs.facts.arguments, args, strict=False)) | kwargs
         wanted = {k: v for k, v in given.items() if v is not None}
-        return_dict = wanted.get("return_dict", getattr(self.config, "return_dict", True))
         output = self._cached(wanted) if wanted.get("use_cache") else self._plain(wanted)
+        return_dict = wanted.get("return_dict", self._programs.facts.returns_dict)
         return output if return_dict else output.to_tuple()
-
-    def train(self, mode: bool = True) -> Any:
-        """Switch the mode of the deltas and of the backbone, whose modules are shared."""
-        self._backbone.training = mode
-        return super().train(mode)
 
     def get_encoder(self, modality: str | None = None) -> nn.Module:
         """The encoder with its deltas, as `generate` wants it."""
         return _Encoder(self) if modality is None else super().get_encoder(modality)
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
-        """Write the deltas alone: spec, fingerprint of the backbone, safetensors. See `peftc.model.saving`."""
-        stored = bool(kwargs.get("stored", False))
-        save(self, Path(save_directory), stored=stored)
+    def get_submodule(self, target: str) -> nn.Module:
+        """As torch's, for modules of any name."""
+        try:
+            return submodule(self, target)
+        except KeyError:
+            return super().get_submodule(target)
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        *,
+        stored: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Write the deltas alone: spec, fingerprint of the backbone, safetensors. See `peftc.model.saving`.
+
+        `state_dict` gives the tensors where the model's own are parts (FSDP); only the main process writes.
+        Raises TypeError for an argument that would change what is written elsewhere and has no meaning here.
+        """
+        odd = sorted(k for k, v in kwargs.items() if k not in _HARMLESS and v not in (None, False))
+        if odd:
+            raise TypeError(
+                f"save_pretrained of a compiled model takes no '{odd[0]}': it writes one small file of deltas"
+            )
+        if is_main_process:
+            save(self, Path(save_directory), stored=stored, tensors=state_dict)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -78,66 +203,72 @@ class CompiledModel(PreTrainedModel):
 
     def program(self, entry: str, inputs: Mapping[str, Any], flags: Mapping[str, Any]) -> Program:
         """The rewritten graph for an entry and this kind of inputs, captured when first asked for."""
-        key = self._key(entry, inputs, flags, self.training)
-        if key not in self._programs:
-            program = capture(self._backbone, entry, inputs, flags, self.plan.room)
-            self._transform(program)
-            self._programs[key] = program
-        return self._programs[key]
+        return self._programs.program(entry, inputs, flags)
 
-    def adopt(self, program: Program, inputs: Mapping[str, Any], flags: Mapping[str, Any]) -> None:
+    def adopt(
+        self,
+        program: Program,
+        inputs: Mapping[str, Any],
+        flags: Mapping[str, Any],
+        seen: Fingerprint,
+    ) -> None:
         """Use a graph that was captured for planning, instead of capturing it again."""
-        self._transform(program)
-        key = self._key(program.entry, inputs, flags, program.training)
-        self._programs[key] = program
+        self._programs.adopt(program, inputs, flags, seen)
 
-    def _key(
-        self, entry: str, inputs: Mapping[str, Any], flags: Mapping[str, Any], training: bool
-    ) -> tuple[Any, ...]:
-        signature = tuple((k, v.dtype, v.device, v.ndim) for k, v in sorted(inputs.items()))
-        settings = tuple(sorted((k, repr(v)) for k, v in flags.items()))
-        loss = id(self._backbone.loss_function)
-        return (entry, training, self.dtype, signature, settings, loss)
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_programs"}
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _blank, (type(self.backbone),), self.__getstate__()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        _connect(self)
+
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        raise CaptureError(
+            "torch.nn.DataParallel splits a model between threads, and a compiled model's graphs belong to one "
+            "device; use DistributedDataParallel (torchrun, accelerate launch)"
+        )
 
     def _run(
         self, entry: str, inputs: Mapping[str, Any], flags: Mapping[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
-        program = self.program(entry, inputs, flags)
-        return program.output_type, run_program(self, program, inputs)
+        ready = _ready if torch.compiler.is_compiling() else Programs.ready
+        runner, stored = ready(self._programs, entry, inputs, flags)
+        return runner.program.output_type, runner.run(stored, inputs)
 
     def _plain(self, wanted: Mapping[str, Any]) -> Any:
         tensors, flags = _split(wanted)
         if "encoder_outputs" in wanted:
             tensors["encoder_hidden_states"] = wanted["encoder_outputs"][0]
-        flags |= forward_flags(self._backbone)
+        flags |= self._programs.facts.flags
         output_type, fields = self._run("forward", tensors, flags)
         return output_type(**fields)
 
     def _cached(self, wanted: Mapping[str, Any]) -> Any:
         """One generation step: `prefill` while the cache is empty, `decode` from then on."""
         tensors, flags = _split(wanted)
-        cache = wanted.get("past_key_values")
-        seq2seq = bool(self.config.is_encoder_decoder)
-        if cache is None:
-            cache = (
-                EncoderDecoderCache(DynamicCache(), DynamicCache()) if seq2seq else DynamicCache()
-            )
-        _check_cache(cache)
+        seq2seq = self._programs.facts.encoder_decoder
+        cache: Any = prepared(wanted.get("past_key_values"), seq2seq)
         first = cache.get_seq_length() == 0
-        hidden = None
+        encoded = {}
         if seq2seq:
             hidden = self._encoded(wanted, tensors)
             source = (self.main_input_name, "inputs_embeds")
             tensors = {k: v for k, v in tensors.items() if k not in source}
+            encoded = {"encoder_last_hidden_state": hidden}
             if first:
                 tensors["encoder_hidden_states"] = hidden
         if not first:
             tensors |= flatten_cache(cache)
         output_type, fields = self._run("prefill" if first else "decode", tensors, flags)
-        logits = fields.pop("logits")
-        _fill_cache(cache, fields)
-        extra = {"encoder_last_hidden_state": hidden} if seq2seq else {}
-        return output_type(logits=logits, past_key_values=cache, **extra)
+        present = {k: fields.pop(k) for k in list(fields) if k.startswith("past.")}
+        kept = {}
+        if present or not first:
+            fill(cache, present)
+            kept = {"past_key_values": cache}
+        return output_type(**fields, **kept, **encoded)
 
     def _encoded(self, wanted: Mapping[str, Any], tensors: Mapping[str, Any]) -> torch.Tensor:
         if "encoder_outputs" in wanted:
@@ -150,21 +281,8 @@ class CompiledModel(PreTrainedModel):
         return first
 
 
-def run_program(
-    model: PreTrainedModel,
-    program: Program,
-    inputs: Mapping[str, torch.Tensor],
-    by: Callable[..., Any] | None = None,
-) -> dict[str, Any]:
-    """Run a graph on the tensors that the module tree of `model` (compiled or plain) holds now."""
-    deltas = getattr(model, "deltas", model)
-    fetch = {
-        "parameter": functools.partial(_get, model),
-        "buffer": functools.partial(_get, model),
-        "delta": functools.partial(_get, deltas),
-    }
-    outputs: dict[str, Any] = program.run(fetch, inputs, by)
-    return outputs
+# Finding a graph is bookkeeping: torch.compile sees the graph, and not how it was found.
+_ready = torch.compiler.disable(Programs.ready)  # type: ignore[no-untyped-call]
 
 
 def _split(wanted: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -180,58 +298,19 @@ def _split(wanted: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str
     return tensors, flags
 
 
-def _check_cache(cache: Cache) -> None:
-    parts = (
-        (cache.self_attention_cache, cache.cross_attention_cache)
-        if isinstance(cache, EncoderDecoderCache)
-        else (cache,)
-    )
-    for part in parts:
-        if not isinstance(part, DynamicCache):
-            raise CaptureError(
-                f"a compiled model generates with DynamicCache, not {type(part).__name__}; "
-                "leave `cache_implementation` unset"
-            )
-
-
-def _fill_cache(cache: Cache, present: Mapping[str, torch.Tensor]) -> None:
-    for part in ("self", "cross"):
-        one: Any = getattr(cache, f"{part}_attention_cache", cache)
-        count = sum(k.startswith(f"past.{part}.") for k in present) // 2
-        for i in range(count):
-            key, value = present[f"past.{part}.{i}.key"], present[f"past.{part}.{i}.value"]
-            if len(one.layers) > i and one.layers[i].is_initialized:
-                one.layers[i].keys, one.layers[i].values = key, value
-            else:
-                one.update(key, value, i)
-            if part == "cross":
-                cache.is_updated[i] = True  # type: ignore[attr-defined]
-
-
 class _Encoder(nn.Module):
-    main_input_name = "input_ids"
-
     def __init__(self, model: CompiledModel) -> None:
         super().__init__()
         self.__dict__["model"] = model  # not a submodule: its parameters are the model's
+        self.main_input_name = model.main_input_name
 
-    def forward(self, **kwargs: Any) -> BaseModelOutput:
-        wanted = {k: v for k, v in kwargs.items() if v is not None}
-        tensors, flags = _split(wanted)
-        output_type, fields = self.__dict__["model"]._run("encode", tensors, flags)
+    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutput:
+        model: CompiledModel = self.__dict__["model"]
+        given = dict(zip((self.main_input_name, "attention_mask"), args, strict=False)) | kwargs
+        tensors, flags = _split({k: v for k, v in given.items() if v is not None})
+        output_type, fields = model._run("encode", tensors, flags)
         output: BaseModelOutput = output_type(**fields)
         return output
-
-
-def _get(root: nn.Module, path: str) -> torch.Tensor:
-    owner, _, name = path.rpartition(".")
-    module = _owner(root, owner)
-    value: torch.Tensor = getattr(module, name)
-    return value
-
-
-def _owner(root: nn.Module, path: str) -> nn.Module:
-    return root.get_submodule(path) if path else root
 
 
 def attach(
@@ -240,29 +319,87 @@ def attach(
     transform: Transform,
     form: str = "training",
     activations: Activations | None = None,
+    values: Mapping[str, torch.Tensor] | None = None,
 ) -> CompiledModel:
     """A compiled model over `backbone`. Weights are shared, not copied; only deltas require grad.
 
-    `activations` gives what deltas start as that start as words; without it they are zeros, to be filled.
+    Deltas start as `values` where they are known, by path; nothing is drawn then. `activations` gives what deltas
+    start as that start as words. Raises AttachError where `require_bare` does; the backbone is then as it was.
     """
-    cls: Any = type(backbone)
-    model: CompiledModel = _compiled_class(cls).__new__(_compiled_class(cls))
-    model.__dict__.update(backbone.__dict__)
-    for registry in ("_modules", "_parameters", "_buffers"):
-        model.__dict__[registry] = copy.copy(backbone.__dict__[registry])
-    model.__dict__["_backbone"] = backbone
-    model.__dict__["_programs"] = {}
-    model.__dict__["_transform"] = transform
-    model.__dict__["_required_grad"] = {n: p.requires_grad for n, p in backbone.named_parameters()}
-    model.plan, model.form = plan, form
-    model.deltas = Deltas()
+    require_bare(backbone)
+    deltas = Deltas()
     kind = (backbone.device, backbone.dtype)
-    for parameter, value in started(plan.edits, backbone.get_parameter, *kind, activations):
-        model.deltas.place(parameter.path, value, parameter.trainable)
+    for parameter, value in started(plan.edits, backbone.get_parameter, *kind, activations, values):
+        deltas.place(parameter.path, value, parameter.trainable)
+    deltas.train(backbone.training)
+    model = _blank(type(backbone))
+    own = {"plan": plan, "form": form, "_origin": Origin.of(backbone), "_transform": transform}
+    model.__dict__.update(own, _backbone=backbone)
+    model.__dict__.update({name: vars(backbone)[name] for name in _SHARED})
+    model._modules.update(backbone._modules, deltas=deltas)
+    _connect(model)
     free = {one.path for one in plan.unfrozen}
     for path, weight in backbone.named_parameters():
         weight.requires_grad_(path in free)
     return model
+
+
+def bare_copy(model: CompiledModel) -> PreTrainedModel:
+    """A copy of the backbone, with the `requires_grad` flags that it came with."""
+    backbone = copy.deepcopy(model.backbone)
+    model.__dict__["_origin"].restore_flags(backbone)
+    return backbone
+
+
+def require_bare(model: PreTrainedModel) -> None:
+    """Raise AttachError unless `model` is a bare backbone: not compiled or attached already, and with nothing on
+    the instance in the place of its class's code, which a compiled model would not run."""
+    name = type(model).__name__
+    if isinstance(model, CompiledModel):
+        raise AttachError("the model is compiled already; combine specs in a list: [spec, spec]")
+    if _is_attached(model):
+        raise AttachError(
+            f"this {name} is the backbone of a compiled model; combine specs in a list, or peftc.detach the "
+            "compiled model first, or compile a copy"
+        )
+    for path, module in model.named_modules():
+        place = f"{name}.{path}" if path else name
+        if module._compiled_call_impl is not None:
+            raise AttachError(
+                f"{place} was given `.compile()`, which hides its forward from tracing; compile the model that "
+                "peftc.compile returns instead"
+            )
+    own = [
+        k for k, v in vars(model).items() if callable(v) and callable(getattr(type(model), k, None))
+    ]
+    if own:
+        raise AttachError(
+            f"'{own[0]}' of this {name} was replaced on the instance, and a compiled model runs the class's; "
+            f"restore it (`del model.{own[0]}`; after accelerate, `unwrap_model(model, keep_fp32_wrapper=False)` "
+            "and a fresh model), or subclass the model"
+        )
+
+
+def _blank(cls: Any) -> CompiledModel:
+    """A compiled model of a class, without a backbone yet."""
+    compiled = _compiled_class(cls)
+    model: CompiledModel = compiled.__new__(compiled)
+    nn.Module.__init__(model)
+    return model
+
+
+def _connect(model: CompiledModel) -> None:
+    backbone = model.backbone
+    model.__dict__["_programs"] = Programs(
+        backbone, model.deltas, model.plan.room, model.__dict__["_transform"]
+    )
+    if not _is_attached(backbone):
+        _ATTACHED[backbone] = ref(model)
+
+
+def _is_attached(backbone: PreTrainedModel) -> bool:
+    holder = _ATTACHED.get(backbone)
+    return holder is not None and holder() is not None
 
 
 @functools.cache
@@ -282,11 +419,12 @@ def _compiled_class(cls: Any) -> Any:
 
 
 def detach(model: CompiledModel) -> PreTrainedModel:
-    """The backbone as it was: no deltas, and the `requires_grad` flags it came with.
+    """The backbone as it was: no deltas, the `requires_grad` flags, modes and loss that it came with.
 
     Parameters that the spec unfroze keep what they learned.
     """
-    backbone: PreTrainedModel = model.__dict__["_backbone"]
-    for path, weight in backbone.named_parameters():
-        weight.requires_grad_(model.__dict__["_required_grad"][path])
+    backbone = model.backbone
+    with TRACING:
+        model.__dict__["_origin"].restore(backbone)
+        _ATTACHED.pop(backbone, None)
     return backbone

@@ -19,16 +19,20 @@ from peftc.store.directory import FORMAT, DeltaError
 from peftc.store.fingerprint import fingerprint
 
 
-def save(model: Any, path: Path, stored: bool = False) -> None:
+def save(
+    model: Any, path: Path, stored: bool = False, tensors: Mapping[str, torch.Tensor] | None = None
+) -> None:
     """Write the deltas of a compiled model: `peftc.json` and `model.safetensors`.
+
+    `tensors` are those of its state dict, where its own are parts of them; without it, its own.
 
     With `stored`, what is constant after training is evaluated first (the prefix without its MLP); such
     deltas serve and fold, but a reparametrisation can no longer be trained further.
     """
     plan: Plan = model.plan
-    tensors = {f"deltas.{k}": v for k, v in stored_values(model, stored).items()}
-    weights = dict(model.named_parameters())
-    tensors |= {one.path: weights[one.path].detach() for one in plan.unfrozen}
+    given = _given(model, tensors)
+    written = {f"deltas.{k}": v for k, v in stored_values(model, stored, given).items()}
+    written |= {one.path: given[one.path].detach() for one in plan.unfrozen}
     form = "stored" if stored else model.form
     manifest = {
         "format": FORMAT,
@@ -41,10 +45,26 @@ def save(model: Any, path: Path, stored: bool = False) -> None:
             "name": model.config.name_or_path,
             "class": type(model).__name__,
             "labels": _labels(model),
-            "fingerprint": fingerprint(model, frozenset(one.path for one in plan.unfrozen)),
+            "fingerprint": fingerprint(model, frozenset(one.path for one in plan.unfrozen), given),
         },
     }
-    write(path, manifest, tensors)
+    write(path, manifest, written)
+
+
+def _given(model: Any, tensors: Mapping[str, torch.Tensor] | None) -> Mapping[str, torch.Tensor]:
+    """Every tensor of the model by its path, those of a state dict first. Raises DeltaError when it lacks a
+    delta."""
+    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    if tensors is None:
+        return own
+    learned = {f"deltas.{path}" for path in model.deltas.values()}
+    learned |= {one.path for one in model.plan.unfrozen}
+    lacking = sorted(learned - tensors.keys())
+    if lacking:
+        raise DeltaError(
+            f"the state_dict lacks '{lacking[0]}' ({len(lacking)} missing); give that of the compiled model"
+        )
+    return {**own, **tensors}
 
 
 def _labels(model: Any) -> dict[str, Any]:
@@ -53,9 +73,11 @@ def _labels(model: Any) -> dict[str, Any]:
     return {k: config[k] for k in ("id2label", "label2id") if k in config}
 
 
-def stored_values(model: Any, stored: bool) -> dict[str, torch.Tensor]:
-    """The delta tensors by path, constants evaluated when `stored`."""
-    values: dict[str, torch.Tensor] = model.deltas.values()
+def stored_values(
+    model: Any, stored: bool, given: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The delta tensors by path, constants evaluated when `stored`; `given` has them by their path in the model."""
+    values = {path: given[f"deltas.{path}"] for path in model.deltas.values()}
     if not stored:
         return values
     found: dict[str, torch.Tensor] = {}

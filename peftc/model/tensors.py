@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Protocol
 
 import torch
@@ -20,16 +20,18 @@ class Deltas(nn.Module):
     """A tree of modules that follows the paths of the delta tensors; it computes nothing itself."""
 
     def place(self, path: str, value: torch.Tensor, trainable: bool) -> None:
-        owner, last = self, path
-        while "." in last:
-            head, _, last = last.partition(".")
-            if head not in owner._modules:
-                owner.add_module(head, Deltas())
-            owner = owner._modules[head]  # type: ignore[assignment]
+        """Paths follow the backbone's, whose names are its own: one called `half` or `type` stands in the
+        registries like any other, and torch's method of that name stays."""
+        *owners, last = path.split(".")
+        owner: nn.Module = self
+        for name in owners:
+            if name not in owner._modules:
+                owner._modules[name] = nn.Module()
+            owner = owner._modules[name]  # type: ignore[assignment]
         if trainable:
-            owner.register_parameter(last, nn.Parameter(value))
+            owner._parameters[last] = nn.Parameter(value)
         else:
-            owner.register_buffer(last, value)
+            owner._buffers[last] = value
 
     def values(self) -> dict[str, torch.Tensor]:
         """Every delta tensor by its path, frozen ones too."""
@@ -42,15 +44,20 @@ def started(
     device: torch.device,
     dtype: torch.dtype,
     activations: Activations | None = None,
+    values: Mapping[str, torch.Tensor] | None = None,
 ) -> Iterator[tuple[Parameter, torch.Tensor]]:
-    """Every parameter of a plan, shared ones once, and what it starts as; `read` fetches a backbone weight."""
+    """Every parameter of a plan, shared ones once, and what it starts as; `read` fetches a backbone weight.
+
+    `values` are what they start as where that is known, by path: then nothing is drawn or computed."""
     seen: set[str] = set()
     for edit in edits:
         for parameter in edit.parameters:
             if parameter.path in seen:
                 continue
             seen.add(parameter.path)
-            if parameter.formula is None or device.type == "meta":
+            if values is not None:
+                yield parameter, values[parameter.path].detach().to(device, dtype, copy=True)
+            elif parameter.formula is None or device.type == "meta":
                 yield parameter, initial(parameter, device, dtype)
             else:
                 yield parameter, _formed(edit, parameter, read, activations).to(device, dtype)

@@ -13,10 +13,12 @@ from torch import fx
 from transformers import PreTrainedModel
 
 from peftc.errors import PeftcError
+from peftc.graph.arguments import argument
+from peftc.graph.facts import ModelFacts
 from peftc.graph.program import Program, Read, Value
 from peftc.language.spec import Words
 from peftc.model import backbones
-from peftc.model.compiled import run_program
+from peftc.model.running import run_program
 from peftc.plan.edit import Edit
 from peftc.sites.index import Index
 from peftc.sites.kinds import KINDS
@@ -59,7 +61,7 @@ class Activations:
             ids = torch.tensor([list(islice(cycle(self._ids(words)), length))])
             ids = ids.to(self.model.device)
             inputs = {
-                name: ids if name.endswith("input_ids") else torch.ones_like(ids)
+                name: ids if argument(name).role == "ids" else torch.ones_like(ids)
                 for name in self.program.inputs
             }
             with torch.no_grad():
@@ -67,8 +69,9 @@ class Activations:
         return self._runs[key]
 
     def _ids(self, words: Words) -> tuple[int, ...]:
-        if self.model.main_input_name != "input_ids":
-            raise WordsError(f"{type(self.model).__name__} reads no words")
+        facts = ModelFacts.read(self.model)
+        if argument(facts.main_input).role != "ids":
+            raise WordsError(f"{facts.name} reads no words")
         if isinstance(words, str):
             words = self._tokens(words)
         table: Any = self.model.get_input_embeddings().weight

@@ -9,8 +9,6 @@ from functools import cached_property
 from itertools import groupby
 from math import prod
 
-from torch import nn
-
 from peftc.errors import PeftcError, suggest
 from peftc.graph.rows import Room
 from peftc.language import expr as ex
@@ -293,8 +291,6 @@ def _paths(placed: Iterable[Placed]) -> set[str]:
 
 
 def _parameter(param: Param, site: Site, entry: Entry, label: str) -> Parameter:
-    if hasattr(nn.Module, param.name):
-        raise ex.ExprError(0, f"'{param.name}' is a name that torch's modules use; choose another")
     sizes = {**entry.arguments, **site.dims}
     shape = tuple(_size(dim, sizes, param) for dim in param.shape)
     group = {

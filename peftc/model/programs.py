@@ -1,0 +1,182 @@
+"""Programs: the rewritten graphs of one compiled model, each for one state of it and one kind of inputs."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from peftc.graph.arguments import layout
+from peftc.graph.capture import TRACING, Labels, capture, settings, signature
+from peftc.graph.facts import ModelFacts
+from peftc.graph.program import Program
+from peftc.graph.rows import Room
+from peftc.graph.state import Fingerprint, Watch, fingerprint
+from peftc.model.running import Runner
+
+# Rewrites a captured Program in place, for deltas of the given kinds by path.
+Transform = Callable[[Program, Mapping[str, torch.dtype]], None]
+BOUND = 32
+
+
+@dataclass(frozen=True)
+class State:
+    """What a graph depends on beside its inputs: all that tracing sees of the backbone, the kinds of the deltas."""
+
+    seen: Fingerprint
+    dtypes: tuple[tuple[str, torch.dtype], ...]
+
+
+class Programs:
+    """The graph used is always the one for the state of now. At most `bound` graphs are kept, the latest used.
+
+    A graph is captured when it is first asked for; threads take turns at that.
+    """
+
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        deltas: nn.Module,
+        room: Room,
+        transform: Transform,
+        bound: int = BOUND,
+    ) -> None:
+        self._backbone, self._deltas = backbone, deltas
+        self._room, self._transform, self._bound = room, transform, bound
+        self._watch = Watch(backbone, deltas)
+        self._runners: OrderedDict[Hashable, Runner] = OrderedDict()
+        self._states: dict[State, int] = {}
+        self._numbers = itertools.count()
+        self._told: set[str] = set()
+        self._count = -1
+        with TRACING:
+            self._look()
+
+    def __len__(self) -> int:
+        return len(self._runners)
+
+    @property
+    def facts(self) -> ModelFacts:
+        """What the backbone said of itself when a graph was last asked for."""
+        return self._facts
+
+    def program(self, entry: str, inputs: Mapping[str, Any], flags: Mapping[str, Any]) -> Program:
+        """The rewritten graph for an entry and this kind of inputs."""
+        with TRACING:
+            return self._find(entry, inputs, flags).program
+
+    def adopt(
+        self,
+        program: Program,
+        inputs: Mapping[str, Any],
+        flags: Mapping[str, Any],
+        seen: Fingerprint,
+    ) -> None:
+        """Use a graph that was captured when the backbone was as `seen`, instead of capturing it again."""
+        with TRACING:
+            self._look()
+            labels = layout(inputs, program.entry, self._facts.encoder_decoder)
+            state = replace(self._state, seen=seen)
+            self._keep(self._key(program.entry, inputs, flags, labels, state), program)
+
+    def ready(
+        self, entry: str, inputs: Mapping[str, Any], flags: Mapping[str, Any]
+    ) -> tuple[Runner, list[torch.Tensor]]:
+        """The graph with the stored tensors as they are now."""
+        with TRACING:
+            runner = self._find(entry, inputs, flags)
+            return runner, runner.fetch(self._count)
+
+    def _find(self, entry: str, inputs: Mapping[str, Any], flags: Mapping[str, Any]) -> Runner:
+        self._look()
+        labels = layout(inputs, entry, self._facts.encoder_decoder)
+        runner = self._kept(entry, inputs, flags, labels)
+        outside = [one for one in runner.program.bounds if not _holds(one, inputs)]
+        if outside:
+            fixed = {(one.name, one.axis) for one in outside}
+            labels = {
+                k: tuple(None if (k, i) in fixed else a for i, a in enumerate(axes))
+                for k, axes in labels.items()
+            }
+            runner = self._kept(entry, inputs, flags, labels)
+        return runner
+
+    def _kept(
+        self, entry: str, inputs: Mapping[str, Any], flags: Mapping[str, Any], labels: Labels
+    ) -> Runner:
+        key = self._key(entry, inputs, flags, labels, self._state)
+        if key in self._runners:
+            self._runners.move_to_end(key)
+            return self._runners[key]
+        seen = self._state.seen
+        program = capture(self._backbone, entry, inputs, flags, self._room, labels, seen)
+        return self._keep(key, program)
+
+    def _keep(self, key: Hashable, program: Program) -> Runner:
+        self._transform(program, dict(self._state.dtypes))
+        roots: dict[str, nn.Module] = {
+            "parameter": self._backbone,
+            "buffer": self._backbone,
+            "delta": self._deltas,
+        }
+        self._runners[key] = runner = Runner(program, roots)
+        while len(self._runners) > self._bound:
+            self._runners.popitem(last=False)
+        used = {self._number, *(one[0] for one in self._runners)}  # type: ignore[index]
+        self._states = {state: i for state, i in self._states.items() if i in used}
+        return runner
+
+    def _key(
+        self,
+        entry: str,
+        inputs: Mapping[str, Any],
+        flags: Mapping[str, Any],
+        labels: Labels,
+        state: State,
+    ) -> Hashable:
+        number = self._number if state is self._state else self._numbered(state)
+        return (number, entry, signature(inputs, labels), settings(flags))
+
+    def _numbered(self, state: State) -> int:
+        if state not in self._states:
+            self._states[state] = next(self._numbers)
+        return self._states[state]
+
+    def _look(self) -> None:
+        """Take in what changed since the last call."""
+        count = self._watch.look()
+        if count == self._count:
+            return
+        self._facts = ModelFacts.read(self._backbone)
+        dtypes = {**dict(self._deltas.named_parameters()), **dict(self._deltas.named_buffers())}
+        self._state = State(
+            fingerprint(self._backbone), tuple((k, v.dtype) for k, v in dtypes.items())
+        )
+        self._number = self._numbered(self._state)
+        self._count = count
+        self._tell(set(self._watch.hooked) - self._told)
+
+    def _tell(self, hooked: set[str]) -> None:
+        """A hook is Python that a graph does not hold."""
+        if not hooked:
+            return
+        self._told |= hooked
+        names = [f"'{path}'" if path else "the backbone itself" for path in sorted(hooked)]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        warnings.warn(
+            f"hooks on {', '.join(names[:3])}{more} do not run: a compiled model runs graphs, not the backbone's "
+            "modules. Register hooks on the compiled model, or read a module's values from its outputs",
+            stacklevel=6,
+        )
+
+
+def _holds(bound: Any, inputs: Mapping[str, Any]) -> bool:
+    size: int = inputs[bound.name].shape[bound.axis]
+    return bool(bound.least <= size <= bound.most)

@@ -1,0 +1,253 @@
+"""Running: a Program on the tensors that a module tree holds now."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from peftc.graph.program import Program, Slot
+
+# Where a tensor lives: the dict of a module's parameters or buffers, and its name there.
+Place = tuple[dict[str, Any], str]
+# Of the slots, those whose values a trained delta is made of.
+_LEARNED = ("parameter", "delta")
+_VERSION = operator.attrgetter("_version")
+
+
+def run_program(
+    model: nn.Module,
+    program: Program,
+    inputs: Mapping[str, torch.Tensor],
+    by: Callable[..., Any] | None = None,
+) -> dict[str, Any]:
+    """Run a graph (`by` an interpreter of it) on the tensors that `model`, compiled or plain, holds now."""
+    stored = [registry[name] for registry, name in places(program, roots_of(model))]
+    return program.structured((by or program.module)(*_arguments(program, stored, inputs)))
+
+
+def roots_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The module tree that each kind of stored slot is looked up in."""
+    deltas = model._modules.get("deltas") or model
+    return {"parameter": model, "buffer": model, "delta": deltas}
+
+
+def places(program: Program, roots: Mapping[str, nn.Module]) -> list[Place]:
+    """Where the stored slots of a Program are, in order."""
+    return [
+        (program.constants, slot.name) if slot.kind == "constant" else place(roots[slot.kind], slot)
+        for slot in program.order()
+        if slot.kind != "input"
+    ]
+
+
+def place(root: nn.Module, slot: Slot) -> Place:
+    owner, _, name = slot.name.rpartition(".")
+    module = submodule(root, owner)
+    for registry in (module._parameters, module._buffers, vars(module)):
+        if name in registry:
+            return registry, name
+    raise AttributeError(f"{type(module).__name__} '{owner}' has no tensor '{name}' any more")
+
+
+def submodule(root: nn.Module, path: str) -> nn.Module:
+    """As torch's `get_submodule`, for modules of any name: one called `half` is no method."""
+    module = root
+    for name in path.split(".") if path else ():
+        module = module._modules[name]  # type: ignore[assignment]
+    return module
+
+
+def _arguments(
+    program: Program, stored: Sequence[torch.Tensor], inputs: Mapping[str, torch.Tensor]
+) -> list[torch.Tensor]:
+    rest = iter(stored)
+    return [inputs[s.name] if s.kind == "input" else next(rest) for s in program.order()]
+
+
+class Runner:
+    """A Program with its slots found in the registries of one model.
+
+    Slots are found once, and again when the model has changed; tensors are fetched at each call. What inserted
+    nodes compute of parameters alone is, in evaluation without gradients, computed once, and again when one of
+    these parameters is another tensor, was written to, or the model has changed. torch counts no write through
+    `.data`: after one, switch the mode.
+    """
+
+    def __init__(self, program: Program, roots: Mapping[str, nn.Module]) -> None:
+        self.program = program
+        self._roots = roots
+        self._module = program.module.forward
+        self._names = [s.name if s.kind == "input" else None for s in program.order()]
+        self._flat = _flat_fields(program)
+        self._places: list[Place] = []
+        self._changes = -1
+        self._split = None if program.training else split(program)
+        self._known: _Known | None = None
+
+    def fetch(self, changes: int) -> list[torch.Tensor]:
+        """The stored tensors as they are now; `changes` counts how often the model changed."""
+        if self._changes != changes:
+            self._places = places(self.program, self._roots)
+            self._changes, self._known = changes, None
+        return [registry[name] for registry, name in self._places]
+
+    def run(
+        self, stored: Sequence[torch.Tensor], inputs: Mapping[str, torch.Tensor]
+    ) -> dict[str, Any]:
+        """The fields of the output, of what `fetch` gave and the inputs."""
+        if self._split is not None and _settled(reads := [stored[i] for i in self._split.reads]):
+            rest = [stored[i] for i in self._split.keeps]
+            computed = self._computed(self._split, reads)
+            given = [inputs[name] for name in self._split.inputs]
+            return self._fields(self._split.rest(*rest, *given, *computed))
+        left = iter(stored)
+        arguments = [next(left) if name is None else inputs[name] for name in self._names]
+        return self._fields(self._module(*arguments))
+
+    def _fields(self, results: Any) -> dict[str, Any]:
+        if self._flat is None:
+            return self.program.structured(results)
+        return dict(zip(self._flat, results, strict=True))
+
+    def _computed(self, parts: Split, reads: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+        known, now = self._known, _Known.of(reads)
+        if known is None or not known.same(now):
+            now.values = parts.head(*reads)
+            self._known = known = now
+        return known.values
+
+
+@dataclass
+class _Known:
+    """What was computed, and of which tensors in which version under which rule of precision."""
+
+    tensors: list[torch.Tensor]
+    versions: list[int]
+    pointers: list[int]
+    rule: tuple[Any, ...]
+    values: Sequence[torch.Tensor] = ()
+
+    @staticmethod
+    def of(tensors: list[torch.Tensor]) -> _Known:
+        kind = tensors[0].device.type
+        cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        return _Known(
+            tensors,
+            list(map(_VERSION, tensors)),
+            list(map(torch.Tensor.data_ptr, tensors)),
+            (cast, torch.is_inference_mode_enabled()),
+        )
+
+    def same(self, now: _Known) -> bool:
+        return (
+            self.versions == now.versions
+            and self.pointers == now.pointers
+            and self.rule == now.rule
+            and all(map(operator.is_, self.tensors, now.tensors))
+        )
+
+
+_TENSORS = {torch.Tensor, nn.Parameter}
+
+
+def _settled(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether what is computed of `tensors` now may be kept: no gradient, nobody tracing, torch counts writes."""
+    return (
+        not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and set(map(type, tensors)) <= _TENSORS
+        and not any(one.is_inference() for one in tensors)
+        and _get_current_dispatch_mode() is None
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+def _flat_fields(program: Program) -> list[str] | None:
+    """The names of the output's fields where each is one tensor."""
+    spec = program.out_spec
+    leaves = spec.type is dict and all(child.is_leaf() for child in spec.children())
+    return list(spec.context) if leaves else None
+
+
+@dataclass(frozen=True)
+class Split:
+    """A graph in two. `head` makes of the stored tensors at `reads` what the `rest` takes behind those at `keeps`
+    and its `inputs`."""
+
+    head: Callable[..., Any]
+    rest: Callable[..., Any]
+    reads: tuple[int, ...]
+    keeps: tuple[int, ...]
+    inputs: tuple[str, ...]
+
+
+def split(program: Program) -> Split | None:
+    """The maximal subgraphs of inserted nodes that read parameters and deltas alone, apart; None without any."""
+    alone = _alone(program)
+    ends = [
+        node
+        for node in alone
+        if node.op == "call_function" and any(user not in alone for user in node.users)
+    ]
+    if not ends:
+        return None
+    stored = [n for n in program.graph.nodes if n.op == "placeholder" and _kind(program, n)]
+    inputs = [n for n in program.graph.nodes if n.op == "placeholder" and not _kind(program, n)]
+    inner = {n for n in alone if n.op == "call_function"}
+    reads = [n for n in stored if any(user in inner for user in n.users)]
+    keeps = [n for n in stored if any(user not in inner for user in n.users)]
+    head, rest = fx.Graph(), fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {n: head.placeholder(n.name) for n in reads}
+    for node in program.graph.nodes:
+        if node in inner:
+            copies[node] = head.node_copy(node, copies.__getitem__)
+    head.output(tuple(copies[node] for node in ends))
+    copies = {n: rest.placeholder(n.name) for n in (*keeps, *inputs, *ends)}
+    for node in program.graph.nodes:
+        if node not in inner and node not in copies and node not in stored:
+            copies[node] = rest.node_copy(node, copies.__getitem__)
+    at = {node: i for i, node in enumerate(stored)}
+    return Split(
+        fx.GraphModule(program.module, head).forward,
+        fx.GraphModule(program.module, rest).forward,
+        tuple(at[n] for n in reads),
+        tuple(at[n] for n in keeps),
+        tuple(program.slots[n.name].name for n in inputs),
+    )
+
+
+def _kind(program: Program, node: fx.Node) -> str:
+    """The kind of a stored slot; nothing for an input."""
+    kind = program.slots[node.name].kind
+    return "" if kind == "input" else kind
+
+
+def _alone(program: Program) -> dict[fx.Node, None]:
+    """Learned placeholders, and the inserted nodes that read nothing else and always give the same."""
+    found: dict[fx.Node, None] = {}
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            fits = _kind(program, node) in _LEARNED
+        else:
+            fits = (
+                node.op == "call_function"
+                and "delta" in node.meta
+                and all(one in found for one in node.all_input_nodes)
+                and not _draws(node.target)
+            )
+        if fits:
+            found[node] = None
+    return found
+
+
+def _draws(target: Any) -> bool:
+    """Whether an op takes random numbers or writes to what it is given."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    return torch.Tag.nondeterministic_seeded in target.tags or target._schema.is_mutable
