@@ -16,11 +16,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from peftc.cli.tables import paper_percent
 from peftc.driver import plans
 from peftc.language.reader import load_spec
 from peftc.language.shelf import directory
 from peftc.model import backbones
+from peftc.plan.design import paper_percent
 
 BART, ROBERTA = "facebook/bart-large", "roberta-base"
 ROUNDED = "rounded, not cut"

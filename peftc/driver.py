@@ -38,6 +38,7 @@ from peftc.sites.site import Site
 from peftc.store import deltas as delta
 from peftc.store.directory import MANIFEST, DeltaError, read_manifest
 
+Batch = Mapping[str, torch.Tensor]
 SpecLike = Spec | str | Path | Sequence[Spec | str | Path]
 
 
@@ -86,9 +87,7 @@ def as_specs(spec: SpecLike) -> tuple[Spec, ...]:
     return tuple(found for one in spec for found in as_specs(one))
 
 
-def plan(
-    model: PreTrainedModel, spec: SpecLike, *, example: Mapping[str, torch.Tensor] | None = None
-) -> Plan:
+def plan(model: PreTrainedModel, spec: SpecLike, *, example: Batch | None = None) -> Plan:
     """Decide what `spec` does to `model`, without changing anything. Works on the meta device too.
 
     `example` is one batch by argument name, needed only where the inputs cannot be guessed.
@@ -107,9 +106,7 @@ class Captured:
     seen: Fingerprint
 
 
-def _captured(
-    model: PreTrainedModel, example: Mapping[str, torch.Tensor] | None, trace: Trace
-) -> Captured:
+def _captured(model: PreTrainedModel, example: Batch | None, trace: Trace) -> Captured:
     inputs, flags = example or dummy_inputs(model), forward_flags(model)
     with evaluating(model):
         seen = fingerprint(model)
@@ -157,9 +154,7 @@ def within(model: PreTrainedModel, specs: Sequence[Spec], budget: str) -> list[S
     return [solve(spec, budget, planner) for spec in specs]
 
 
-def survey(
-    model: PreTrainedModel, *, example: Mapping[str, torch.Tensor] | None = None
-) -> tuple[Site, ...]:
+def survey(model: PreTrainedModel, *, example: Batch | None = None) -> tuple[Site, ...]:
     """Every site of a model, in the order of the kinds of sites. Works on the meta device."""
     program = _captured(model, example, Trace()).program
     return Survey.of(program, Stacks.read(model)).sites
@@ -169,7 +164,7 @@ def compile(  # the name that users of torch expect
     model: PreTrainedModel,
     spec: SpecLike,
     *,
-    example: Mapping[str, torch.Tensor] | None = None,
+    example: Batch | None = None,
     trace: Trace | None = None,
 ) -> CompiledModel:
     """A model of the same class whose forward runs graphs with the deltas of `spec` inserted.
@@ -182,7 +177,26 @@ def compile(  # the name that users of torch expect
     captured = _captured(model, example, trace)
     plan = _plan(model, as_specs(spec), captured)
     activations = Activations(model, captured.program)
-    return _attach(model, plan, trace, captured=captured, activations=activations)
+    compiled = _attach(model, plan, trace, captured=captured, activations=activations)
+    return _remembering(compiled, example)
+
+
+def _remembering(model: CompiledModel, example: Batch | None) -> CompiledModel:
+    """The model with the batch that it was captured with, so that no later verb need be told again."""
+    model.example = example
+    return model
+
+
+def sample(model: PreTrainedModel, example: Batch | None = None) -> dict[str, torch.Tensor]:
+    """One batch for a certificate: the `example` given, now or to `compile`, else a seeded one; by argument
+    name, on the model's device, floating ones in its type."""
+    known = example or getattr(model, "example", None)
+    if known is None:
+        return seeded_inputs(model)
+    return {
+        name: one.to(model.device, model.dtype if one.is_floating_point() else one.dtype)
+        for name, one in known.items()
+    }
 
 
 def _attach(
@@ -201,10 +215,18 @@ def _attach(
     return compiled
 
 
-def load(path: str | Path, backbone: PreTrainedModel | None = None) -> CompiledModel:
+def load(
+    path: str | Path,
+    backbone: PreTrainedModel | None = None,
+    *,
+    example: Batch | None = None,
+) -> CompiledModel:
     """Deltas from disk on their backbone: the one given, or the one that their manifest names.
 
-    Raises DeltaError when the directory is damaged or the backbone is another one.
+    `backbone` is not copied: it is frozen as `compile` does, and parameters that the spec unfroze take the
+    saved values. `example` is one batch by argument name, needed only where the inputs cannot be guessed.
+    Raises DeltaError when the directory is damaged, half written, or the backbone is another one;
+    then the backbone is as it was.
     """
     path = Path(path)
     manifest = read_manifest(path)
@@ -212,7 +234,7 @@ def load(path: str | Path, backbone: PreTrainedModel | None = None) -> CompiledM
         backbone = _named_backbone(manifest)
     require_bare(backbone)
     trace = Trace()
-    captured = _captured(backbone, None, trace)
+    captured = _captured(backbone, example, trace)
     plan = _restored_plan(
         manifest, path, _plan(backbone, [delta.spec_of(manifest, path)], captured)
     )
@@ -227,7 +249,7 @@ def load(path: str | Path, backbone: PreTrainedModel | None = None) -> CompiledM
     with torch.no_grad():
         for name in unfrozen:
             weights[name].copy_(tensors[name])
-    return model
+    return _remembering(model, example)
 
 
 def _restored_plan(manifest: Mapping[str, Any], path: Path, plan: Plan) -> Plan:
@@ -263,13 +285,14 @@ def merge(
     model: CompiledModel,
     *,
     tolerance: float | None = None,
+    example: Batch | None = None,
     trace: Trace | None = None,
 ) -> tuple[PreTrainedModel, Report]:
     """Fold what algebra can fold into a copy of the backbone, in float64, cast once.
 
     Returns a plain Hugging Face model when everything folded; otherwise a compiled model with what is
     left over the folded backbone. The report names every delta, and what kept it if it stayed. Unfolded
-    and folded are compared on a seeded batch: raises MergeError when an output moves by more than
+    and folded are compared on a seeded batch (`example`, where inputs cannot be guessed): raises MergeError when an output moves by more than
     `tolerance` of the largest one; without it, by more than rounding (`peftc.rewrite.tolerance`). `model` stays
     as it is.
     """
@@ -286,8 +309,9 @@ def merge(
     if folding.edits:
         edits = tying.anchored(folding.edits, folding.separable if apart else frozenset())
         plan = left.keep(model.plan, edits)
-        merged = _attach(backbone, plan, trace, "stored", values=folding.tensors)
-    report = _report(model, merged, folding)
+        rest = _attach(backbone, plan, trace, "stored", values=folding.tensors)
+        merged = _remembering(rest, example or model.example)
+    report = _report(model, merged, folding, sample(model, example))
     limit = rounding(report.scale, model.dtype) if tolerance is None else tolerance * report.scale
     _require_equal(report, limit)
     return merged, report
@@ -333,8 +357,9 @@ def fold(
     return backbone, folding
 
 
-def _report(model: CompiledModel, merged: PreTrainedModel, folding: Folding) -> Report:
-    inputs = seeded_inputs(model)
+def _report(
+    model: CompiledModel, merged: PreTrainedModel, folding: Folding, inputs: Batch
+) -> Report:
     before, after = outputs(model, inputs), outputs(merged, inputs)
     bare = outputs(model.backbone, inputs)
     return Report(

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 
 from peftc import driver
 from peftc.errors import PeftcError
-from peftc.graph.arguments import seeded_inputs
 from peftc.language.expr import Name, substitute
 from peftc.language.ports import SITES, STORED
 from peftc.language.reader import load_spec
@@ -46,11 +45,17 @@ class Pruning:
     scale: float
 
 
-def prune(model: CompiledModel, keep: str | int = "0.5%") -> tuple[CompiledModel, Pruning]:
+def prune(
+    model: CompiledModel,
+    keep: str | int = "0.5%",
+    *,
+    example: driver.Batch | None = None,
+) -> tuple[CompiledModel, Pruning]:
     """Keep the entries of largest magnitude of what the deltas change, over all weights together.
 
     `keep` is a share of the backbone's parameters, cut to a whole number as a budget's, or a number; of
-    equal entries the model's earlier ones stay. The deltas may be of any method that folds into the
+    equal entries the model's earlier ones stay. `example` is one batch by argument name, where inputs cannot be
+    guessed. The deltas may be of any method that folds into the
     weights. What trains of the backbone itself (a task head) is not cut: deltas at it become part of it.
 
     Returns a new model on a copy of the backbone, with a `sparse_difference` at each weight where something
@@ -72,9 +77,13 @@ def prune(model: CompiledModel, keep: str | int = "0.5%") -> tuple[CompiledModel
     changed = sum(int(torch.count_nonzero(one)) for one in differences.values())
     count = _count(keep, changed, model.plan.parameters.backbone)
     masks = largest(differences, count)
-    pruned = driver.compile(backbone, _spec(model.plan, [k for k, v in masks.items() if v.any()]))
+    pruned = driver.compile(
+        backbone,
+        _spec(model.plan, [k for k, v in masks.items() if v.any()]),
+        example=example or model.example,
+    )
     _fill(pruned, differences, masks)
-    inputs = seeded_inputs(model)
+    inputs = driver.sample(model, example)
     before, after = driver.outputs(model, inputs), driver.outputs(pruned, inputs)
     moved, scale = verify.difference(after, before), verify.magnitude(before)
     return pruned, Pruning(count, changed, model.plan.parameters.backbone, moved, scale)

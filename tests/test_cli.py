@@ -14,7 +14,7 @@ import torch
 from conftest import Run, saved, tiny
 from transformers import AutoModelForSequenceClassification, BertTokenizer, PreTrainedModel
 
-from peftc.cli.main import COMMANDS
+from peftc.cli.main import COMMANDS, command
 from peftc.store.fingerprint import fingerprint
 
 BART = ("--model", "facebook/bart-large", "--random-weights")
@@ -258,6 +258,36 @@ def test_help_teaches_by_example(run: Run, command: str) -> None:
     assert max(map(len, out.splitlines())) <= 80
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_list_says_what_the_help_of_a_command_says(name: str) -> None:
+    assert COMMANDS[name][1] == (command(name).__doc__ or "").splitlines()[0]
+
+
+def test_a_terminal_sees_that_a_command_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("sys.stderr", Terminal())
+    command("plan")
+    assert "loading" in sys.stderr.getvalue()
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["specs"], ["schema"], ["specs", "lora"], ["new", "x"]]
+)
+def test_what_needs_no_torch_does_not_load_it(arguments: list[str], tmp_path: Path) -> None:
+    script = f"import sys; from peftc.cli.main import main; main({arguments!r}); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, cwd=tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and not Path("/proc/version").exists(), reason="no such file")
+def test_a_file_that_cannot_be_written_is_told(run: Run, lora: Path) -> None:
+    code, _, err = run("merge", lora, "-o", "/proc/version/merged")
+    assert code == 1 and "Traceback" not in err and "/proc/version" in err
+
+
 def test_our_fault_is_exit_2_with_a_traceback(
     run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -287,11 +317,6 @@ def test_a_pipe_gets_plain_text(folder: Path) -> None:
     assert done.stdout.isascii() or set(done.stdout) - set(map(chr, range(128))) <= set("λΔ")
     assert max(map(len, done.stdout.splitlines())) <= 80
     assert done.stderr.splitlines()[1:] == ["tracing and planning ..."]
-
-
-def test_the_language_needs_no_torch() -> None:
-    script = "import sys; from peftc.cli.main import main; main(['specs']); assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
 
 
 def test_plan_lists_the_sites_of_a_model(run: Run, folder: Path) -> None:

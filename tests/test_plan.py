@@ -132,7 +132,10 @@ def test_deltas_are_refused_where_they_do_not_belong(tmp_path: Path) -> None:
     tensors = {k: v.clone() for k, v in load_file(file).items()}  # the file is mapped, and changes
     data = file.read_bytes()
     file.write_bytes(data[: len(data) // 2])
-    assert "cannot be read" in refusal(backbone=tiny("bert"))
+    assert "is damaged" in refusal(backbone=tiny("bert"))
+    manifest = json.loads((here / "peftc.json").read_text())
+    del manifest["files"]  # as it was written before there were digests
+    (here / "peftc.json").write_text(json.dumps(manifest))
     name = next(iter(tensors))
     save_file({k: v for k, v in tensors.items() if k != name}, file)
     assert f"lacks '{name}' (1 missing, 0 unknown)" in refusal(backbone=tiny("bert"))

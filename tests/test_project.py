@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
 import re
@@ -92,9 +93,31 @@ def test_pins_meet_the_ranges() -> None:
     extras = project["optional-dependencies"]
     for text in (*project["dependencies"], *extras["cpu"], *extras["metrics"], *extras["dev"]):
         wanted = Requirement(text)
-        if wanted.name != "evaluate":  # optional for optional: left to the resolver
-            found = {k.lower(): v for k, v in pins.items()}[wanted.name.lower()]
-            assert wanted.specifier.contains(found), f"{text} but {found}"
+        found = {k.lower(): v for k, v in pins.items()}[wanted.name.lower()]
+        assert wanted.specifier.contains(found), f"{text} but {found}"
+
+
+# Packages that are imported under another name, and those that another one needs.
+MODULES = {"pyyaml": "yaml", "onnx-ir": "onnx_ir", "rouge-score": "rouge_score", "accelerate": ""}
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_imported() -> None:
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    said = [*project["dependencies"], *extras["cpu"], *extras["metrics"]]
+    names = [Requirement(text).name.lower() for text in said]
+    declared = {MODULES.get(name, name) for name in names} - {""}
+    imported = set()
+    for file in (*(ROOT / "peftc").rglob("*.py"), *(ROOT / "passes").glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                imported.add(node.module.partition(".")[0])
+    foreign = imported - sys.stdlib_module_names - {"peftc", "passes"}
+    assert foreign == declared
 
 
 def test_every_example_has_its_arguments() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -352,8 +353,12 @@ BROKEN: dict[str, tuple[Damage, str]] = {
 
 @pytest.fixture(scope="module")
 def pruned_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Deltas of before manifests had digests: what a file holds is checked by itself too."""
     path = tmp_path_factory.mktemp("pruned")
     peftc.prune(differing("bert"), "1%")[0].save_pretrained(path)
+    manifest = json.loads((path / "peftc.json").read_text())
+    del manifest["files"]
+    (path / "peftc.json").write_text(json.dumps(manifest))
     return path / "model.safetensors"
 
 

@@ -47,3 +47,14 @@ def step(what: str) -> Iterator[Callable[[str], None]]:
 
     line(what)
     yield line
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """A spinner for whoever looks at a terminal; nothing in a pipe."""
+    out = console(stderr=True)
+    if out.is_terminal:
+        with out.status(what):
+            yield
+    else:
+        yield

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 import typer
 from typer.exceptions import TyperException
 
+from peftc.cli.console import waiting
 from peftc.errors import PeftcError
 
 DONE, YOURS, OURS = 0, 1, 2
@@ -62,9 +63,11 @@ peftc run bundle "some text"
 
 
 def command(name: str) -> Callable[..., None]:
-    """The function behind a command; loads its module."""
+    """The function behind a command; loads its module, which on a terminal says so while torch loads."""
     module, _, function = COMMANDS[name][0].partition(":")
-    found: Callable[..., None] = getattr(importlib.import_module(f"peftc.cli.{module}"), function)
+    with waiting("loading"):
+        home = importlib.import_module(f"peftc.cli.{module}")
+    found: Callable[..., None] = getattr(home, function)
     return found
 
 
@@ -107,10 +110,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `peftc specs | head`
         sys.stderr.close()
         return DONE
+    except OSError as error:  # a file that cannot be read or written, a full disk
+        if error.filename is None:
+            return _bug()
+        return _fail(f"{error.filename}: {error.strerror}")
     except Exception:  # the boundary: everything else is a bug of peftc
-        traceback.print_exc()
-        return _fail("this is a bug of peftc; please report it with the lines above", OURS)
+        return _bug()
     return int(code or DONE)
+
+
+def _bug() -> int:
+    traceback.print_exc()
+    return _fail("this is a bug of peftc; please report it with the lines above", OURS)
 
 
 def _fail(message: str, code: int = YOURS) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -21,15 +21,12 @@ def import_(
     directory: Directory,
     model: options.Model,
     output: Output,
-    task: Annotated[
-        Literal["classification", "summarization", "language-modeling"] | None,
-        typer.Option("--task", help="Load the model with the head for this task."),
-    ] = None,
+    task: options.Task = None,
     num_labels: options.NumLabels = None,
 ) -> None:
     """Turn a PEFT adapter into a spec and deltas.
 
-    LoRA, rsLoRA, DoRA, IA3, VeRA, LoHa and LoKr, with modules saved whole.
+    LoRA, rsLoRA, DoRA, IA3, VeRA, LoHa, LoKr, prompts and prefixes, with modules saved whole.
 
     \b
     peftc import ./peft-lora --model ./my-bert --task classification -o deltas

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,6 +14,7 @@ import typer
 
 from peftc import driver
 from peftc.cli import directories, options
+from peftc.cli import recipe as recipes
 from peftc.cli import tables as table
 from peftc.cli.console import console, say, step
 from peftc.language.ports import SITES
@@ -28,49 +30,68 @@ from peftc.training.recipes import (
     train_seq2seq,
 )
 
+Specs = Annotated[
+    list[str], typer.Argument(metavar="SPEC...|DIR", help="Specs, or deltas to go on with.")
+]
+Data = Annotated[Path, typer.Option("--data", metavar="FILE", help="Rows: .jsonl or .csv.")]
+Output = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="For the deltas.")]
+Model = Annotated[
+    str | None, typer.Option("--model", "-m", metavar="MODEL", help="A folder or a hub name.")
+]
+Task = Annotated[
+    Literal["classification", "summarization"], typer.Option("--task", help="What to learn.")
+]
+Evaluation = Annotated[
+    Path | None, typer.Option("--eval", metavar="FILE", help="Rows to score the result on.")
+]
+TextColumn = Annotated[str, typer.Option("--text-column")]
+LabelColumn = Annotated[str, typer.Option("--label-column", help="Classification.")]
+TargetColumn = Annotated[str, typer.Option("--target-column", help="Summarization.")]
+NoHead = Annotated[bool, typer.Option("--no-head", help="Leave a classifier's head as it is.")]
+KeepMlp = Annotated[
+    bool, typer.Option("--keep-mlp", help="Save what trains, not its constants evaluated.")
+]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What to learn from and to score on, by task and the names of its two columns."""
+
+    task: str
+    columns: tuple[str, str]
+    train: Sequence[Row]
+    test: Sequence[Row]
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The classes in the data, where there are classes: numbers in their order, names in theirs."""
+        return _labels(self.train, self.columns[1]) if self.task == "classification" else ()
+
 
 def train(
-    specs: Annotated[
-        list[str], typer.Argument(metavar="SPEC...|DIR", help="Specs, or deltas to go on with.")
-    ],
-    data: Annotated[Path, typer.Option("--data", metavar="FILE", help="Rows: .jsonl or .csv.")],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="For the deltas.")],
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", metavar="MODEL", help="A folder or a hub name.")
-    ] = None,
+    specs: Specs,
+    data: Data,
+    output: Output,
+    model: Model = None,
     random_weights: options.RandomWeights = False,
-    task: Annotated[
-        Literal["classification", "summarization"], typer.Option("--task", help="What to learn.")
-    ] = "classification",
-    evaluation: Annotated[
-        Path | None, typer.Option("--eval", metavar="FILE", help="Rows to score the result on.")
-    ] = None,
-    text_column: Annotated[str, typer.Option("--text-column")] = "text",
-    label_column: Annotated[str, typer.Option("--label-column", help="Classification.")] = "label",
-    target_column: Annotated[
-        str, typer.Option("--target-column", help="Summarization.")
-    ] = "summary",
+    task: Task = "classification",
+    evaluation: Evaluation = None,
+    text_column: TextColumn = "text",
+    label_column: LabelColumn = "label",
+    target_column: TargetColumn = "summary",
     sets: options.Set = None,
     words: options.Words = None,
-    no_head: Annotated[
-        bool, typer.Option("--no-head", help="Leave a classifier's head as it is.")
-    ] = False,
-    keep_mlp: Annotated[
-        bool, typer.Option("--keep-mlp", help="Save what trains, not its constants evaluated.")
-    ] = False,
-    epochs: Annotated[float | None, typer.Option("--epochs")] = None,
-    lr: Annotated[float | None, typer.Option("--lr", help="Learning rate.")] = None,
-    batch: Annotated[int | None, typer.Option("--batch", min=1, help="Rows in a step.")] = None,
-    warmup: Annotated[float | None, typer.Option("--warmup", help="Share of the steps.")] = None,
-    label_smoothing: Annotated[float | None, typer.Option("--label-smoothing")] = None,
-    max_length: Annotated[
-        int | None, typer.Option("--max-length", min=2, help="Tokens of a text.")
-    ] = None,
-    max_target_length: Annotated[
-        int | None, typer.Option("--max-target-length", min=2, help="Tokens of a target.")
-    ] = None,
-    num_beams: Annotated[int | None, typer.Option("--num-beams", min=1)] = None,
-    seed: Annotated[int | None, typer.Option("--seed")] = None,
+    no_head: NoHead = False,
+    keep_mlp: KeepMlp = False,
+    epochs: recipes.Epochs = None,
+    lr: recipes.Rate = None,
+    batch: recipes.Batch = None,
+    warmup: recipes.Warmup = None,
+    label_smoothing: recipes.LabelSmoothing = None,
+    max_length: recipes.MaxLength = None,
+    max_target_length: recipes.MaxTargetLength = None,
+    num_beams: recipes.NumBeams = None,
+    seed: recipes.Seed = None,
 ) -> None:
     """Train a method on rows of text and save its deltas.
 
@@ -80,39 +101,50 @@ def train(
     peftc train mam -m ./bert --data train.jsonl --eval test.jsonl -o deltas
     peftc train lora -m ./bart --task summarization --data train.csv -o deltas
     """
+    recipe = recipes.recipe(
+        epochs=epochs,
+        lr=lr,
+        batch=batch,
+        warmup=warmup,
+        label_smoothing=label_smoothing,
+        max_length=max_length,
+        max_target_length=max_target_length,
+        num_beams=num_beams,
+        seed=seed,
+    )
     require_ours(output)
-    columns = (text_column, label_column if task == "classification" else target_column)
-    with step(f"reading {data}"):
-        rows = read_rows(data, columns)
-        test = read_rows(evaluation, columns) if evaluation else []
-    given: dict[str, Any] = {
-        "epochs": epochs,
-        "lr": lr,
-        "batch": batch,
-        "warmup": warmup,
-        "label_smoothing": label_smoothing,
-        "max_length": max_length,
-        "max_target_length": max_target_length,
-        "num_beams": num_beams,
-        "seed": seed,
-    }
-    recipe = Recipe(**{name: value for name, value in given.items() if value is not None})
+    second = label_column if task == "classification" else target_column
+    rows = _rows(task, (text_column, second), data, evaluation)
     torch.manual_seed(recipe.seed)  # the deltas' own start
     if Path(specs[0]).is_dir():
         compiled = _continued(specs, model, sets or words)
     else:
-        labels = _labels(rows, columns[1]) if task == "classification" else ()
-        compiled = _started(
-            _with_head(specs, labels, no_head), (sets, words), model, random_weights, task, labels
-        )
-    tokenizer = directories.tokenizer(Path(specs[0]), compiled)
+        compiled = _started(specs, (sets, words), model, random_weights, rows, no_head)
+    _run(compiled, directories.tokenizer(Path(specs[0]), compiled), rows, recipe, output, keep_mlp)
+
+
+def _rows(task: str, columns: tuple[str, str], data: Path, evaluation: Path | None) -> Rows:
+    with step(f"reading {data}"):
+        test = read_rows(evaluation, columns) if evaluation else []
+        return Rows(task, columns, read_rows(data, columns), test)
+
+
+def _run(
+    compiled: CompiledModel,
+    tokenizer: Any,
+    rows: Rows,
+    recipe: Recipe,
+    output: Path,
+    keep_mlp: bool,
+) -> None:
+    """Train, score, save, and say so."""
     if tokenizer is None:
         raise options.OptionError(f"there is no tokenizer with {compiled.config.name_or_path}")
     say(table.render(compiled.plan, console().width))
-    console(stderr=True).print(f"training on {len(rows)} rows ...")
+    console(stderr=True).print(f"training on {len(rows.train)} rows ...")
     with redirect_stdout(sys.stderr):  # Trainer prints its logs
-        result = _trained(compiled, tokenizer, task, columns, rows, test, recipe)
-    say(_result(result, task, len(test)))
+        result = _trained(compiled, tokenizer, rows, recipe)
+    say(_result(result, rows.task, len(rows.test)))
     directories.save(compiled, output, tokenizer, stored=not keep_mlp)
 
 
@@ -135,14 +167,15 @@ def _with_head(specs: Sequence[str], labels: Sequence[str], no_head: bool) -> li
 
 
 def _started(
-    specs: list[str],
+    specs: Sequence[str],
     said: tuple[list[str] | None, str | None],
     model: str | None,
     random_weights: bool,
-    task: str,
-    labels: Sequence[str],
+    rows: Rows,
+    no_head: bool,
 ) -> CompiledModel:
-    loaded = options.specs(specs, *said)
+    labels = rows.labels
+    loaded = options.specs(_with_head(specs, labels, no_head), *said)
     if model is None:
         raise options.OptionError("--model is needed to train a spec")
     settings = {
@@ -150,9 +183,8 @@ def _started(
         "label2id": {label: i for i, label in enumerate(labels)},
     }
     backbone = options.backbone(
-        model, random_weights, task=task, settings=settings if labels else None
+        model, random_weights, task=rows.task, settings=settings if labels else None
     )
-
     with step("compiling"):
         return driver.compile(backbone, loaded)
 
@@ -167,22 +199,15 @@ def _labels(rows: Sequence[Row], column: str) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def _trained(
-    compiled: CompiledModel,
-    tokenizer: Any,
-    task: str,
-    columns: tuple[str, str],
-    rows: Sequence[Row],
-    test: Sequence[Row],
-    recipe: Recipe,
-) -> TrainResult:
-
-    if task == "summarization":
-        pairs = [_columns(some, columns) for some in (rows, test)]
-        return train_seq2seq(compiled, tokenizer, pairs[0], pairs[1] if test else None, recipe)
+def _trained(compiled: CompiledModel, tokenizer: Any, rows: Rows, recipe: Recipe) -> TrainResult:
+    train, test = (_columns(some, rows.columns) for some in (rows.train, rows.test))
+    if rows.task == "summarization":
+        return train_seq2seq(compiled, tokenizer, train, test if rows.test else None, recipe)
     known = {str(label): int(i) for label, i in (compiled.config.label2id or {}).items()}
-    classes = [_indexed(_columns(some, columns), known) for some in (rows, test)]
-    return train_classifier(compiled, tokenizer, classes[0], classes[1] if test else None, recipe)
+    classes = [_indexed(some, known) for some in (train, test)]
+    return train_classifier(
+        compiled, tokenizer, classes[0], classes[1] if rows.test else None, recipe
+    )
 
 
 def _columns(rows: Sequence[Row], columns: tuple[str, str]) -> tuple[list[str], list[str]]:

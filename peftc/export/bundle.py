@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -12,15 +12,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-import passes
-from peftc.driver import merge
+from peftc.driver import merge, sample
 from peftc.export.graph import ExportError, Graph, require_onnx, to_onnx
 from peftc.export.parity import Parity, check
+from peftc.export.tasks import task_of
 from peftc.export.weights import write_models
-from peftc.graph.arguments import forward_flags, reads_its_end, seeded_inputs
-from peftc.graph.cache import flatten_cache
-from peftc.graph.capture import capture
-from peftc.graph.program import Program
 from peftc.graph.rows import room_of
 from peftc.language.resolved import digest
 from peftc.model.compiled import CompiledModel
@@ -39,26 +35,30 @@ def export(
     *,
     opset: int = 23,
     tokenizer: Any = None,
+    example: Mapping[str, torch.Tensor] | None = None,
     progress: Progress | None = None,
 ) -> tuple[Parity, ...]:
     """Fold, export, check and write a bundle; what cannot fold is in the graph as ops.
 
-    `model` is compiled or plain: a sequence classifier or an encoder-decoder. Every graph is compared
-    with torch on a grid of batch sizes, lengths, paddings and past lengths. Raises ExportError, and then
-    nothing is left at `bundle_dir`; DeltaError when that directory is not ours.
+    `model` is compiled or plain, and suits one of `peftc.export.tasks`. Every graph is compared with torch on
+    a grid of batch sizes, lengths, paddings and past lengths; `example` is one batch by argument name, where the
+    inputs cannot be guessed. Raises ExportError, and then nothing is left at `bundle_dir`; MergeError when
+    folding changes the outputs; DeltaError when that directory is not ours.
     """
     path = Path(bundle_dir)
     _require(model, path)
+    inputs = sample(model, example)
+    task = task_of(model, inputs)
     say = progress or (lambda _: None)
     mode, folded, report = model.training, model, Report(())
     if isinstance(model, CompiledModel) and model.plan.edits:
         say("folding")
-        folded, report = merge(model)
+        folded, report = merge(model, example=example)
     folded.eval()
     certificate: list[Parity] = []
 
     def fill(directory: Path) -> Mapping[str, Any]:
-        graphs = tuple(_graphs(folded))
+        graphs = tuple(task.graphs(folded, inputs))
         models = {}
         for graph in graphs:
             say(f"exporting {graph.role}")
@@ -72,6 +72,7 @@ def export(
         _settings(folded, tokenizer, directory)
         return {
             **_about(model, folded, graphs),
+            "kind": task.name,
             "opset": opset,
             "data_bytes": size,
             "fold": {"error": report.error, "tolerance": tolerance(report.scale)},
@@ -100,65 +101,6 @@ def _require(model: PreTrainedModel, path: Path) -> None:
         )
 
 
-def _program(model: PreTrainedModel, entry: str, inputs: Mapping[str, torch.Tensor]) -> Program:
-    flags = forward_flags(model) if entry == "forward" else {}
-    if isinstance(model, CompiledModel):
-        return model.program(entry, inputs, flags)
-    program = capture(model, entry, inputs, flags)
-    passes.Normalize().run(program)
-    program.finish()
-    return program
-
-
-def _graphs(model: PreTrainedModel) -> Iterator[Graph]:
-    inputs = seeded_inputs(model)
-    if reads_its_end(model):
-        raise ExportError(
-            f"{type(model).__name__} cannot be exported yet: it picks a state by the tokens' values"
-        )
-    if not model.config.is_encoder_decoder:
-        if model.can_generate() or "input_ids" not in inputs:
-            raise ExportError(
-                f"{type(model).__name__} cannot be exported yet: sequence classifiers and encoder-decoders can"
-            )
-        if getattr(model.config, "type_vocab_size", 0) > 1:
-            inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
-        program = _program(model, "forward", inputs)
-        names = {k: k for k in inputs}
-        yield Graph("model", program, inputs, names, {"logits": "logits"}, dict.fromkeys(inputs, 0))
-        return
-    if "attention_mask" not in inputs:
-        raise ExportError(
-            f"{type(model).__name__} cannot be exported yet: its encoder reads {model.main_input_name}, "
-            "and texts alone can be exported"
-        )
-    tokens = inputs.pop("decoder_input_ids")
-    with torch.no_grad():
-        cache = model(**inputs, decoder_input_ids=tokens, use_cache=True).past_key_values
-    past = {k: v.clone() for k, v in flatten_cache(cache).items()}
-    cross = [k for k in past if ".cross." in k]
-    encoder = {
-        "last_hidden_state": "last_hidden_state",
-        **{k: onnx_name(k, "present") for k in cross},
-    }
-    program, room = _program(model, "encode_cross", inputs), room_of(model)
-    names, held = {k: k for k in inputs}, dict.fromkeys(inputs, 0)
-    yield Graph("encoder", program, inputs, names, encoder, held)
-    step = {"decoder_input_ids": tokens, "attention_mask": inputs["attention_mask"], **past}
-    names = {"decoder_input_ids": "input_ids", "attention_mask": "encoder_attention_mask"}
-    names |= {k: onnx_name(k, "past_key_values") for k in past}
-    outputs = {k: onnx_name(k, "present") for k in past if k not in cross}
-    program = _program(model, "decode", step)
-    held = {name: room.held(name, seq2seq=True) for name in step}
-    yield Graph("decoder", program, step, names, {"logits": "logits", **outputs}, held)
-
-
-def onnx_name(name: str, prefix: str) -> str:
-    """`past.self.0.key` as optimum and others name it: `present.0.decoder.key`."""
-    _, part, layer, side = name.split(".")
-    return f"{prefix}.{layer}.{'decoder' if part == 'self' else 'encoder'}.{side}"
-
-
 def _settings(folded: PreTrainedModel, tokenizer: Any, directory: Path) -> None:
     """The files of Hugging Face that a runner needs beside the graphs."""
     config = folded.config.to_dict()
@@ -181,7 +123,6 @@ def _about(
     learned = frozenset(one.path for one in plan.unfrozen) if plan else frozenset()
     return {
         "format": FORMAT,
-        "kind": "seq2seq" if folded.config.is_encoder_decoder else "classifier",
         "graphs": {
             g.role: {
                 "file": f"{g.role}.onnx",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,17 +28,45 @@ class ExportError(PeftcError):
     """A model that cannot be exported, or an export that does not compute the same."""
 
 
+Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes of one batch; `padding` is none, left or right and reaches into the first row."""
+
+    rows: int
+    length: int
+    padding: str
+    past: int
+    query: int
+
+    def mask(self) -> torch.Tensor:
+        """[rows, length] of ones, two zeros in the first row where it is padded."""
+        mask = torch.ones(self.rows, self.length, dtype=torch.long)
+        if self.padding != "none":
+            mask[0, slice(0, 2) if self.padding == "left" else slice(-2, None)] = 0
+        return mask
+
+
 @dataclass(frozen=True)
 class Graph:
     """A Program with its real inputs and the names they have in ONNX. `outputs` maps ours to ONNX's; `held`
-    says how many rows in front of the tokens an input has already."""
+    says how many rows in front of the tokens an input has already.
+
+    For the certificate: `feeds` makes the inputs of a case, `steps` are its (past, query) lengths, and
+    `padded` gives, by our names, the axis of an output along which padding is no one's business.
+    """
 
     role: str
     program: Program
-    inputs: Mapping[str, torch.Tensor]
+    inputs: Tensors
     names: Mapping[str, str]
     outputs: Mapping[str, str]
     held: Mapping[str, int]
+    feeds: Callable[[Case, torch.Generator], dict[str, torch.Tensor]]
+    steps: tuple[tuple[int, int], ...] = ((0, 0),)
+    padded: Mapping[str, int] = field(default_factory=dict)
 
 
 class _Export(nn.Module):

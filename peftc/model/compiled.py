@@ -105,6 +105,7 @@ class CompiledModel(PreTrainedModel):
     plan: Plan
     deltas: Deltas
     form: str
+    example: Mapping[str, torch.Tensor] | None = None
     _backbone: PreTrainedModel
     _programs: Programs
     _transform: Transform

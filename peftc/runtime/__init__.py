@@ -11,10 +11,10 @@ from peftc.runtime.seq2seq import Seq2Seq
 from peftc.runtime.session import CPU, RuntimeFault, Session
 from peftc.store.directory import MANIFEST, check_files, read_manifest
 
-__all__ = ["Classifier", "RuntimeFault", "Seq2Seq", "load"]
+__all__ = ["RUNNERS", "Classifier", "RuntimeFault", "Seq2Seq", "load"]
 
 # The runner of each kind of bundle, and the graphs it takes in order.
-_RUNNERS: Mapping[str, tuple[Any, tuple[str, ...]]] = {
+RUNNERS: Mapping[str, tuple[Any, tuple[str, ...]]] = {
     "classifier": (Classifier, ("model",)),
     "seq2seq": (Seq2Seq, ("encoder", "decoder")),
 }
@@ -28,7 +28,7 @@ def load(
     directory = Path(bundle_dir)
     manifest = read_manifest(directory, ("kind", "graphs"))
     try:
-        runner, roles = _RUNNERS[manifest["kind"]]
+        runner, roles = RUNNERS[manifest["kind"]]
         files = [directory / Path(manifest["graphs"][role]["file"]).name for role in roles]
     except (KeyError, TypeError) as error:
         raise RuntimeFault(
