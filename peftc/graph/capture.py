@@ -51,6 +51,11 @@ class _Traced(nn.Module):
             raise _Stopped(error) from error
 
 
+    def forget(self) -> None:
+        """torch leaves cycles around what it traced, and a model in one lives until they are collected."""
+        del self.call, self.model
+
+
 class _Stopped(Exception):
     """What stopped a trace. torch prints to stderr the graph that it hangs on a RuntimeError."""
 
@@ -146,10 +151,11 @@ def _traced(
         output_types.append(output_type)
         return room.cut(model, entry, wide, fields)
 
+    traced = _Traced(model, call)
     with _alone(model):
         try:
             exported = torch.export.export(
-                _Traced(model, call), (tensors,), dynamic_shapes=(shapes,), strict=False
+                traced, (tensors,), dynamic_shapes=(shapes,), strict=False
             )
         except Exception as error:
             cause = error.__cause__ if isinstance(error, _Stopped) else error
@@ -157,6 +163,8 @@ def _traced(
                 raise cause from None
             assert isinstance(cause, Exception)
             raise CaptureError(_explain(model, entry, cause)) from cause
+        finally:
+            traced.forget()
     wide = room.wide(entry, seq2seq)
     return _program(exported, entry, model, labels, wide, output_types[-1])
 
