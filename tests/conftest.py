@@ -243,6 +243,7 @@ def traces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--accept", action="store_true", help="write the goldens anew")
+    parser.addoption("--laws-seed", help="the seed of the long run of the laws; else a random one")
     parser.addoption("--matrix", help="write the table of methods x families to this file")
 
 
