@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
+import torch
 import yaml
 from conftest import EAGER, FAMILIES, tiny
 from hypothesis import strategies as st
@@ -21,6 +22,7 @@ from peftc.language.shelf import shipped
 from peftc.language.spec import Spec
 
 Draw = Callable[..., object]
+DTYPES = {"mixtral": torch.float32}  # torch has no product of experts in float64
 NUMBERS = (-2, -0.5, 0.25, 0.5, 1, 2, 3)
 UNARY = ("relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "softmax", "-", "norm")
 BINARY = ("+", "-", "*", "/")
@@ -49,8 +51,13 @@ class Composition:
     attention: str
     parts: tuple[Part, ...]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """float64, where nothing but a wrong formula makes a difference."""
+        return DTYPES.get(self.family, torch.float64)
+
     def backbone(self) -> PreTrainedModel:
-        return tiny(self.family, self.attention).double()
+        return tiny(self.family, self.attention).to(self.dtype)
 
     def specs(self) -> list[Spec]:
         return [part.spec() for part in self.parts]
@@ -124,10 +131,8 @@ class Formulas:
             return f"dropout({inner}, 0.1)"
         if op == "/":  # by what is never near zero
             return f"({inner}) / (1 + sigmoid({self.tensor(width)}))"
-        if kind == "sum":
-            other = f"({self.value(leaves, width, depth - 1)})"
-        else:
-            other = self.vector(width)
+        sums = kind == "sum"
+        other = f"({self.value(leaves, width, depth - 1)})" if sums else self.vector(width)
         left = self.one_of("left", "right") == "left"
         return f"{other} {op} ({inner})" if left else f"({inner}) {op} {other}"
 
@@ -215,7 +220,7 @@ def _of_heads(formulas: Formulas, port: str) -> dict[str, str]:
 @cache
 def places(family: str) -> dict[str, tuple[str, ...]]:
     """For each kind of site that the family has, the ports that a spec may assign at all of them."""
-    model, found = tiny(family).double(), {}
+    model, found = tiny(family), {}
     for at in dict.fromkeys(site.at for site in survey(model)):
         ports = [port for port in SITES[at].assigns if _takes(model, at, port)]
         if ports:

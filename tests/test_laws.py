@@ -11,23 +11,24 @@ import random
 import signal
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from compositions import Composition, compositions, formulas
-from conftest import EAGER, FAMILIES, batch, logits, stir
+from compositions import Composition, compositions, formulas, places
+from conftest import EAGER, batch, logits, stir
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
-from reference import WIRING, Reference
-from test_matrix import LACKS, real
+from reference import WIRING, Reference, Slot, slots
+from test_matrix import real
 from transformers import PreTrainedModel
 
 import peftc
 from peftc.driver import merge
 from peftc.errors import PeftcError
+from peftc.language.expr import names
 from peftc.language.reader import parse_spec
 from peftc.plan.plan import PlanError
 
@@ -74,6 +75,8 @@ def assert_close(
     want: torch.Tensor,
     tolerance: float = TOLERANCE,
 ) -> None:
+    if got.dtype == torch.float32 and tolerance:
+        tolerance = 1e-3  # weights rounded once, and the norms of many layers
     gap = apart(real(model, inputs, got), real(model, inputs, want))
     assert gap <= tolerance
 
@@ -108,7 +111,6 @@ def folds(one: Composition, tally: Tally) -> None:
     want = logits(model, inputs)
     merged, report = merge(model)
     assert_close(merged, inputs, logits(merged, inputs), want)
-    assert report.error <= TOLERANCE * max(report.scale, 1)
     assert len(report.outcomes) == len(model.plan.edits)
     assert all(outcome.note for outcome in report.outcomes)
     assert torch.equal(logits(model, inputs), want)  # it worked on a copy
@@ -171,7 +173,7 @@ def saves_what_is_merged(one: Composition, tally: Tally) -> None:
         path = Path(folder, "left")
         merged.save_pretrained(path)
         if not report.kept:
-            again = type(merged).from_pretrained(path, dtype=torch.float64)
+            again = type(merged).from_pretrained(path, dtype=one.dtype)
             again.config._attn_implementation = one.attention
             assert torch.equal(logits(again.eval(), inputs), want)
             return
@@ -244,6 +246,65 @@ def detaches(one: Composition, tally: Tally) -> None:
     assert peftc.detach(model) is backbone
     assert_same(state(backbone), before)
 
+
+def commutes(one: Composition, tally: Tally) -> None:
+    """Edits that share no value may stand in any order."""
+    model = tally.compiled(one)
+    if shares(model, one.family):
+        return
+    turned = replace(one, parts=one.parts[::-1])
+    other, inputs = peftc.compile(turned.backbone(), turned.specs()), batch(model, "right")
+    values = other.deltas.values()
+    assert values.keys() == model.deltas.values().keys()
+    with torch.no_grad():
+        for path, value in model.deltas.values().items():
+            values[path].copy_(value)
+    assert_close(model, inputs, logits(other, inputs), logits(model, inputs), 1e-9)
+    folded = merge(other)[0]
+    assert_close(model, inputs, logits(folded, inputs), logits(model, inputs))
+
+
+def shares(model: PreTrainedModel, family: str) -> bool:
+    """Whether two parts assign one value, or one reads what the other assigns."""
+    read: dict[str, set[Slot]] = {}
+    written: dict[str, set[Slot]] = {}
+    for edit in model.plan.edits:
+        ports, entry = slots(edit, family), edit.entry
+        assigned = {ports[port] for port, _ in entry.assign}
+        used = {name for _, right in (*entry.let, *entry.assign) for name in names(right)}
+        written.setdefault(entry.method, set()).update(assigned)
+        read.setdefault(entry.method, set()).update(ports[name] for name in used & ports.keys())
+    return any(
+        written[one] & (read[other] | written[other])
+        for one in written
+        for other in written
+        if one != other
+    )
+
+
+@st.composite
+def strangers(draw: Callable[..., Any], families: tuple[str, ...]) -> Composition:
+    """Two or three formulas at places that seldom share a value."""
+    family = draw(st.sampled_from(families))
+    groups = [g for g in GROUPS if set(g) & places(family).keys()]
+    chosen = draw(st.lists(st.sampled_from(groups), min_size=2, max_size=3, unique=True))
+    parts = [draw(formulas(family, f"formula_{i}", kinds)) for i, kinds in enumerate(chosen)]
+    attention = "eager" if family in EAGER else draw(st.sampled_from(("sdpa", "eager")))
+    return Composition(family, attention, tuple(parts))
+
+
+GROUPS = (
+    ("attention.q",),
+    ("attention.k",),
+    ("attention.v",),
+    ("attention", "attention.o"),
+    ("attention.heads",),
+    ("ffn.up",),
+    ("ffn.gate",),
+    ("ffn", "ffn.down", "ffn.hidden"),
+    ("norm",),
+    ("embedding",),
+)
 
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "no tensors": lambda path: (path / "model.safetensors").unlink(),
@@ -320,14 +381,15 @@ def copies(one: Composition, tally: Tally) -> None:
 
 
 LAWS: dict[str, tuple[Callable[[Composition, Tally], None], Any]] = {
-    "written_in_torch": (written_in_torch, dict(families=tuple(WIRING), but=ROWS)),
-    "folds": (folds, {}),
-    "saves": (saves, {}),
-    "saves_what_is_merged": (saves_what_is_merged, {}),
-    "detaches": (detaches, {}),
-    "fails_without_a_trace": (fails_without_a_trace, {}),
-    "compiles_twice": (compiles_twice, {}),
-    "copies": (copies, {}),
+    "written_in_torch": (written_in_torch, compositions(tuple(WIRING), ROWS)),
+    "commutes": (commutes, strangers(tuple(WIRING))),
+    "folds": (folds, compositions()),
+    "saves": (saves, compositions()),
+    "saves_what_is_merged": (saves_what_is_merged, compositions()),
+    "detaches": (detaches, compositions()),
+    "fails_without_a_trace": (fails_without_a_trace, compositions()),
+    "compiles_twice": (compiles_twice, compositions()),
+    "copies": (copies, compositions()),
 }
 
 
@@ -364,25 +426,12 @@ def hold(law: Callable[[Composition, Tally], None], strategy: Any, count: int, s
     assert tally.refused * 10 <= tally.tried, f"{tally.refused} of {tally.tried}: {tally.last}"
 
 
-@pytest.fixture(scope="session")
-def start(request: pytest.FixtureRequest) -> int:
-    """The seed of the long run, printed."""
-    given_ = request.config.getoption("--laws-seed")
-    chosen = random.SystemRandom().randrange(2**32) if given_ is None else int(given_)
-    terminal = request.config.pluginmanager.get_plugin("terminalreporter")
-    if terminal is not None:
-        terminal.write_line(f"laws: --laws-seed {chosen}")
-    return chosen
-
-
 @pytest.mark.parametrize("law", LAWS)
 def test_law(law: str) -> None:
-    check, limits = LAWS[law]
-    hold(check, compositions(**limits), EXAMPLES, 0)
+    hold(*LAWS[law], EXAMPLES, 0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("law", LAWS)
 def test_law_at_length(law: str, start: int) -> None:
-    check, limits = LAWS[law]
-    hold(check, compositions(**limits), MANY, start)
+    hold(*LAWS[law], MANY, start)
