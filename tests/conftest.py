@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -211,7 +212,19 @@ CAPTURES.bound = None
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--accept", action="store_true", help="write the goldens anew")
+    parser.addoption("--laws-seed", help="the seed of the long run of the laws; else a random one")
     parser.addoption("--matrix", help="write the table of methods x families to this file")
+
+
+@pytest.fixture(scope="session")
+def start(request: pytest.FixtureRequest) -> int:
+    """The seed of the long run of the laws, printed."""
+    asked = request.config.getoption("--laws-seed")
+    chosen = random.SystemRandom().randrange(2**32) if asked is None else int(asked)
+    terminal = request.config.pluginmanager.get_plugin("terminalreporter")
+    if terminal is not None:
+        terminal.write_line(f"laws: --laws-seed {chosen}")
+    return chosen
 
 
 _CELLS: dict[tuple[str, str], str] = {}

@@ -1,0 +1,54 @@
+"""The pipeline: what surrounds every pass, and the verifier that looks at what it left."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+from conftest import batch, logits, tiny
+from toys import program
+
+import peftc
+from passes import Normalize
+from peftc.driver import Trace, merge
+from peftc.graph.program import Program
+from peftc.rewrite.pipeline import PassError, Pipeline
+from peftc.rewrite.verify import check
+
+
+def test_the_verifier_sees_what_is_wrong() -> None:
+    one = program()
+    assert any("assertion left" in problem for problem in check(one))
+    Normalize().run(one)
+    assert check(one) == ()
+    one.placeholder("stray", next(iter(one.slots.values())).__class__("delta", "nowhere"))
+    assert check(one) == ("delta that nothing reads: nowhere",)
+
+
+@dataclass(frozen=True)
+class Careless:
+    """A pass that leaves a delta which nothing reads."""
+
+    name: str = "careless"
+
+    def run(self, one: Program) -> int:
+        one.placeholder("stray", next(iter(one.slots.values())).__class__("delta", "nowhere"))
+        return 1
+
+
+def test_a_pass_that_leaves_something_wrong_is_named() -> None:
+    message = "after pass 'careless': delta that nothing reads: nowhere"
+    with pytest.raises(PassError, match=message):
+        Pipeline(check).run((Normalize(), Careless()), program())
+
+
+def test_every_pass_is_timed_and_seen() -> None:
+    seen: list[str] = []
+    trace = Trace(after=lambda name, _: seen.append(name))
+    model = peftc.compile(tiny("bert"), "mam", trace=trace)
+    logits(model, batch(model))
+    merge(model, trace=trace)
+    assert seen[:3] == ["normalize", "normalize", "insert"]  # for planning, then for training
+    assert {"fold_constants", "fold_affine"} <= set(seen)
+    assert len(trace.results) == len(seen)
+    assert all(one.seconds >= 0 for one in trace.results)

@@ -1,0 +1,47 @@
+"""What the tests of the passes work on: one layer of a model, and a spec of each shape."""
+
+from __future__ import annotations
+
+from conftest import tiny
+
+from peftc.graph.arguments import dummy_inputs
+from peftc.graph.capture import capture
+from peftc.graph.program import Program
+
+LORA = """
+deltas:
+  - at: attention.q
+    where: {layers: 0}
+    params:
+      down: {shape: [in, 2], init: kaiming_uniform}
+      up: {shape: [2, out], init: zeros}
+    delta: x @ down @ up
+    compose: h + 2.0 * delta
+"""
+PREFIX = """
+deltas:
+  - at: attention.heads
+    where: {layers: 0}
+    params:
+      tokens: {shape: [3, d], init: normal}
+      up: {shape: [d, kv], init: linear(d)}
+    let:
+      P: split_heads(tanh(tokens @ up), kv_heads)
+    rewrite: {k: "prepend(P, k)", v: "prepend(P, v)"}
+"""
+ADAPTER = """
+deltas:
+  - at: ffn
+    where: {layers: 0}
+    params:
+      down: {shape: [out, 2], init: normal}
+      up: {shape: [2, out], init: normal}
+    delta: gelu(h @ down) @ up
+"""
+SPECS = {"lora": LORA, "prefix": PREFIX, "adapter": ADAPTER}
+
+
+def program(family: str = "bert") -> Program:
+    """One layer as it was traced."""
+    model = tiny(family, num_hidden_layers=1)
+    return capture(model, "forward", dummy_inputs(model))
