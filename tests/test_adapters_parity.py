@@ -252,12 +252,12 @@ def prefix(edit: Edit, family: str, found: Tensors) -> dict[str, torch.Tensor]:
 def at_linear(edit: Edit, family: str, found: Tensors) -> dict[str, torch.Tensor]:
     """LoRA and IA3; over a fused projection one tensor holds its two slices, the value's second."""
     site = edit.site
-    linear = site.anchors["W"].removesuffix(".weight")
+    linear = site.weights["W"].path.removesuffix(".weight")
     if site.at.startswith("ffn."):
         linear = f"{layer_of(edit.path)}.{LAYOUTS[family].up}"
     place = f"{linear}.loras.delta"
-    parts = 2 if site.columns else 1
-    part = int(site.at == "attention.v") if site.columns else 0
+    parts = 2 if site.is_slice else 1
+    part = int(site.at == "attention.v") if site.is_slice else 0
     up = found[f"{place}.lora_B"].chunk(parts)[part]
     if f"{place}.lora_A" not in found:
         return {"scale": up.squeeze(1)}

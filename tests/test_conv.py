@@ -222,11 +222,11 @@ def test_a_weight_that_the_graph_computes_is_missed(name: str) -> None:
 def test_channels_are_last_and_positions_differ() -> None:
     """A site's h has the positions of the result: x, which has others, goes nowhere by accident."""
     low_rank = "params: {a: {shape: [in, 2], init: zeros}, c: {shape: [2, out], init: zeros}}"
-    with pytest.raises(PeftcError, match="'channels' is not 'in'"):
-        at_conv(f"{low_rank}, delta: x @ a @ c")
+    with pytest.raises(PeftcError, match="'3' is not '48'"):  # channels; channels * kernel
+        peftc.plan(build("vit"), at_conv(f"{low_rank}, delta: x @ a @ c"))
     skip = "params: {a: {shape: [channels, out], init: zeros}}, delta: x @ a"
     backbone = build("vit")
-    with pytest.raises(PeftcError, match="differ: 'outputs' is not 'inputs'"):
+    with pytest.raises(PeftcError, match="differ: '4' is not '16'"):
         peftc.plan(backbone, at_conv(skip))
     scale = torch.randn(32)
     model = peftc.compile(backbone, rewriting("ia3"))

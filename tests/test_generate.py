@@ -78,12 +78,12 @@ def eager(backbone: PreTrainedModel, model: PreTrainedModel) -> PreTrainedModel:
     for edit in model.plan.edits:
         p = {one.name: values[one.path] for one in edit.parameters}
         if edit.entry.method == "lora":
-            owner, _, name = edit.site.anchors["W"].removesuffix(".weight").rpartition(".")
+            owner, _, name = edit.site.weights["W"].path.removesuffix(".weight").rpartition(".")
             parent = other.get_submodule(owner)
             setattr(parent, name, Lora(getattr(parent, name), p["down"], p["up"], 2.0))
         else:
-            first = other.get_submodule(edit.site.anchors["up"].removesuffix(".weight"))
-            owner, _, name = edit.site.anchors["down"].removesuffix(".weight").rpartition(".")
+            first = other.get_submodule(edit.site.weights["up"].path.removesuffix(".weight"))
+            owner, _, name = edit.site.weights["W"].path.removesuffix(".weight").rpartition(".")
             parent = other.get_submodule(owner)
             setattr(parent, name, Adapted(first, getattr(parent, name), p, 4.0))
     return other

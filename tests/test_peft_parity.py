@@ -26,7 +26,7 @@ FUSED = ("gpt2", "neox")
 
 def rows(edit: Edit) -> slice:
     """One rank-8 pair over a fused matrix holds the two rank-4 pairs of its slices."""
-    if edit.site.columns is None:
+    if not edit.site.is_slice:
         return slice(None)
     return slice(0, 4) if edit.site.at == "attention.q" else slice(4, 8)
 
@@ -50,9 +50,10 @@ def peft_model(backbone: PreTrainedModel, family: str, model: PreTrainedModel) -
             layer.lora_B["default"].weight.zero_()
         values = model.deltas.values()
         for edit in model.plan.edits:
-            layer = layers[edit.site.anchors["W"].removesuffix(".weight")]
+            layer = layers[edit.site.weights["W"].path.removesuffix(".weight")]
             a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-            features = edit.site.columns.index() if edit.site.columns else slice(None)
+            columns = edit.site.weights["W"].view.columns
+            features = columns.index() if columns else slice(None)
             a[rows(edit)] = values[f"{edit.path}.down"].T
             b[features, rows(edit)] = values[f"{edit.path}.up"].T
     return other
@@ -74,7 +75,7 @@ def test_lora(family: str, attention: str, padding: str) -> None:
     grads = {n: m for n, m in other.named_modules() if hasattr(m, "lora_A")}
     for edit in model.plan.edits:
         down = model.deltas.get_parameter(f"{edit.path}.down").grad
-        layer = grads["base_model.model." + edit.site.anchors["W"].removesuffix(".weight")]
+        layer = grads["base_model.model." + edit.site.weights["W"].path.removesuffix(".weight")]
         want = layer.lora_A["default"].weight.grad.T[:, rows(edit)]
         assert down is not None
         assert (down - want).abs().max() <= 1e-5 * want.abs().max().clamp(min=1)

@@ -47,7 +47,9 @@ def by_hand(model: PreTrainedModel) -> Tensors:
         w, alpha, group = (values[p.path].double() for p in edit.parameters)
         z, z_group = ((torch.sigmoid(one) * 3 - 1.5).clamp(0, 1) for one in (alpha, group))
         delta = z_group * z * w
-        found[edit.site.anchors["W"]] = delta.T if edit.site.transposed else delta
+        weight = edit.site.weights["W"]
+        stored = model.get_parameter(weight.path).double()
+        found[weight.path] = weight.write(stored, delta)
     return found
 
 

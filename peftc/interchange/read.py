@@ -21,7 +21,7 @@ from peftc.interchange.forms import Formula
 from peftc.interchange.rows import ROWS
 from peftc.interchange.settings import CONFIG, Config, InterchangeError
 from peftc.language.expr import Number
-from peftc.language.spec import Entry, Init, Param, Spec, Where, scopes
+from peftc.language.spec import Entry, Init, Param, Spec, Where, numbered, scopes
 from peftc.model.compiled import CompiledModel, detach
 
 WEIGHTS = "adapter_model.safetensors"
@@ -219,7 +219,9 @@ def _spec(
         for scope in scopes([module.path for module in group], paths)
     ]
     entries += _unfrozen(name, whole, place)
-    return Spec(name, f"Imported from a PEFT adapter ({name})", {}, tuple(entries))
+    return Spec(
+        name, f"Imported from a PEFT adapter ({name})", {}, numbered([[one] for one in entries])
+    )
 
 
 def _entry(method: str, module: Module, scope: str, place: Place) -> Entry:
