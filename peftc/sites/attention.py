@@ -87,7 +87,7 @@ def linears_of(index: Index) -> set[fx.Node]:
     return {linear for one in found for linear in one.linears.values()}
 
 
-def find(index: Index, facts: Stacks) -> Iterator[Site | NoSite]:
+def find(index: Index, stacks: Stacks) -> Iterator[Site | NoSite]:
     """Whole sub-layers, found by their query and output projections; and what is none."""
     for one in index.once(attentions):
         if isinstance(one, NoSite):
@@ -98,17 +98,17 @@ def find(index: Index, facts: Stacks) -> Iterator[Site | NoSite]:
             gone = one.linears["o" if first else "q"]
             yield NoSite(("attention",), one.core.scope, computed(weight_of(gone)))
             continue
-        yield replace(_site("attention", one, facts), weights={**last, "q": first["W"]})
+        yield replace(_site("attention", one, stacks), weights={**last, "q": first["W"]})
 
 
-def find_heads(index: Index, facts: Stacks) -> Iterator[Site | NoSite]:
+def find_heads(index: Index, stacks: Stacks) -> Iterator[Site | NoSite]:
     """Cores, found by their module's path."""
     for one in index.once(attentions):
         if isinstance(one, Attention):
-            yield _site("attention.heads", one, facts)
+            yield _site("attention.heads", one, stacks)
 
 
-def find_side(side: str, index: Index, facts: Stacks) -> Iterator[Site | NoSite]:
+def find_side(side: str, index: Index, stacks: Stacks) -> Iterator[Site | NoSite]:
     """One projection of each sub-layer; its `input` is found by the query's weight."""
     for one in index.once(attentions):
         if isinstance(one, NoSite) or not one.has(side):
@@ -116,7 +116,7 @@ def find_side(side: str, index: Index, facts: Stacks) -> Iterator[Site | NoSite]
         query = index.weights(one.linears["q"]).get("W")
         found = linear_site(
             index,
-            facts,
+            stacks,
             one.linears[side],
             f"attention.{side}",
             one.core.scope,
@@ -131,10 +131,10 @@ def find_side(side: str, index: Index, facts: Stacks) -> Iterator[Site | NoSite]
         yield found
 
 
-def _site(at: str, one: Attention, facts: Stacks) -> Site:
+def _site(at: str, one: Attention, stacks: Stacks) -> Site:
     scope, size = one.core.scope, features(one.linears["q"])[0]
     dims = {**one.dims, "in": size, "out": one.dims["d"]}
-    return Site(at, scope, facts.of(scope), one.kind, layer_of(scope), dims, {})
+    return Site(at, scope, stacks.of(scope), one.kind, layer_of(scope), dims, {})
 
 
 def locate(index: Index, site: Site) -> tuple[Place, ...]:

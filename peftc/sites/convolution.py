@@ -23,12 +23,12 @@ _TRANSPOSED = (
 )
 
 
-def find(index: Index, facts: Stacks) -> Iterator[Site | NoSite]:
+def find(index: Index, stacks: Stacks) -> Iterator[Site | NoSite]:
     """Convolutions by their module's path; those whose weight is computed, and transposed ones, are none."""
     for node in index.convolutions:
         weights = index.weights(node, View(kernels(static_shape(weight_of(node))[1:])))
         if weights:
-            yield _site(index, facts, node)
+            yield _site(index, stacks, node)
         else:
             yield NoSite(("conv",), f"{scope_of(node)}.weight", computed(weight_of(node)))
     for node in index.calls(*_TRANSPOSED):
@@ -37,7 +37,7 @@ def find(index: Index, facts: Stacks) -> Iterator[Site | NoSite]:
             yield NoSite(("conv",), f"{scope_of(node)}.weight", reason)
 
 
-def _site(index: Index, facts: Stacks, conv: fx.Node) -> Site:
+def _site(index: Index, stacks: Stacks, conv: fx.Node) -> Site:
     n_out, *kernel = static_shape(weight_of(conv))
     weights = index.weights(conv, View(kernels(tuple(kernel))))
     scope = weights["W"].path.rpartition(".")[0]  # Mamba calls it from outside its module
@@ -47,7 +47,7 @@ def _site(index: Index, facts: Stacks, conv: fx.Node) -> Site:
     lengths = {"inputs": static_shape(conv.args[0])[-1], "outputs": static_shape(conv)[-1]}
     dims |= {name: size for name, size in lengths.items() if size > 0}
     absent = {} if "b" in weights else {"b": "this convolution has no bias"}
-    stack, layer = facts.of(scope), layer_of(scope)
+    stack, layer = stacks.of(scope), layer_of(scope)
     return Site("conv", scope, stack, "", layer, dims, weights, absent=absent)
 
 

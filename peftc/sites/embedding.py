@@ -16,7 +16,7 @@ from peftc.sites.site import NoSite, Place, Site, layer_of
 from peftc.sites.view import Weight
 
 
-def find(index: Index, facts: Stacks) -> Iterator[Site | NoSite]:
+def find(index: Index, stacks: Stacks) -> Iterator[Site | NoSite]:
     """Tables that are read by the ids of an input. One that two stacks share is a site in each."""
     for node in index.calls(*EMBEDDING):
         table, ids = index.stored(node.args[0]), _token_input(index, node.args[1])  # type: ignore[arg-type]
@@ -26,7 +26,7 @@ def find(index: Index, facts: Stacks) -> Iterator[Site | NoSite]:
         vocab = static_shape(node.args[0])[0]
         dims = {"in": size, "out": size, "d": size, "vocab": vocab}
         weights = {"W": Weight(table.path, also=index.also(table.path, node.target))}
-        stack, layer = facts.of(scope), layer_of(scope)
+        stack, layer = stacks.of(scope), layer_of(scope)
         yield Site("embedding", scope, stack, "", layer, dims, weights, ids=ids)
 
 

@@ -118,7 +118,7 @@ def _activated(linear: fx.Node) -> bool:
     return any(is_call(user, *ACTIVATION) for user in node.users)
 
 
-def find(index: Index, facts: Stacks) -> Iterator[Site | NoSite]:
+def find(index: Index, stacks: Stacks) -> Iterator[Site | NoSite]:
     """Whole sub-layers, found by their first and last projection."""
     for one in index.once(feed_forwards):
         weights = _weights(index, one)
@@ -127,16 +127,16 @@ def find(index: Index, facts: Stacks) -> Iterator[Site | NoSite]:
             yield NoSite(("ffn",), one.scope, computed(weight_of(gone)))
             continue
         n_in, n_out = features(one.up)[0], features(one.down)[1]
-        yield _site("ffn", one, facts, weights, {"in": n_in, "out": n_out, "d": n_out})
+        yield _site("ffn", one, stacks, weights, {"in": n_in, "out": n_out, "d": n_out})
 
 
-def find_hidden(index: Index, facts: Stacks) -> Iterator[Site | NoSite]:
+def find_hidden(index: Index, stacks: Stacks) -> Iterator[Site | NoSite]:
     """What the last projection reads."""
     for one in index.once(feed_forwards):
         weights, (hidden, n_out) = index.weights(one.down), features(one.down)
         if weights:
             dims = {"in": hidden, "out": hidden, "d": n_out}
-            yield _site("ffn.hidden", one, facts, weights, dims)
+            yield _site("ffn.hidden", one, stacks, weights, dims)
         else:
             yield NoSite(("ffn.hidden",), one.scope, computed(weight_of(one.down)))
 
@@ -151,29 +151,31 @@ def _weights(index: Index, one: FeedForward) -> dict[str, Weight]:
 def _site(
     at: str,
     one: FeedForward,
-    facts: Stacks,
+    stacks: Stacks,
     weights: Mapping[str, Weight],
     dims: Mapping[str, int],
 ) -> Site:
-    return Site(at, one.scope, facts.of(one.scope), "", layer_of(one.scope), dims, weights)
+    return Site(at, one.scope, stacks.of(one.scope), "", layer_of(one.scope), dims, weights)
 
 
-def find_part(wanted: str, index: Index, facts: Stacks) -> Iterator[Site | NoSite]:
+def find_part(wanted: str, index: Index, stacks: Stacks) -> Iterator[Site | NoSite]:
     """The projection `wanted` (up, gate, down) of each feed-forward."""
     for one in index.once(feed_forwards):
         dims = {"d": features(one.down)[1]}
         for part, linear, columns in one.parts:
             if part == wanted:
-                yield linear_site(index, facts, linear, f"ffn.{part}", one.scope, "", dims, columns)
+                yield linear_site(
+                    index, stacks, linear, f"ffn.{part}", one.scope, "", dims, columns
+                )
 
 
-def find_any(index: Index, facts: Stacks) -> Iterator[Site | NoSite]:
+def find_any(index: Index, stacks: Stacks) -> Iterator[Site | NoSite]:
     """Every projection by the path of its own module; halves of one linear are told apart by their part."""
     for one in index.once(feed_forwards):
         dims = {"d": features(one.down)[1]}
         for part, linear, columns in one.parts:
             scope = f"{scope_of(linear)}.{part}" if columns else scope_of(linear)
-            yield linear_site(index, facts, linear, "ffn.linear", scope, "", dims, columns)
+            yield linear_site(index, stacks, linear, "ffn.linear", scope, "", dims, columns)
 
 
 def locate(index: Index, site: Site) -> tuple[Place, ...]:

@@ -123,13 +123,13 @@ class Survey:
     none: tuple[NoSite, ...]
 
     @staticmethod
-    def of(program: Program, facts: Stacks) -> Survey:
+    def of(program: Program, stacks: Stacks) -> Survey:
         """Every site of a normalised `forward` Program."""
         index = Index(program)
         sites: dict[object, Site] = {}
         none: dict[NoSite, None] = {}
         for kind in KINDS.values():
-            for one in kind.find(index, facts):
+            for one in kind.find(index, stacks):
                 if isinstance(one, NoSite):
                     none[one] = None
                 elif (same := sites.setdefault(_identity(one), one)).weights != one.weights:

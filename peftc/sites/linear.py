@@ -19,7 +19,7 @@ _PRODUCTS = ("matmul", "mm", "bmm", "baddbmm", "addmm", "einsum", "_grouped_mm")
 
 def linear_site(
     index: Index,
-    facts: Stacks,
+    stacks: Stacks,
     linear: fx.Node,
     at: str,
     scope: str,
@@ -36,7 +36,7 @@ def linear_site(
     sizes = {**(dims or {}), "in": n_in, "out": columns.count if columns else n_out}
     sizes.setdefault("d", sizes["out"])
     absent = {} if "b" in weights else {"b": "this linear has no bias"}
-    stack, layer = facts.of(scope), layer_of(scope)
+    stack, layer = stacks.of(scope), layer_of(scope)
     return Site(
         at, scope, stack, kind, layer, sizes, {**weights, **(found_by or {})}, absent=absent
     )
@@ -75,10 +75,10 @@ def used(index: Index, site: Site) -> Iterator[str]:
         yield site.weights["W"].path
 
 
-def find_all(index: Index, facts: Stacks) -> Iterator[Site | NoSite]:
+def find_all(index: Index, stacks: Stacks) -> Iterator[Site | NoSite]:
     """Every linear by the path of its module, and the matrices that no linear reads."""
     for node in index.linears:
-        yield linear_site(index, facts, node, "linear", scope_of(node))
+        yield linear_site(index, stacks, node, "linear", scope_of(node))
     for node, path in index.parameters:
         if len(static_shape(node)) > 1:
             op = _other_product(node)
@@ -112,10 +112,10 @@ def head(
 ) -> Callable[[Index, Stacks], Iterator[Site | NoSite]]:
     """Finds the linears outside the pretrained body that are not `taken` by a sub-layer."""
 
-    def find(index: Index, facts: Stacks) -> Iterator[Site | NoSite]:
+    def find(index: Index, stacks: Stacks) -> Iterator[Site | NoSite]:
         known = index.once(taken)
         for node in index.linears:
-            if node not in known and facts.is_head(scope_of(node)):
-                yield linear_site(index, facts, node, "head", scope_of(node))
+            if node not in known and stacks.is_head(scope_of(node)):
+                yield linear_site(index, stacks, node, "head", scope_of(node))
 
     return find

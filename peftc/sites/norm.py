@@ -67,7 +67,7 @@ def _is_normalised(node: object) -> bool:
     )
 
 
-def find(index: Index, facts: Stacks) -> Iterator[Site | NoSite]:
+def find(index: Index, stacks: Stacks) -> Iterator[Site | NoSite]:
     for norm in index.once(norms):
         scope, size = scope_of(norm.h), static_shape(norm.h)[-1]
         weights = {"W": Weight(index.program.parameter(norm.weight.node) or "")}
@@ -75,7 +75,7 @@ def find(index: Index, facts: Stacks) -> Iterator[Site | NoSite]:
             weights["b"] = Weight(index.program.parameter(norm.bias.node) or "")
         absent = {} if norm.bias is not None else {"b": "this norm has no bias"}
         dims = {"in": size, "out": size, "d": size}
-        stack, layer = facts.of(scope), layer_of(scope)
+        stack, layer = stacks.of(scope), layer_of(scope)
         yield Site("norm", scope, stack, "", layer, dims, weights, absent=absent)
 
 

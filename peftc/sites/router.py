@@ -14,12 +14,12 @@ from peftc.sites.linear import linear_site
 from peftc.sites.site import NoSite, Site
 
 
-def find(index: Index, facts: Stacks) -> Iterator[Site | NoSite]:
+def find(index: Index, stacks: Stacks) -> Iterator[Site | NoSite]:
     """The linears whose results, perhaps as probabilities or shifted, a `topk` chooses from."""
     for node in index.calls(aten.topk.default):
         scores = _scores(node.args[0])
         if scores is not None:
-            yield linear_site(index, facts, scores, "router", scope_of(scores))
+            yield linear_site(index, stacks, scores, "router", scope_of(scores))
 
 
 def _scores(node: object) -> fx.Node | None:
