@@ -50,7 +50,6 @@ class _Traced(nn.Module):
         except Exception as error:
             raise _Stopped(error) from error
 
-
     def forget(self) -> None:
         """torch leaves cycles around what it traced, and a model in one lives until they are collected."""
         del self.call, self.model
