@@ -234,10 +234,9 @@ def test_modes_and_dropout_of_each_module() -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.5
     assert not torch.equal(logits(model, inputs), logits(model, inputs))
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.eval()
-    assert torch.equal(logits(model, inputs), logits(model, inputs))
+    for module in model.children():
+        module.eval()
+    assert model.training and torch.equal(logits(model, inputs), logits(model, inputs))
 
 
 def test_a_backbone_in_another_mode() -> None:
@@ -380,7 +379,7 @@ def test_a_step_of_the_same_state_traces_nothing(monkeypatch: pytest.MonkeyPatch
     for _ in range(2):
         model.eval().generate(**inputs, **settings)
         logits(model.train(), inputs)
-    model.warnings_issued["estimate_tokens"] = True  # what a model notes of itself is no state
+    model.backbone.name_or_path = "there"  # what a model notes of itself is no state
     model.requires_grad_(False)
     logits(model, inputs)
 
@@ -615,31 +614,38 @@ def test_noise_on_embeddings_is_said_not_to_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["values", "place", "type", "half", "train", "forward", "data"])
 def test_names_that_torch_uses(name: str, tmp_path: Path) -> None:
-    def backbone() -> PreTrainedModel:
-        made = tiny("bert")
-        layer = made.bert.encoder.layer[0].attention
-        layer._modules[name] = layer._modules.pop("self")
-        own = layer.forward.__func__
-        layer.__class__ = type("Renamed", (type(layer),), {"forward": _renamed(own, name)})
-        return made
-
-    text = LORA.text.replace("down", name) if name not in ("forward", "data") else LORA.text
-    spec = parse_spec(text, "named", r=2, alpha=4)
-    model = stir(peftc.compile(backbone(), spec))
+    """Of a method and of its tensors."""
+    text = f"""\
+name: {name}
+deltas:
+  - at: attention.q
+    params: {{{name}: {{shape: [in, out], init: zeros}}}}
+    delta: x @ {name}
+"""
+    spec = parse_spec(text, name)
+    model = stir(peftc.compile(tiny("bert"), spec))
     inputs = batch(model)
     want = logits(model, inputs)
-    path = next(p for p in model.deltas.values() if f".{name}." in f".{p}.")
+    path = next(iter(model.deltas.values()))
+    assert path.endswith(f".{name}.{name}")
     assert model.get_parameter(f"deltas.{path}") is model.deltas.values()[path]
     assert f"deltas.{path}" in model.state_dict()
     model.train()(**inputs, labels=torch.tensor([0, 1, 2])).loss.backward()
+    assert all(p.grad is not None for p in model.deltas.parameters())
     model.eval()
     model.save_pretrained(tmp_path)
-    assert torch.equal(logits(peftc.load(tmp_path, backbone=backbone()), inputs), want)
+    assert torch.equal(logits(peftc.load(tmp_path, backbone=tiny("bert")), inputs), want)
     assert torch.equal(logits(copy.deepcopy(model), inputs), want)
     assert torch.allclose(logits(peftc.merge(model)[0], inputs), want, atol=1e-4)
 
 
-def _renamed(own: Callable[..., object], name: str) -> Callable[..., object]:
+@pytest.mark.parametrize("name", ["values", "place"])
+def test_names_that_modules_have(name: str) -> None:
+    backbone = tiny("bert")
+    layer = backbone.bert.encoder.layer[0].attention
+    layer._modules[name] = layer._modules.pop("self")
+    own = type(layer).forward
+
     def forward(self: nn.Module, *args: object, **kwargs: object) -> object:
         self.__dict__["self"] = self._modules[name]
         try:
@@ -647,7 +653,11 @@ def _renamed(own: Callable[..., object], name: str) -> Callable[..., object]:
         finally:
             del self.__dict__["self"]
 
-    return forward
+    layer.__class__ = type("Renamed", (type(layer),), {"forward": forward})
+    model, inputs = stir(peftc.compile(backbone, LORA)), batch(backbone)
+    assert any(f".{name}." in path for path in model.deltas.values())
+    model.train()(**inputs, labels=torch.tensor([0, 1, 2])).loss.backward()
+    assert all(p.grad is not None for p in model.deltas.parameters())
 
 
 # Calls that fail

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import operator
 import types
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -20,12 +19,15 @@ from transformers import GenerationConfig, PreTrainedModel
 # The registries of a module whose hooks a graph cannot run.
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
+# transformers collects hidden states and attentions by hooks, which are part of a model's own code.
+_OWN_HOOKS = "transformers.utils.output_capturing"
 # What torch keeps beside them, and the notes that Hugging Face models make about themselves.
 _NOTES = frozenset(
     {
         *vars(nn.Module()),
         *("name_or_path", "_name_or_path", "warnings_issued", "_is_hf_initialized"),
         *("transformers_version", "_commit_hash", "architectures"),
+        "_output_capturing_hooks_installed",
     }
 ) - {"training"}
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, type, Enum)
@@ -194,7 +196,7 @@ class Watch:
             self._follow({k: v for k, v in vars(module).items() if k not in _NOTES}, seen)
         slots = (r.values() for m in self._modules for r in (m._parameters, m._buffers))
         self._tensors = [one for one in chain.from_iterable(slots) if one is not None]
-        self.hooked = tuple(path for path, m in named if any(vars(m)[name] for name in HOOKS))
+        self.hooked = tuple(path for path, m in named if any(map(_foreign, _hooks(m))))
         self._seen = self._sweep()
 
     def _follow(self, attributes: Mapping[str, Any], seen: set[int]) -> None:
@@ -241,18 +243,28 @@ def undisturbed(model: PreTrainedModel) -> Iterator[None]:
     """Tracing runs a model's code, which may set attributes and run hooks: here no hook runs, and every
     attribute and registry is afterwards as it was."""
     saved = [
-        (vars(m), dict(vars(m)), [(one, dict(one)) for one in (vars(m)[n] for n in _REGISTRIES)])
+        (vars(m), dict(vars(m)), [(vars(m)[n], dict(vars(m)[n])) for n in (*_REGISTRIES, *HOOKS)])
         for m in model.modules()
     ]
     try:
-        for attributes, _, _ in saved:
-            attributes.update((name, OrderedDict()) for name in HOOKS if attributes[name])
+        for registry in (hooks for m in model.modules() for hooks in _hooks(m)):
+            for key in _foreign(registry):
+                del registry[key]
         yield
     finally:
         for attributes, before, registries in saved:
             _restore(attributes, before)
             for registry, entries in registries:
                 _restore(registry, entries)
+
+
+def _hooks(module: nn.Module) -> Iterator[dict[int, Any]]:
+    return (vars(module)[name] for name in HOOKS)
+
+
+def _foreign(hooks: Mapping[int, Any]) -> list[int]:
+    """Hooks that are none of the model's own."""
+    return [key for key, hook in hooks.items() if getattr(hook, "__module__", "") != _OWN_HOOKS]
 
 
 def _restore(mapping: dict[str, Any], before: dict[str, Any]) -> None:

@@ -173,6 +173,12 @@ class CompiledModel(PreTrainedModel):
         except KeyError:
             return super().get_submodule(target)
 
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """As torch's, for parameters of any name."""
+        owner, _, name = target.rpartition(".")
+        found = self.get_submodule(owner)._parameters.get(name)
+        return super().get_parameter(target) if found is None else found
+
     def save_pretrained(  # type: ignore[override]
         self,
         save_directory: str | Path,
