@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 import torch
 import yaml
-from conftest import EAGER, FAMILIES, tiny
+from conftest import attention_of, tiny
 from hypothesis import strategies as st
-from test_matrix import LACKS, spec
+from methods import lacks, spec
 from transformers import PreTrainedModel
 
 import peftc
@@ -21,7 +22,7 @@ from peftc.language.reader import parse_spec
 from peftc.language.shelf import shipped
 from peftc.language.spec import Spec
 
-Draw = Callable[..., object]
+Draw = Callable[..., Any]
 DTYPES = {"mixtral": torch.float32}  # torch has no product of experts in float64
 NUMBERS = (-2, -0.5, 0.25, 0.5, 1, 2, 3)
 UNARY = ("relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "softmax", "-", "norm")
@@ -207,14 +208,21 @@ def _leaves(at: str, port: str) -> list[tuple[str, str]]:
 def _of_heads(formulas: Formulas, port: str) -> dict[str, str]:
     if port == "h":
         keys = formulas.tensor("heads", "head_dim", SPAN)
-        values = formulas.tensor("heads", SPAN, "head_dim")
+        values = formulas.tensor("heads", SPAN, "value_dim")
         return {"h": f"h + {formulas.mapped(f'q @ {keys}')} @ {values}"}
     if port == "q":
         return {"q": f"q * {formulas.vector('head_dim')}"}
-    if formulas.one_of("scale", "prefix") == "scale":
-        return {port: f"{port} * {formulas.vector('head_dim')}"}
-    rows = {one: formulas.tensor("kv_heads", SPAN, "head_dim") for one in "kv"}
-    return {one: f"prepend({rows[one]}, {one})" for one in "kv"}
+    width = "value_dim" if port == "v" else "head_dim"
+    return {port: f"{port} * {formulas.vector(width)}"}
+
+
+def prefix(formulas: Formulas) -> dict[str, str]:
+    """Rows in front of keys and values, which grow together."""
+    widths = {"k": "head_dim", "v": "value_dim"}
+    return {
+        one: f"prepend({formulas.tensor('kv_heads', SPAN, width)}, {one})"
+        for one, width in widths.items()
+    }
 
 
 @cache
@@ -250,6 +258,8 @@ def formulas(draw: Draw, family: str, name: str, kinds: Sequence[str] = ()) -> P
     chosen = draw(st.lists(st.sampled_from(sites[at]), min_size=1, max_size=2, unique=True))
     one = Formulas(draw)  # type: ignore[arg-type]
     rewrite: dict[str, str] = {}
+    if at == "attention.heads" and draw(st.booleans()):
+        rewrite |= prefix(one)
     for port in chosen:
         if port not in rewrite:
             rewrite |= assigned(one, at, port)
@@ -267,22 +277,50 @@ def formulas(draw: Draw, family: str, name: str, kinds: Sequence[str] = ()) -> P
 
 
 @st.composite
-def methods(draw: Draw, family: str, but: Sequence[str] = ()) -> Part:
+def methods(draw: Draw, family: str) -> Part:
     """A shipped method that the family has places for."""
-    fitting = [m for m in shipped() if m not in LACKS.get(family, ()) and m not in but]
+    fitting = [m for m in shipped() if not lacks(m, family)]
     return Part(draw(st.sampled_from(fitting)))  # type: ignore[arg-type]
 
 
+# Places whose formulas seldom share a value.
+APART = (
+    ("attention.q",),
+    ("attention.k",),
+    ("attention.v",),
+    ("attention", "attention.o"),
+    ("attention.heads",),
+    ("ffn.up",),
+    ("ffn.gate",),
+    ("ffn", "ffn.down", "ffn.hidden"),
+    ("norm",),
+    ("embedding",),
+)
+
+
 @st.composite
-def compositions(
-    draw: Draw, families: Sequence[str] = tuple(FAMILIES), but: Sequence[str] = ()
-) -> Composition:
-    family: str = draw(st.sampled_from(list(families)))  # type: ignore[assignment]
-    attention = "eager" if family in EAGER else draw(st.sampled_from(("sdpa", "eager")))
+def strangers(draw: Draw, family: str) -> list[Part]:
+    """Two or three formulas, each at a place of its own."""
+    groups = [group for group in APART if set(group) & places(family).keys()]
+    if len(groups) < 2:  # no attention, no feed-forward
+        return [draw(formulas(family, "formula_0"))]
+    chosen = draw(st.lists(st.sampled_from(groups), min_size=2, max_size=3, unique=True))
+    return [draw(formulas(family, f"formula_{i}", kinds)) for i, kinds in enumerate(chosen)]
+
+
+@st.composite
+def anything(draw: Draw, family: str) -> list[Part]:
+    """One to three parts, shipped methods and formulas."""
     parts = [
-        draw(st.one_of(formulas(family, f"formula_{i}"), methods(family, but)))
-        for i in range(draw(st.integers(1, 3)))  # type: ignore[call-overload]
+        draw(st.one_of(formulas(family, f"formula_{i}"), methods(family)))
+        for i in range(draw(st.integers(1, 3)))
     ]
     prompts = [part for part in parts if part.name == "prompt_tuning"][:1]  # once, and at the end
-    others = [part for part in parts if part.name != "prompt_tuning"]
-    return Composition(family, attention, (*others, *prompts))  # type: ignore[arg-type]
+    return [*[part for part in parts if part.name != "prompt_tuning"], *prompts]
+
+
+@st.composite
+def compositions(draw: Draw, families: Sequence[str]) -> Composition:
+    family = draw(st.sampled_from(families))
+    parts = draw(st.one_of(anything(family), anything(family), strangers(family)))
+    return Composition(family, attention_of(family), tuple(parts))

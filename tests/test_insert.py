@@ -7,14 +7,12 @@ from collections.abc import Callable, Iterable
 import pytest
 import torch
 from conftest import batch, logits, stir, tiny
-from test_matrix import spec
+from methods import spec
 from toys import LORA, SPECS, program
 
 import peftc
 from passes import Insert, Normalize
 from peftc.driver import plan as make
-from peftc.graph.arguments import dummy_inputs, forward_flags
-from peftc.graph.capture import capture
 from peftc.language.reader import parse_spec
 from peftc.language.shelf import shipped
 from peftc.plan.edit import Edit
@@ -48,10 +46,9 @@ def one_of_each(edits: Iterable[Edit]) -> tuple[Edit, ...]:
 @pytest.mark.parametrize("method", shipped())
 def test_a_shipped_spec(method: str, golden: Callable[[str, str], None]) -> None:
     """What a method adds to one layer, at one site for each of its formulas, and what it unfreezes."""
-    model = tiny("vit" if method == "lora_conv" else "bert", num_hidden_layers=1)
-    plan = make(model, spec(method))
-    flags = forward_flags(model)
-    one = capture(model, "forward", dummy_inputs(model), flags, plan.room)
+    family = "vit" if method == "lora_conv" else "bert"
+    plan = make(tiny(family, num_hidden_layers=1), spec(method))
+    one = program(family, plan.room)
     Normalize().run(one)
     before, edits = program_text(one), one_of_each(plan.edits)
     assert Insert(edits).run(one) == len(edits)

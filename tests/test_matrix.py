@@ -5,176 +5,38 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import EAGER, FAMILIES, batch, logits, stir, tiny
+from conftest import FAMILIES, SAMPLE, Variant, batch, logits, stir
+from methods import CLOSE, EXACT, FOLDS, lacks, spec
 from transformers import PreTrainedModel
 
 import peftc
 from peftc.driver import merge
 from peftc.errors import PeftcError
 from peftc.language.shelf import shipped
-from peftc.language.spec import Spec, with_words
 
-SMALL: dict[str, dict[str, float]] = {
-    "compacter": dict(r=8),
-    "houlsby_adapter": dict(r=4),
-    "learned_scale_adapter": dict(r=4),
-    "lokr": dict(r=2, f=2),
-    "lora": dict(r=4, alpha=8),
-    "lora_conv": dict(r=2),
-    "lora_ffn": dict(r=4, alpha=8),
-    "mam": dict(l=5, m=6, r=4),
-    "multi_head_parallel_adapter": dict(r=3),
-    "oft": dict(n=2),
-    "parallel_adapter": dict(r=4),
-    "parallel_adapter_attention": dict(r=4),
-    "pfeiffer_adapter": dict(r=4),
-    "prefix_direct": dict(l=5),
-    "prefix_tuning": dict(l=5, m=6),
-    "prefix_ungated": dict(l=5),
-    "prefix_words": dict(l=5),
-    "prompt_tuning": dict(l=5),
-    "scaled_parallel_adapter": dict(r=4),
-    "vera": dict(r=6),
-}
-# Bit-identical to the captured graph before training. DoRA and PiSSA are the same function, computed another way.
-EXACT = [
-    "adalora",
-    "bitfit",
-    "bitfit_subset",
-    "diff_pruning",
-    "head",
-    "ia3",
-    "learned_scale_adapter",
-    "loha",
-    "lokr",
-    "lora",
-    "lora_conv",
-    "lora_embedding",
-    "lora_ffn",
-    "norm_tuning",
-    "oft",
-    "rslora",
-    "scaled_parallel_adapter",
-    "sparse_difference",
-    "vera",
-]
-CLOSE = ("compacter", "dora", "pissa")
-# What folds into the weights entirely, by algebra alone.
-FOLDS = [
-    "adalora",
-    "bitfit",
-    "bitfit_subset",
-    "diff_pruning",
-    "dora",
-    "head",
-    "ia3",
-    "loha",
-    "lokr",
-    "lora",
-    "lora_conv",
-    "lora_embedding",
-    "lora_ffn",
-    "norm_tuning",
-    "oft",
-    "pissa",
-    "rslora",
-    "sparse_difference",
-    "vera",
-]
-ATTENTION = [
-    "adalora",
-    "dora",
-    "loha",
-    "lokr",
-    "lora",
-    "multi_head_parallel_adapter",
-    "oft",
-    "parallel_adapter_attention",
-    "pissa",
-    "prefix_direct",
-    "prefix_tuning",
-    "prefix_ungated",
-    "prefix_words",
-    "rslora",
-    "vera",
-]
-FEED_FORWARD = [
-    "learned_scale_adapter",
-    "lora_ffn",
-    "parallel_adapter",
-    "pfeiffer_adapter",
-    "scaled_parallel_adapter",
-]
-BOTH = ("compacter", "houlsby_adapter", "ia3", "mam")
-# Why a method has no place in a family: what the family's architecture lacks.
-LACKS = {
-    "mixtral": (*FEED_FORWARD, *BOTH),  # experts are one product in a batch, no linears
-    "mamba": (*ATTENTION, *FEED_FORWARD, *BOTH, "bitfit_subset"),
-    "vit": ("lora_embedding", "prompt_tuning", "prefix_words"),
-    "whisper": ("prompt_tuning", "prefix_words"),
-    "t5": ("bitfit", "bitfit_subset", "head"),
-    "t5_gated": ("bitfit", "bitfit_subset", "head"),
-    "llama": ("bitfit", "bitfit_subset"),
-    "phi3": ("bitfit", "bitfit_subset"),
-    "gemma2": ("bitfit", "bitfit_subset"),
-    "mpt": ("bitfit", "bitfit_subset"),
-    "modernbert": ("bitfit_subset",),
-}
-LACKS["mixtral"] += ("bitfit", "bitfit_subset")
-# A slice of a fused projection has no bias of its own to train; nothing else of the method fails.
-LACKS |= dict.fromkeys(("gpt2", "neox", "bloom"), ("bitfit_subset",))
-CONVOLVE = ("vit", "whisper", "mamba")
-LACKS |= {
-    family: (*LACKS.get(family, ()), "lora_conv") for family in FAMILIES if family not in CONVOLVE
-}
+
 # T5 is its own body, without a module that is the head.
-CELLS = [
-    pytest.param(method, family, id=f"{method}-{family}", marks=pytest.mark.xdist_group(family))
-    for method in shipped()
-    for family in FAMILIES
-]
+def cell(method: str, family: str) -> object:
+    """A cell of the matrix: in CI those of SAMPLE, and those that are refused; `-m slow` takes all."""
+    marks = [pytest.mark.xdist_group(family)]
+    if (method, family) not in SAMPLE and not lacks(method, family):
+        marks.append(pytest.mark.slow)
+    return pytest.param(method, family, id=f"{method}-{family}", marks=marks)
 
 
-@dataclass(frozen=True)
-class Variant:
-    """How a cell runs: full or padded batches, greedy or beams, so that each pair of these occurs with each
-    method and each family; eager and SDPA in turn over the families, because each takes graphs of its own."""
-
-    family: str
-    attention: str
-    padding: str
-    beams: int
-
-    @staticmethod
-    def of(method: str, family: str) -> Variant:
-        place = list(FAMILIES).index(family)
-        turn, attention = shipped().index(method) + place, "eager" if place % 2 else "sdpa"
-        attention = "eager" if family in EAGER else attention
-        return Variant(
-            family, attention, ("right", "none", "left")[turn // 2 % 3], turn // 3 % 2 + 1
-        )
-
-    def backbone(self) -> PreTrainedModel:
-        return tiny(self.family, self.attention)
-
-
-@cache
-def spec(method: str) -> Spec:
-    one = peftc.load_spec(method, **SMALL.get(method, {}))
-    return with_words(one, (7, 8, 9)) if method == "prefix_words" else one
+CELLS = [cell(method, family) for method in shipped() for family in FAMILIES]
 
 
 @pytest.mark.parametrize(("method", "family"), CELLS)
 def test_cell(method: str, family: str, tmp_path: Path) -> None:
     variant = Variant.of(method, family)
     backbone = variant.backbone()
-    if method in LACKS.get(family, ()):
+    if lacks(method, family):
         with pytest.raises(PeftcError, match=r"no site of this model|reads no words"):
             peftc.compile(backbone, spec(method))
         pytest.skip(f"{family} has no place for it, and the error says so")
@@ -291,7 +153,7 @@ def _half_cell(method: str) -> object:
     """Each method in one family, the families in turn."""
     turn = shipped().index(method) % len(HALF)
     order = (*HALF[turn:], *HALF[:turn], "vit")  # the one with a convolution
-    family = next(one for one in order if method not in LACKS.get(one, ()))
+    family = next(one for one in order if not lacks(method, one))
     mark = pytest.mark.xdist_group(family)
     return pytest.param(method, family, id=f"{method}-{family}", marks=mark)
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from functools import cache
+
 from conftest import tiny
 
-from peftc.graph.arguments import dummy_inputs
+from peftc.graph.arguments import dummy_inputs, forward_flags
 from peftc.graph.capture import capture
 from peftc.graph.program import Program
+from peftc.graph.rows import NONE, Room
 
 LORA = """
 deltas:
@@ -41,7 +45,14 @@ deltas:
 SPECS = {"lora": LORA, "prefix": PREFIX, "adapter": ADAPTER}
 
 
-def program(family: str = "bert") -> Program:
-    """One layer as it was traced."""
+def traced(family: str, room: Room = NONE) -> Program:
     model = tiny(family, num_hidden_layers=1)
-    return capture(model, "forward", dummy_inputs(model))
+    return capture(model, "forward", dummy_inputs(model), forward_flags(model), room)
+
+
+once = cache(traced)
+
+
+def program(family: str = "bert", room: Room = NONE) -> Program:
+    """One layer as it was traced, with place for rows in front where there are some."""
+    return traced(family, room) if room else copy.deepcopy(once(family))
