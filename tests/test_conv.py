@@ -344,9 +344,10 @@ def test_peft_of_a_depthwise_convolution(tmp_path: Path) -> None:
                 layer.lora_B["default"],
                 edit.site.dims["groups"],
             )
+            kernel = model.get_parameter(edit.site.weights["W"].path).shape[2:]
             a.weight.zero_()
             for g in range(groups):
-                a.weight[g * r : (g + 1) * r, g] = down.T.reshape(r, *edit.site.kernel[1:])
+                a.weight[g * r : (g + 1) * r, g] = down.T.reshape(r, *kernel)
             b.weight.copy_(up.T[:, :, None, None])
             layer.scaling["default"] = 4 / r
     want = logits(other, inputs)
