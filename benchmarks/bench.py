@@ -17,7 +17,12 @@ from collections.abc import Callable, Mapping
 
 import torch
 import transformers
-from transformers import BartConfig, BartForConditionalGeneration
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForSequenceClassification,
+)
 
 import peftc
 
@@ -154,12 +159,33 @@ def folded_forward(runs: int) -> None:
     show("forward, folded LoRA", alternate(steps, 2 * runs), 1.02)
 
 
+@torch.no_grad()
+def one_token(runs: int) -> None:
+    """A step so small that only what surrounds the arithmetic counts: one token through twelve toy layers, and
+    how much of it is fetching the parameters."""
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=120, hidden_size=32, num_attention_heads=4, intermediate_size=64)
+    bare = BertForSequenceClassification(BertConfig(**sizes, num_hidden_layers=12)).eval()
+    inputs = {name: torch.ones(1, 1, dtype=torch.long) for name in ("input_ids", "attention_mask")}
+    for method, arguments in (("lora", {"r": 8}), ("dora", {"r": 8}), ("prefix_tuning", {})):
+        model = peftc.compile(copy.deepcopy(bare), peftc.load_spec(method, **arguments))
+        steps = {method: lambda model=model: model(**inputs), "bare": lambda: bare(**inputs)}
+        seconds = alternate(steps, 20 * runs)
+        show(f"one token, 12 layers, {method}", seconds, 1.6)
+        runner, _ = model._programs.ready("forward", inputs, {})
+        changes = model._programs._count
+        fetched = alternate({"fetch": lambda r=runner, c=changes: r.fetch(c)}, 20 * runs)["fetch"]
+        share = statistics.median(fetched) / statistics.median(seconds[method])
+        print(f"{'  fetching the parameters':<34}{share:.1%} of it (<= 5%)")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=15, help="timed runs of each step")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    one_token(options.runs)
     training_step(options.runs)
     folded_forward(options.runs)
     compile_time(max(1, options.runs // 5))

@@ -151,11 +151,12 @@ class Watch:
     """A look, quick enough for each call, whether anything changed that tracing sees: all attributes of all
     modules, configurations and containers among them, classes, hooks, and kinds of tensors.
 
-    `count` rises with every change that a look finds. What it compares by is identity, in one sweep in C.
+    `count` rises with every change that a look finds. What it compares by is identity, in one sweep in C. Of
+    `stores`, modules that run no code, only the tensors count.
     """
 
-    def __init__(self, *roots: nn.Module) -> None:
-        self.roots = roots
+    def __init__(self, model: nn.Module, stores: nn.Module) -> None:
+        self.model, self.stores = model, stores
         self.count = 0
         self.hooked: tuple[str, ...] = ()
         self._seen: tuple[Any, ...] | None = None
@@ -174,6 +175,9 @@ class Watch:
 
     def _sweep(self) -> tuple[Any, ...]:
         return (
+            any(self._empty),
+            *map(len, self._own),
+            *map(operator.call, self._getters, self._own),
             *chain.from_iterable(map(dict.values, self._dicts)),
             *chain.from_iterable(self._lists),
             *map(type, self._modules),
@@ -184,19 +188,29 @@ class Watch:
         )
 
     def _learn(self) -> None:
-        named = [one for root in self.roots for one in root.named_modules()]
-        self._modules = [module for _, module in named]
+        self._modules = list(self.model.modules())
         self._classes = list(dict.fromkeys(map(type, self._modules)))
-        registries = [vars(m)[name] for m in self._modules for name in (*_REGISTRIES, *HOOKS)]
-        self._dicts: list[dict[str, Any]] = [*(m.__dict__ for m in self._modules), *registries]
+        every = [*self._modules, *self.stores.modules()]
+        registries = [vars(m)[name] for m in every for name in _REGISTRIES]
+        registries += [hooks for m in self._modules for hooks in _hooks(m)]
+        # Most registries of most modules are empty, which is quicker to see of all than to look into each.
+        self._empty = [one for one in registries if not one]
+        self._dicts: list[dict[str, Any]] = [one for one in registries if one]
+        # Of a module's own attributes torch's dozen never change, and every object that is looked at costs.
+        self._own = [m.__dict__ for m in self._modules]
+        self._getters = [
+            operator.itemgetter(*(k for k in one if k not in _NOTES)) for one in self._own
+        ]
         self._lists: list[Any] = []
         self._constants: list[torch.Tensor] = []
         seen: set[int] = set(map(id, registries))
         for module in self._modules:
             self._follow({k: v for k, v in vars(module).items() if k not in _NOTES}, seen)
-        slots = (r.values() for m in self._modules for r in (m._parameters, m._buffers))
+        slots = (r.values() for m in every for r in (m._parameters, m._buffers))
         self._tensors = [one for one in chain.from_iterable(slots) if one is not None]
-        self.hooked = tuple(path for path, m in named if any(map(_foreign, _hooks(m))))
+        self.hooked = tuple(
+            path for path, m in self.model.named_modules() if any(map(_foreign, _hooks(m)))
+        )
         self._seen = self._sweep()
 
     def _follow(self, attributes: Mapping[str, Any], seen: set[int]) -> None:
