@@ -36,7 +36,7 @@ from peftc.rewrite.tolerance import tolerance as rounding
 from peftc.sites.kinds import Survey
 from peftc.sites.site import Site
 from peftc.store import deltas as delta
-from peftc.store.directory import MANIFEST, DeltaError, read_manifest
+from peftc.store.directory import MANIFEST, DeltaError
 
 Batch = Mapping[str, torch.Tensor]
 SpecLike = Spec | str | Path | Sequence[Spec | str | Path]
@@ -229,7 +229,7 @@ def load(
     then the backbone is as it was.
     """
     path = Path(path)
-    manifest = read_manifest(path)
+    manifest = delta.manifest_of(path)
     if backbone is None:
         backbone = _named_backbone(manifest)
     require_bare(backbone)

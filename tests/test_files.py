@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import stir, tiny
+from conftest import Run, stir, tiny
 
 import peftc
 from peftc.errors import PeftcError
@@ -164,3 +164,58 @@ def test_a_damaged_file_leaves_the_backbone_as_it_was(tmp_path: Path) -> None:
         peftc.load(tmp_path / "a", backbone)
     assert [one.requires_grad for one in backbone.parameters()] == flags
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("form", "other"),
+        ("form", None),
+        ("edits", 3),
+        ("left", [["a"]]),
+        ("left", [[7, "nowhere:ffn"]]),
+        ("left", None),
+        ("spec", {"name": 1}),
+        ("backbone", None),
+        ("backbone", {"name": "", "class": "Bert"}),
+        ("backbone", {"name": [], "class": 3, "fingerprint": {}}),
+        ("files", []),
+        ("files", {"model.safetensors": {"bytes": "many"}}),
+    ],
+)
+def test_a_manifest_of_other_things_is_damaged(
+    key: str, value: object, tmp_path: Path, run: Run
+) -> None:
+    trained(16, 1).save_pretrained(tmp_path / "a")
+    file = tmp_path / "a" / MANIFEST
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    with pytest.raises(DeltaError):
+        peftc.load(tmp_path / "a", tiny("bert"))
+    code, _, err = run("verify", tmp_path / "a")
+    assert code == 1 and "Traceback" not in err
+
+
+@pytest.mark.parametrize("key", ["kind", "graphs", "parity", "files", "max_tokens"])
+@pytest.mark.parametrize("value", [None, 3, {"model": 3}])
+def test_a_bundles_manifest_of_other_things_is_damaged(
+    key: str, value: object, bundle: Path, tmp_path: Path, run: Run
+) -> None:
+    shutil.copytree(bundle, tmp_path / "b")
+    file = tmp_path / "b" / MANIFEST
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    code, _, err = run("verify", tmp_path / "b")
+    assert code in (0, 1) and "Traceback" not in err
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("bundles") / "b"
+    peftc.export(tiny("bert"), path)
+    return path
+
+
+def test_a_spec_that_is_no_text(run: Run, tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "bad.yaml").write_bytes(b"\xff\xfe\x00")
+    for one in (tmp_path / "bad.yaml", tmp_path):
+        code, _, err = run("plan", one, "-m", folder)
+        assert code == 1 and "Traceback" not in err

@@ -12,7 +12,8 @@ from peftc.cli import options
 from peftc.cli.console import say, step
 from peftc.model import backbones
 from peftc.model.compiled import CompiledModel
-from peftc.store.directory import MANIFEST, read_manifest
+from peftc.store.deltas import manifest_of
+from peftc.store.directory import MANIFEST
 
 
 def new_directory(path: Path) -> Path:
@@ -29,7 +30,7 @@ def load(deltas: Path, model: str | None) -> CompiledModel:
         options.quiet()
         if model is None:
             return driver.load(deltas)
-        named = read_manifest(deltas)["backbone"]
+        named = manifest_of(deltas)["backbone"]
         backbone = backbones.resolve(model, cls=named["class"], settings=named.get("labels"))
         return driver.load(deltas, backbone)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,11 +16,12 @@ from peftc import driver, runtime
 from peftc.cli import directories, options
 from peftc.cli.console import say, step
 from peftc.errors import PeftcError
+from peftc.export.parity import Parity
 from peftc.graph.arguments import seeded_inputs
 from peftc.model.compiled import CompiledModel
 from peftc.rewrite.tolerance import tolerance
 from peftc.rewrite.verify import difference
-from peftc.store.directory import check_files, read_manifest
+from peftc.store.directory import MANIFEST, DeltaError, check_files, read_manifest
 
 
 @dataclass(frozen=True)
@@ -120,16 +121,32 @@ def _bundle_checks(directory: Path, model: str | None) -> Iterator[Check]:
     with step(f"loading {directory}"):
         options.quiet()
         runner = runtime.load(directory)
-    for one in manifest["parity"]:
-        yield Check(f"{one['graph']} against torch, at export", one["error"], one["tolerance"])
+    certificate = _certificate(directory, manifest)
+    for one in certificate:
+        yield Check(f"{one.graph} against torch, at export", one.error, one.tolerance)
     if model is None:
         return
     torch_model = directories.model_of(Path(model))
     with step("running both"):
         if isinstance(runner, runtime.Classifier):
-            yield _logits(runner, torch_model, manifest["parity"][0]["tolerance"])
+            yield _logits(runner, torch_model, certificate[0].tolerance)
         else:
             yield _tokens(runner, torch_model)
+
+
+def _certificate(directory: Path, manifest: Mapping[str, Any]) -> tuple[Parity, ...]:
+    try:
+        found = tuple(
+            Parity(
+                str(one["graph"]), int(one["cases"]), float(one["error"]), float(one["tolerance"])
+            )
+            for one in manifest["parity"]
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise DeltaError(f"{directory / MANIFEST} is damaged: 'parity' is none") from error
+    if not found:
+        raise DeltaError(f"{directory / MANIFEST} certifies nothing; export it again")
+    return found
 
 
 def _logits(runner: Any, model: PreTrainedModel, limit: float) -> Check:

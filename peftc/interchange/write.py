@@ -79,8 +79,10 @@ def _factor(change: Expr, edit: Edit) -> tuple[float, Expr]:
 def export_peft(model: CompiledModel, directory: str | Path) -> tuple[str, ...]:
     """Write LoRA-like deltas as a PEFT adapter, for vLLM and others; returns the adapted modules.
 
-    Deltas at slices of one fused projection become one adapter whose rank is the sum of theirs. Raises
-    InterchangeError when a delta has another form, before anything is written.
+    A is written [r, in] and B [out, r], as PEFT stores them. Deltas at slices of one fused projection become one
+    adapter whose rank is the sum of theirs; factors that sites share are written for each. Raises
+    InterchangeError when a delta has another form, inputs are dropped at several rates, or `directory` is not
+    empty; KernelError at a convolution that PEFT computes otherwise. Then nothing is written.
     """
     groups: dict[str, list[LowRank]] = {}
     for edit in model.plan.edits:

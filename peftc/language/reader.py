@@ -31,7 +31,11 @@ def load_spec(source: str | Path, **overrides: float | int) -> Spec:
     Raises SpecError with every problem of the file, PeftcError when there is no such spec or argument.
     """
     path = find(source)
-    return parse_spec(path.read_text(), str(path), **overrides)
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise PeftcError(f"{path} cannot be read as text: {error}") from error
+    return parse_spec(text, str(path), **overrides)
 
 
 def parse_spec(text: str, path: str = "<spec>", **overrides: float | int) -> Spec:

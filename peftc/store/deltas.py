@@ -15,7 +15,7 @@ from peftc.errors import PeftcError
 from peftc.language import resolved
 from peftc.language.spec import Spec
 from peftc.store import format1, sparse
-from peftc.store.directory import MANIFEST, DeltaError, check_files, write_directory
+from peftc.store.directory import MANIFEST, DeltaError, check_files, read_manifest, write_directory
 
 # Trainer looks for this name when it resumes; the file holds deltas alone.
 WEIGHTS = "model.safetensors"
@@ -34,6 +34,28 @@ def write(path: Path, manifest: Mapping[str, Any], tensors: Mapping[str, torch.T
         return manifest
 
     write_directory(path, fill)
+
+
+FORMS = ("training", "stored")
+
+
+def manifest_of(path: Path) -> dict[str, Any]:
+    """The manifest of a directory of deltas, its parts of the kinds that they must be. Raises DeltaError."""
+    manifest = read_manifest(path)
+    backbone = manifest["backbone"] if isinstance(manifest["backbone"], dict) else {}
+    prints = backbone.get("fingerprint")
+    holds = {
+        "form": manifest["form"] in FORMS,
+        "edits": isinstance(manifest["edits"], list),
+        "left": isinstance(manifest.get("left", []), list),
+        "backbone": all(isinstance(backbone.get(key), str) for key in ("name", "class")),
+        "fingerprint": isinstance(prints, dict)
+        and all(isinstance(prints.get(key), str) for key in ("layout", "content")),
+    }
+    odd = [key for key, held in holds.items() if not held]
+    if odd:
+        raise DeltaError(f"{path / MANIFEST} is damaged: '{odd[0]}' is not what it must be")
+    return manifest
 
 
 def spec_of(manifest: Mapping[str, Any], path: Path) -> Spec:
