@@ -166,7 +166,7 @@ def saves_what_is_merged(case: Case) -> None:
         if not report.kept:
             again = type(merged).from_pretrained(folder, dtype=case.one.dtype)
             again.set_attn_implementation(case.one.attention)
-            assert torch.equal(logits(again.eval(), case.inputs), want)
+            case.close(logits(again.eval(), case.inputs), want, 1e-12)  # other places in memory
             return
         counts_are_of_tensors(merged)
         again = peftc.load(folder, backbone=peftc.detach(merged))
