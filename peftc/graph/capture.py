@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers import PreTrainedModel
 
 from peftc.graph.arguments import SIZES, CaptureError, layout, resized
@@ -135,6 +136,11 @@ def _traced(
     room: Room,
     labels: Labels,
 ) -> Program:
+    if _get_current_dispatch_mode() is not None:
+        raise CaptureError(
+            f"{type(model).__name__}: its graph for such inputs ({entry}) would be captured while another trace is "
+            "being made; run the model once on them before"
+        )
     seq2seq = bool(model.config.is_encoder_decoder)
     tensors = {
         k: resized(v, labels[k], _sizes(inputs, flags, room.held(k, seq2seq)))

@@ -7,14 +7,17 @@ import functools
 import operator
 import types
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from enum import Enum
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.utils._python_dispatch import _disable_current_modes
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 # The registries of a module whose hooks a graph cannot run.
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -32,6 +35,7 @@ _NOTES = frozenset(
 ) - {"training"}
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, type, Enum)
 _KIND = operator.attrgetter("dtype", "device", "shape")
+_ORDINARY = {torch.Tensor, nn.Parameter, nn.Buffer}
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,10 @@ class _Reading:
         if tensor is None:
             return (name, None)
         tie = self.ties.setdefault(id(tensor), len(self.ties))
-        return (name, tie, type(tensor), *_KIND(tensor))
+        # Who traces a compiled model puts stand-ins of the same kind into the registries.
+        stands_in = isinstance(tensor, FakeTensor | FunctionalTensor)
+        kind = None if stands_in or type(tensor) in _ORDINARY else type(tensor)
+        return (name, tie, kind, *_KIND(tensor))
 
     def _attributes(self, attributes: Mapping[str, Any]) -> Hashable:
         named = ((k, self.value(v)) for k, v in attributes.items() if k not in _NOTES)
@@ -101,9 +108,9 @@ class _Reading:
         return self._inner(one)
 
     def _inner(self, one: Any) -> Hashable:
-        """Containers, and objects by what they hold."""
-        opaque = callable(one) or not (isinstance(one, _CONTAINERS) or hasattr(one, "__dict__"))
-        if opaque or id(one) in self.inside:
+        """Containers and records by what they hold."""
+        known = isinstance(one, _CONTAINERS) or _is_record(one)
+        if not known or id(one) in self.inside:
             self.shared = False
             return _Held(one)
         self.inside.add(id(one))
@@ -138,7 +145,11 @@ class _Held:
 
 def _content(tensor: torch.Tensor) -> Hashable:
     """Plain tensors among the attributes become constants of a graph."""
-    return None if tensor.is_meta else tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()  # fmt: skip
+    if tensor.is_meta:
+        return None
+    with _disable_current_modes():
+        flat = tensor.detach().cpu().reshape(-1)
+        return flat.view(torch.uint8).numpy().tobytes()
 
 
 def _is_global(one: Any) -> bool:
@@ -227,7 +238,7 @@ class Watch:
             elif isinstance(one, list | tuple | set | frozenset):
                 self._lists.append(one)
                 self._follow(dict(enumerate(one)), seen)  # type: ignore[arg-type]
-            elif _has_state(one):
+            elif _is_record(one):
                 self._dicts.append(vars(one))
                 self._follow({k: v for k, v in vars(one).items() if k not in _NOTES}, seen)
 
@@ -236,8 +247,9 @@ _FORWARD: Callable[[Any], Any] = operator.attrgetter("forward")
 _VERSION: Callable[[Any], Any] = operator.attrgetter("_version")
 
 
-def _has_state(one: Any) -> bool:
-    return hasattr(one, "__dict__") and not callable(one) and not isinstance(one, GenerationConfig)
+def _is_record(one: Any) -> bool:
+    """Whether an object is what its attributes are: a configuration, a dataclass, a namespace."""
+    return isinstance(one, PreTrainedConfig | types.SimpleNamespace) or is_dataclass(one)
 
 
 @contextlib.contextmanager

@@ -154,6 +154,11 @@ class CompiledModel(PreTrainedModel):
                 return
         super().__setattr__(name, value)
 
+    def train(self, mode: bool = True) -> Any:
+        """Switch the mode of the deltas and of the backbone; what was computed of parameters is forgotten."""
+        self._programs.forget()
+        return super().train(mode)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the backbone's own forward: same arguments, same output type."""
         given = dict(zip(self._programs.facts.arguments, args, strict=False)) | kwargs

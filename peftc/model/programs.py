@@ -94,6 +94,12 @@ class Programs:
             runner = self._find(entry, inputs, flags)
             return runner, runner.fetch(self._count)
 
+    def forget(self) -> None:
+        """Compute constants anew: torch does not count every write to a parameter."""
+        with TRACING:
+            for runner in self._runners.values():
+                runner.forget()
+
     def _find(self, entry: str, inputs: Mapping[str, Any], flags: Mapping[str, Any]) -> Runner:
         self._look()
         labels = layout(inputs, entry, self._facts.encoder_decoder)

@@ -97,6 +97,9 @@ class Runner:
             self._changes, self._known = changes, None
         return [registry[name] for registry, name in self._places]
 
+    def forget(self) -> None:
+        self._known = None
+
     def run(
         self, stored: Sequence[torch.Tensor], inputs: Mapping[str, torch.Tensor]
     ) -> dict[str, Any]:
