@@ -35,6 +35,9 @@ from peftc.rewrite.folding import Report
 # float64; some norms (Llama, T5) round to float32 on the way.
 TOLERANCE = 1e-5
 EXAMPLES, MANY = 200, 5000
+RARELY = (
+    0.1  # how often a model runs in the odd modes that it came with: each takes a graph of its own
+)
 PATIENCE = 120  # seconds for one example, most of them for a trace
 
 
@@ -217,16 +220,17 @@ def mixed(model: PreTrainedModel, draw: random.Random) -> PreTrainedModel:
 
 def detaches(case: Case) -> None:
     """Plan changes nothing; detach gives the backbone back as it came, modes, flags and all."""
-    backbone = mixed(case.one.backbone(), random.Random(repr(case.one)))
+    draw = random.Random(repr(case.one))
+    backbone = mixed(case.one.backbone(), draw)
     before = state(backbone)
     peftc.plan(backbone, case.one.specs())
     assert_same(state(backbone), before)
     model = stir(peftc.compile(backbone, case.one.specs()), 0.2)
-    model(**case.inputs)
-    model.train()
-    model(**case.inputs).logits.square().mean().backward()
-    model.eval()
-    logits(model, case.inputs)
+    if draw.random() < RARELY:
+        model(**case.inputs)
+        model.train()
+        model(**case.inputs).logits.square().mean().backward()
+    logits(model.eval(), case.inputs)
     assert peftc.detach(model) is backbone
     assert_same(state(backbone), before)
 
@@ -274,8 +278,8 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     ),
     "no manifest": lambda path: (path / "peftc.json").unlink(),
     "half a manifest": lambda path: (path / "peftc.json").write_text("{"),
-    "another method": lambda path: (path / "peftc.json").write_text(
-        (path / "peftc.json").read_text().replace('"training"', '"stored?"')
+    "an unknown form": lambda path: (path / "peftc.json").write_text(
+        (path / "peftc.json").read_text().replace('"form": "training"', '"form": "other"')
     ),
 }
 
