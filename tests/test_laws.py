@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 import torch
-from compositions import Composition, compositions
-from conftest import FAMILIES, batch, logits, stir
+from compositions import Composition, Part, compositions
+from conftest import FAMILIES, attention_of, batch, logits, stir
 from hypothesis import HealthCheck, given, seed, settings
 from reference import WIRING, Reference, Slot, slots
 from test_matrix import real
@@ -406,6 +406,43 @@ SHARES = [
 @pytest.mark.parametrize("families", SHARES)
 def test_laws(families: tuple[str, ...]) -> None:
     hold(LAWS.values(), compositions(families), EXAMPLES // GROUPS, 0)
+
+
+# What a law has found once: (family, what a delta is), small.
+FOUND = {
+    "a number on the left": ("bert", "at: ffn, rewrite: {h: 3 - h / (2 - sigmoid(h))}"),
+    "a port that stays as it is": (
+        "bert",
+        "at: ffn.down, params: {p: {shape: [out], init: normal}}, rewrite: {b: b + p, h: h}",
+    ),
+    "dropout alone": ("gpt2", 'at: ffn, rewrite: {h: "dropout(h, 0.1)"}'),
+    "nothing is left of weight and bias": (
+        "bert",
+        "at: attention.v, params: {p: {shape: [in, out], init: normal}}, rewrite: {h: x @ p}",
+    ),
+    "all inputs are shifted alike": (
+        "bert",
+        "at: ffn.down, params: {p: {shape: [1], init: normal}}, rewrite: {x: x + p}",
+    ),
+    "keys of cross attention and its queries' input": (
+        "bart",
+        "at: attention.k, params: {p: {shape: [d, in], init: normal}}, rewrite: {x: x + input @ p}",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_was_found_once(name: str) -> None:
+    """It holds now, or the plan says why it cannot."""
+    family, delta = FOUND[name]
+    part = Part("found", f"name: found\ndeltas: [{{{delta}}}]\n")
+    case = Case(Composition(family, attention_of(family), (part,)))
+    try:
+        assert case.model
+    except PlanError:
+        return
+    for law in LAWS.values():
+        law(case)
 
 
 @pytest.mark.slow
