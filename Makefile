@@ -18,10 +18,10 @@ demo: .venv/.done  ## train, fold, export and run MAM on real text with a real B
 	$(BIN)/python examples/demo.py $(DEMO_FLAGS)
 
 test: .venv/.done  ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	PYTHONHASHSEED=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-slow: .venv/.done  ## run the tests, 10,000 texts as specs, and AdapterHub as an oracle
-	$(BIN)/python -m pytest -m "slow or not slow"
+slow: .venv/.done  ## run the tests, all methods x families, 5,000 compositions, 10,000 texts as specs, AdapterHub as an oracle
+	PYTHONHASHSEED=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" -n 2 --dist loadgroup
 
 lint: .venv/.done  ## check style and format
 	$(BIN)/ruff check .
