@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -134,7 +135,7 @@ class Program:
         fields = list(self.out_spec.context or ())
         return Output(returned, fields.index(name)) if name in fields else None
 
-    @property
+    @cached_property
     def _sample(self) -> Any:
         """A traced floating tensor, which knows the type and device of the graph and how to fake more."""
         values = [node.meta.get("val") for node in self.graph.find_nodes(op="placeholder")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -87,8 +88,12 @@ class Runner:
         self._flat = _flat_fields(program)
         self._places: list[Place] = []
         self._changes = -1
-        self._split = None if program.training else split(program)
         self._known: _Known | None = None
+
+    @cached_property
+    def _split(self) -> Split | None:
+        """The graph in two, for evaluation; made when it is first evaluated so."""
+        return None if self.program.training else split(self.program)
 
     def fetch(self, changes: int) -> list[torch.Tensor]:
         """The stored tensors as they are now; `changes` counts how often the model changed."""
@@ -104,11 +109,12 @@ class Runner:
         self, stored: Sequence[torch.Tensor], inputs: Mapping[str, torch.Tensor]
     ) -> dict[str, Any]:
         """The fields of the output, of what `fetch` gave and the inputs."""
-        if self._split is not None and _settled(reads := [stored[i] for i in self._split.reads]):
-            rest = [stored[i] for i in self._split.keeps]
-            computed = self._computed(self._split, reads)
-            given = [inputs[name] for name in self._split.inputs]
-            return self._fields(self._split.rest(*rest, *given, *computed))
+        parts = None if torch.is_grad_enabled() else self._split
+        if parts is not None and _settled(reads := [stored[i] for i in parts.reads]):
+            rest = [stored[i] for i in parts.keeps]
+            computed = self._computed(parts, reads)
+            given = [inputs[name] for name in parts.inputs]
+            return self._fields(parts.rest(*rest, *given, *computed))
         left = iter(stored)
         arguments = [next(left) if name is None else inputs[name] for name in self._names]
         return self._fields(self._module(*arguments))

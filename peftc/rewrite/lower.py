@@ -30,16 +30,31 @@ def target(path: str) -> Any:
     return found
 
 
-def value_of(graph: fx.Graph, fn: Any, args: Any, kwargs: Any) -> Any:
+Known = dict[str, Any]
+
+
+def value_of(graph: fx.Graph, fn: Any, args: Any, kwargs: Any, known: Known | None = None) -> Any:
     """What a node gives: the sizes and type of its result, computed on those of its operands; None in a graph
-    that was not traced."""
+    that was not traced. What is `known` of equal operands is not computed again: layers are alike."""
     nodes = [one for one in pytree.tree_leaves((args, kwargs)) if isinstance(one, fx.Node)]
     first: Any = next(iter(graph.nodes)).meta.get("val")
     if not isinstance(first, FakeTensor) or any(one.meta.get("val") is None for one in nodes):
         return None
-    real_args, real_kwargs = fx.map_arg((args, kwargs), lambda one: one.meta["val"])
-    with first.fake_mode:
-        return fn(*real_args, **real_kwargs)
+    known = {} if known is None else known
+    said = fx.map_arg((args, kwargs), lambda one: _said(one.meta["val"]))
+    key = f"{fn} {said}"
+    if key not in known:
+        real_args, real_kwargs = fx.map_arg((args, kwargs), lambda one: one.meta["val"])
+        with first.fake_mode:
+            known[key] = fn(*real_args, **real_kwargs)
+    return known[key]
+
+
+def _said(value: Any) -> str:
+    """What tells a value of a traced graph from others, as far as an op sees it."""
+    if not isinstance(value, torch.Tensor):
+        return f"<{value}>"
+    return f"<{value.dtype} {value.device} {tuple(value.shape)} {value.stride()}>"
 
 
 class Lowering:
@@ -70,7 +85,8 @@ class Lowering:
 
 @dataclass
 class Builder(Lowering):
-    """Adds named, tagged nodes to one graph. With a `memo`, equal calls are one node."""
+    """Adds named, tagged nodes to one graph. With a `memo`, equal calls are one node. Builders of one graph may
+    share what is `known` of values."""
 
     graph: fx.Graph
     training: bool = False
@@ -80,6 +96,7 @@ class Builder(Lowering):
     inserted: list[fx.Node] = field(default_factory=list)
     memo: dict[str, fx.Node] | None = None
     axes: int = 3
+    known: Known = field(default_factory=dict)
 
     def call(self, fn: Any, *args: Any, name: str = "", **kwargs: Any) -> fx.Node:
         """A node of `fn`, called `label_name`."""
@@ -92,7 +109,7 @@ class Builder(Lowering):
         node.meta["delta"] = self.tag
         if self.stack is not None:
             node.meta["nn_module_stack"] = self.stack
-        node.meta["val"] = value_of(self.graph, fn, args, kwargs)
+        node.meta["val"] = value_of(self.graph, fn, args, kwargs, self.known)
         self.inserted.append(node)
         if self.memo is not None:
             self.memo[key] = node

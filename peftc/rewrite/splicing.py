@@ -44,6 +44,7 @@ def splice(
         with program.graph.inserting_before(top):
             hoisted = _hoist(expression, edit, env, shared, wide)
         builder = _builder(program, edit, port, name)
+        builder.known = shared.known
         with program.graph.inserting_before(_anchor(program, port, now, expression)):
             seen = _seen(builder, edit, place, expression, name, now, wide)
             local = {k: _cast(builder, v, wide, k) for k, v in env.items()}
@@ -60,7 +61,8 @@ def splice(
         program.splice(one, result, inserted)
     if place.follow is not None:
         for rows in growth(edit).values():
-            place.follow(program, Builder(program.graph, label="prefix", tag="mask").call, rows)
+            follow = Builder(program.graph, label="prefix", tag="mask", known=shared.known)
+            place.follow(program, follow.call, rows)
 
 
 def _builder(program: Program, edit: Edit, port: Port, name: str) -> Builder:
