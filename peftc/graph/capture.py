@@ -198,12 +198,11 @@ def _alone(model: PreTrainedModel) -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
-        with (
-            undisturbed(model),
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.autocast(model.device.type, enabled=False),
-        ):
+        with contextlib.ExitStack() as stack:
+            for one in (undisturbed(model), torch.inference_mode(False), torch.enable_grad()):
+                stack.enter_context(one)
+            for kind in sorted({"cpu", model.device.type} - {"meta"}):
+                stack.enter_context(torch.autocast(kind, enabled=False))
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):

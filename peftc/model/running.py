@@ -165,6 +165,7 @@ def _settled(tensors: Sequence[torch.Tensor]) -> bool:
         not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and set(map(type, tensors)) <= _TENSORS
+        and not tensors[0].is_meta
         and not any(one.is_inference() for one in tensors)
         and _get_current_dispatch_mode() is None
         and torch._C._functorch.peek_interpreter_stack() is None
