@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, BertTokenizer, PreT
 import peftc
 from peftc import cli
 from peftc.graph.arguments import dummy_inputs
-from peftc.graph.capture import CAPTURES
+from peftc.graph.captures import CAPTURES
 
 transformers.logging.set_verbosity_error()
 
