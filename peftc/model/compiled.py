@@ -37,7 +37,7 @@ _CONTROL = ("use_cache", "return_dict", "past_key_values", "encoder_outputs")
 _HARMLESS = frozenset(
     {
         *("max_shard_size", "safe_serialization", "token", "save_peft_format"),
-        *("save_original_format",),
+        "save_original_format",
     }
 )
 
