@@ -21,8 +21,9 @@ from peftc.graph.state import Fingerprint, evaluating, fingerprint
 from peftc.language.reader import load_spec
 from peftc.language.spec import Spec, combine
 from peftc.model import backbones
-from peftc.model.compiled import CompiledModel, attach, bare_copy, require_bare
+from peftc.model.compiled import CompiledModel, attach, bare_copy
 from peftc.model.saving import check_backbone
+from peftc.model.sharing import require_bare
 from peftc.model.words import Activations
 from peftc.plan import left
 from peftc.plan.algebra import constant_form

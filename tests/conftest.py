@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, BertTokenizer, PreT
 import peftc
 from peftc import cli
 from peftc.graph.arguments import dummy_inputs
-from peftc.graph.capture import CAPTURES
+from peftc.graph.captures import CAPTURES
 from peftc.language.shelf import shipped
 
 transformers.logging.set_verbosity_error()

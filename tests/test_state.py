@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicCache
 
 import peftc
 from peftc.errors import PeftcError
-from peftc.graph.capture import CAPTURES
+from peftc.graph.captures import CAPTURES
 from peftc.graph.state import fingerprint
 from peftc.language.reader import parse_spec
 

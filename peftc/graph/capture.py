@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import linecache
 import logging
 import sys
 import threading
 import traceback
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers import PreTrainedModel
 
 from peftc.graph.arguments import SIZES, CaptureError, layout, resized
+from peftc.graph.captures import CAPTURES
 from peftc.graph.entries import ENTRIES, Tensors
 from peftc.graph.program import Bound, Program, Slot
 from peftc.graph.rows import NONE, Room
@@ -58,30 +56,6 @@ class _Traced(nn.Module):
 
 class _Stopped(Exception):
     """What stopped a trace. torch prints to stderr the graph that it hangs on a RuntimeError."""
-
-
-@dataclass
-class Captures:
-    """Graphs as they were traced, for all models that tracing cannot tell apart: a graph holds no weights.
-
-    At most `bound` graphs are kept, the latest used ones; None keeps all.
-    """
-
-    bound: int | None
-    programs: OrderedDict[Hashable, Program] = field(default_factory=OrderedDict)
-
-    def get(self, key: Hashable, trace: Callable[[], Program]) -> Program:
-        """A graph of its own for each caller."""
-        if key not in self.programs:
-            self.programs[key] = trace()
-        self.programs.move_to_end(key)
-        kept = _copied(self.programs[key])
-        while self.bound is not None and len(self.programs) > self.bound:
-            self.programs.popitem(last=False)
-        return kept
-
-
-CAPTURES = Captures(bound=8)
 
 
 def capture(
@@ -121,11 +95,6 @@ def signature(inputs: Tensors, labels: Labels) -> tuple[Hashable, ...]:
 
 def settings(flags: Mapping[str, Any]) -> tuple[Hashable, ...]:
     return tuple((k, type(v), v) for k, v in sorted(flags.items()))
-
-
-def _copied(program: Program) -> Program:
-    graph = fx.GraphModule(program.module, copy.deepcopy(program.graph))
-    return replace(program, module=graph, slots=dict(program.slots), replaced={})
 
 
 def _traced(
@@ -198,22 +167,15 @@ def _alone(model: PreTrainedModel) -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
-        with (
-            undisturbed(model),
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            _without_autocast(model.device.type),
-        ):
+        with contextlib.ExitStack() as stack:
+            for one in (undisturbed(model), torch.inference_mode(False), torch.enable_grad()):
+                stack.enter_context(one)
+            for kind in sorted({"cpu", model.device.type} - {"meta"}):
+                stack.enter_context(torch.autocast(kind, enabled=False))
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def _without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
-    """The meta device has no autocast to switch off."""
-    known = torch.amp.is_autocast_available(device)
-    return torch.autocast(device, enabled=False) if known else contextlib.nullcontext()
 
 
 _LOGGERS = ("torch.export", "torch.fx", "torch._export", "torch.fx.experimental.symbolic_shapes")

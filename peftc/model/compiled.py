@@ -6,17 +6,15 @@ import copy
 import functools
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
-from weakref import WeakKeyDictionary, ref
+from typing import Any
+from weakref import ref
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from peftc.errors import PeftcError
 from peftc.graph.arguments import CaptureError
 from peftc.graph.cache import flatten_cache
 from peftc.graph.capture import TRACING
@@ -24,75 +22,27 @@ from peftc.graph.program import Program
 from peftc.graph.state import Fingerprint
 from peftc.model.caches import fill, prepared
 from peftc.model.programs import Programs, Transform
-from peftc.model.running import run_program, submodule
+from peftc.model.running import run_program
 from peftc.model.saving import save
+from peftc.model.sharing import ATTACHED, SHARED, Origin, Sharing, is_attached, require_bare
 from peftc.model.tensors import Activations, Deltas, started
 from peftc.plan.plan import Plan
 from peftc.store.sparse import unpacked
 
-__all__ = [
-    "AttachError",
-    "CompiledModel",
-    "attach",
-    "bare_copy",
-    "detach",
-    "require_bare",
-    "run_program",
-]
+__all__ = ["CompiledModel", "attach", "bare_copy", "detach", "run_program"]
 
 # Arguments that ask for a cache or name the output type; the entries decide both themselves.
 _CONTROL = ("use_cache", "return_dict", "past_key_values", "encoder_outputs")
-# What a compiled model has for itself, whatever its backbone has.
-_OWN = frozenset({*vars(nn.Module()), "forward", "plan", "deltas", "form"}) - {"training"}
-# Of the backbone's own, read and written through the compiled model.
-_SHARED = ("_parameters", "_buffers", "_non_persistent_buffers_set")
 # Arguments of Hugging Face's `save_pretrained` that have no meaning for one small file.
 _HARMLESS = frozenset(
     {
         *("max_shard_size", "safe_serialization", "token", "save_peft_format"),
-        *("save_original_format", "distributed_checkpoint"),
+        "save_original_format",
     }
 )
 
 
-class AttachError(PeftcError):
-    """A model that no deltas can be attached to."""
-
-
-@dataclass(frozen=True)
-class Origin:
-    """How a backbone came: what required grad, each module's mode, and the loss that was set."""
-
-    required_grad: Mapping[str, bool]
-    modes: Mapping[str, bool]
-    loss: tuple[Any, ...]
-
-    @staticmethod
-    def of(backbone: PreTrainedModel) -> Origin:
-        return Origin(
-            {path: p.requires_grad for path, p in backbone.named_parameters()},
-            {path: module.training for path, module in backbone.named_modules()},
-            (vars(backbone)["_loss_function"],) if "_loss_function" in vars(backbone) else (),
-        )
-
-    def restore(self, backbone: PreTrainedModel) -> None:
-        self.restore_flags(backbone)
-        for path, module in backbone.named_modules():
-            module.training = self.modes.get(path, module.training)
-        vars(backbone).pop("_loss_function", None)
-        for loss in self.loss:
-            backbone.loss_function = loss
-
-    def restore_flags(self, backbone: PreTrainedModel) -> None:
-        for path, weight in backbone.named_parameters():
-            weight.requires_grad_(self.required_grad.get(path, weight.requires_grad))
-
-
-# Which backbone runs under which compiled model: a second one would freeze what the first trains.
-_ATTACHED: WeakKeyDictionary[PreTrainedModel, ref[CompiledModel]] = WeakKeyDictionary()
-
-
-class CompiledModel(PreTrainedModel):
+class CompiledModel(Sharing):
     """Mixed in front of a Hugging Face class by `attach`; never built directly.
 
     It has parameters, buffers, modules, mode, configuration and loss in common with `backbone`: they are the same
@@ -106,53 +56,9 @@ class CompiledModel(PreTrainedModel):
     deltas: Deltas
     form: str
     example: Mapping[str, torch.Tensor] | None = None
-    _backbone: PreTrainedModel
     _programs: Programs
     _transform: Transform
     _origin: Origin
-
-    @property
-    def backbone(self) -> PreTrainedModel:
-        """The model whose forward is traced. It computes without the deltas."""
-        backbone: PreTrainedModel = self.__dict__["_backbone"]
-        return backbone
-
-    @property
-    def training(self) -> bool:
-        """The mode, which is the backbone's too."""
-        return bool(self.backbone.training)
-
-    @training.setter
-    def training(self, mode: bool) -> None:
-        if "_backbone" in self.__dict__:  # nn.Module sets it before there is one
-            self.backbone.training = mode
-
-    @property
-    def loss_function(self) -> Any:
-        """The backbone's, which its forward calls."""
-        return self.backbone.loss_function
-
-    @loss_function.setter
-    def loss_function(self, loss: Any) -> None:
-        self.backbone.loss_function = loss
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name in _OWN or name.startswith("__") or "_backbone" not in self.__dict__:
-                raise
-            return getattr(self.backbone, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name not in _OWN and not isinstance(getattr(type(self), name, None), property):
-            own = name in self.__dict__
-            if isinstance(value, nn.Module) or name in self.backbone._modules:
-                setattr(self.backbone, name, value)
-            elif name in vars(self.backbone) and not own:
-                setattr(self.backbone, name, value)
-                return
-        super().__setattr__(name, value)
 
     def train(self, mode: bool = True) -> Any:
         """Switch the mode of the deltas and of the backbone; what was computed of parameters is forgotten."""
@@ -170,19 +76,6 @@ class CompiledModel(PreTrainedModel):
     def get_encoder(self, modality: str | None = None) -> nn.Module:
         """The encoder with its deltas, as `generate` wants it."""
         return _Encoder(self) if modality is None else super().get_encoder(modality)
-
-    def get_submodule(self, target: str) -> nn.Module:
-        """As torch's, for modules of any name."""
-        try:
-            return submodule(self, target)
-        except KeyError:
-            return super().get_submodule(target)
-
-    def get_parameter(self, target: str) -> nn.Parameter:
-        """As torch's, for parameters of any name."""
-        owner, _, name = target.rpartition(".")
-        found = self.get_submodule(owner)._parameters.get(name)
-        return super().get_parameter(target) if found is None else found
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -236,12 +129,6 @@ class CompiledModel(PreTrainedModel):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         _connect(self)
-
-    def _replicate_for_data_parallel(self) -> NoReturn:
-        raise CaptureError(
-            "torch.nn.DataParallel splits a model between threads, and a compiled model's graphs belong to one "
-            "device; use DistributedDataParallel (torchrun, accelerate launch)"
-        )
 
     def _run(
         self, entry: str, inputs: Mapping[str, Any], flags: Mapping[str, Any]
@@ -347,7 +234,7 @@ def attach(
     model = _blank(type(backbone))
     own = {"plan": plan, "form": form, "_origin": Origin.of(backbone), "_transform": transform}
     model.__dict__.update(own, _backbone=backbone)
-    model.__dict__.update({name: vars(backbone)[name] for name in _SHARED})
+    model.__dict__.update({name: vars(backbone)[name] for name in SHARED})
     model._modules.update(backbone._modules, deltas=deltas)
     _connect(model)
     free = {one.path for one in plan.unfrozen}
@@ -363,35 +250,6 @@ def bare_copy(model: CompiledModel) -> PreTrainedModel:
     return backbone
 
 
-def require_bare(model: PreTrainedModel) -> None:
-    """Raise AttachError unless `model` is a bare backbone: not compiled or attached already, and with nothing on
-    the instance in the place of its class's code, which a compiled model would not run."""
-    name = type(model).__name__
-    if isinstance(model, CompiledModel):
-        raise AttachError("the model is compiled already; combine specs in a list: [spec, spec]")
-    if _is_attached(model):
-        raise AttachError(
-            f"this {name} is the backbone of a compiled model; combine specs in a list, or peftc.detach the "
-            "compiled model first, or compile a copy"
-        )
-    for path, module in model.named_modules():
-        place = f"{name}.{path}" if path else name
-        if module._compiled_call_impl is not None:
-            raise AttachError(
-                f"{place} was given `.compile()`, which hides its forward from tracing; compile the model that "
-                "peftc.compile returns instead"
-            )
-    own = [
-        k for k, v in vars(model).items() if callable(v) and callable(getattr(type(model), k, None))
-    ]
-    if own:
-        raise AttachError(
-            f"'{own[0]}' of this {name} was replaced on the instance, and a compiled model runs the class's; "
-            f"restore it (`del model.{own[0]}`; after accelerate, `unwrap_model(model, keep_fp32_wrapper=False)` "
-            "and a fresh model), or subclass the model"
-        )
-
-
 def _blank(cls: Any) -> CompiledModel:
     """A compiled model of a class, without a backbone yet."""
     compiled = _compiled_class(cls)
@@ -405,13 +263,8 @@ def _connect(model: CompiledModel) -> None:
     model.__dict__["_programs"] = Programs(
         backbone, model.deltas, model.plan.room, model.__dict__["_transform"]
     )
-    if not _is_attached(backbone):
-        _ATTACHED[backbone] = ref(model)
-
-
-def _is_attached(backbone: PreTrainedModel) -> bool:
-    holder = _ATTACHED.get(backbone)
-    return holder is not None and holder() is not None
+    if not is_attached(backbone):
+        ATTACHED[backbone] = ref(model)
 
 
 @functools.cache
@@ -438,5 +291,5 @@ def detach(model: CompiledModel) -> PreTrainedModel:
     backbone = model.backbone
     with TRACING:
         model.__dict__["_origin"].restore(backbone)
-        _ATTACHED.pop(backbone, None)
+        ATTACHED.pop(backbone, None)
     return backbone

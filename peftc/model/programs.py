@@ -18,7 +18,8 @@ from peftc.graph.capture import TRACING, Labels, capture, settings, signature
 from peftc.graph.facts import ModelFacts
 from peftc.graph.program import Program
 from peftc.graph.rows import Room
-from peftc.graph.state import Fingerprint, Watch, fingerprint
+from peftc.graph.state import Fingerprint, fingerprint
+from peftc.graph.watch import Watch
 from peftc.model.running import Runner
 
 # Rewrites a captured Program in place, for deltas of the given kinds by path.

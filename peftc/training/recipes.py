@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from peftc.errors import PeftcError
+from peftc.graph.facts import ModelFacts
 from peftc.graph.rows import room_of
 
 MAX_DATA_BYTES = 4 << 30
@@ -101,7 +102,7 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[Row]:
 
 def _fitting(recipe: Recipe, model: PreTrainedModel) -> Recipe:
     """The recipe with texts no longer than there are positions for, besides rows in front of them."""
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = ModelFacts.read(model).positions
     if positions is None:
         return recipe
     return replace(recipe, max_length=min(recipe.max_length, room_of(model).longest(positions)))

@@ -1,0 +1,41 @@
+"""Captures: graphs as they were traced, kept for the next model that is the same to tracing."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
+
+from torch import fx
+
+from peftc.graph.program import Program
+
+
+@dataclass
+class Captures:
+    """Graphs as they were traced, for all models that tracing cannot tell apart: a graph holds no weights.
+
+    At most `bound` graphs are kept, the latest used ones; None keeps all.
+    """
+
+    bound: int | None
+    programs: OrderedDict[Hashable, Program] = field(default_factory=OrderedDict)
+
+    def get(self, key: Hashable, trace: Callable[[], Program]) -> Program:
+        """A graph of its own for each caller."""
+        if key not in self.programs:
+            self.programs[key] = trace()
+        self.programs.move_to_end(key)
+        kept = _copied(self.programs[key])
+        while self.bound is not None and len(self.programs) > self.bound:
+            self.programs.popitem(last=False)
+        return kept
+
+
+CAPTURES = Captures(bound=8)
+
+
+def _copied(program: Program) -> Program:
+    graph = fx.GraphModule(program.module, copy.deepcopy(program.graph))
+    return replace(program, module=graph, slots=dict(program.slots), replaced={})

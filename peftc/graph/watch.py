@@ -1,0 +1,102 @@
+"""Watch: a look, quick enough for each call, whether anything of a model changed that tracing can see."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftc.graph.state import KIND, NOTES, PLAIN, REGISTRIES, foreign, hooks_of, is_record
+
+
+class Watch:
+    """A look, quick enough for each call, whether anything changed that tracing sees: all attributes of all
+    modules, configurations and containers among them, classes, hooks, and kinds of tensors.
+
+    `count` rises with every change that a look finds. What it compares by is identity, in one sweep in C. Of
+    `stores`, modules that run no code, only the tensors count.
+    """
+
+    def __init__(self, model: nn.Module, stores: nn.Module) -> None:
+        self.model, self.stores = model, stores
+        self.count = 0
+        self.hooked: tuple[str, ...] = ()
+        self._seen: tuple[Any, ...] | None = None
+
+    def look(self) -> int:
+        if self._seen is None or not self._same():
+            self._learn()
+            self.count += 1
+        return self.count
+
+    def _same(self) -> bool:
+        try:
+            return self._sweep() == self._seen
+        except Exception:  # two tensors or arrays do not say whether they are equal
+            return False
+
+    def _sweep(self) -> tuple[Any, ...]:
+        return (
+            any(self._empty),
+            *map(len, self._own),
+            *map(operator.call, self._getters, self._own),
+            *chain.from_iterable(map(dict.values, self._dicts)),
+            *chain.from_iterable(self._lists),
+            *map(type, self._modules),
+            *map(_FORWARD, self._classes),
+            *map(KIND, self._tensors),
+            *map(_VERSION, self._constants),
+            torch.get_default_dtype(),
+        )
+
+    def _learn(self) -> None:
+        self._modules = list(self.model.modules())
+        self._classes = list(dict.fromkeys(map(type, self._modules)))
+        every = [*self._modules, *self.stores.modules()]
+        registries = [vars(m)[name] for m in every for name in REGISTRIES]
+        registries += [hooks for m in self._modules for hooks in hooks_of(m)]
+        # Most registries of most modules are empty, which is quicker to see of all than to look into each.
+        self._empty = [one for one in registries if not one]
+        self._dicts: list[dict[str, Any]] = [one for one in registries if one]
+        # Of a module's own attributes torch's dozen never change, and every object that is looked at costs.
+        self._own = [m.__dict__ for m in self._modules]
+        self._getters = [
+            operator.itemgetter(*(k for k in one if k not in NOTES)) for one in self._own
+        ]
+        self._lists: list[Any] = []
+        self._constants: list[torch.Tensor] = []
+        seen: set[int] = set(map(id, registries))
+        for module in self._modules:
+            self._follow({k: v for k, v in vars(module).items() if k not in NOTES}, seen)
+        slots = (r.values() for m in every for r in (m._parameters, m._buffers))
+        self._tensors = [one for one in chain.from_iterable(slots) if one is not None]
+        self.hooked = tuple(
+            path for path, m in self.model.named_modules() if any(map(foreign, hooks_of(m)))
+        )
+        self._seen = self._sweep()
+
+    def _follow(self, attributes: Mapping[str, Any], seen: set[int]) -> None:
+        """Containers and configurations change in place, so what they hold is watched too."""
+        for one in attributes.values():
+            if isinstance(one, (*PLAIN, nn.Module)) or id(one) in seen:
+                continue
+            seen.add(id(one))
+            if isinstance(one, torch.Tensor):
+                self._constants.append(one)
+            elif isinstance(one, dict):
+                self._dicts.append(one)
+                self._follow(one, seen)
+            elif isinstance(one, list | tuple | set | frozenset):
+                self._lists.append(one)
+                self._follow(dict(enumerate(one)), seen)  # type: ignore[arg-type]
+            elif is_record(one):
+                self._dicts.append(vars(one))
+                self._follow({k: v for k, v in vars(one).items() if k not in NOTES}, seen)
+
+
+_FORWARD: Callable[[Any], Any] = operator.attrgetter("forward")
+_VERSION: Callable[[Any], Any] = operator.attrgetter("_version")
