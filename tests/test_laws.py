@@ -131,17 +131,17 @@ def saves(case: Case) -> None:
         for free in model.plan.unfrozen:
             model.get_parameter(free.path).add_(0.1)
     want = logits(model, case.inputs)
+    stored = random.Random(repr(case.one)).random() < 0.5
     with tempfile.TemporaryDirectory() as folder:
-        for form in ("training", "stored"):
-            first, second = Path(folder, form, "first"), Path(folder, form, "second")
-            model.save_pretrained(first, stored=form == "stored")
-            again = peftc.load(first, backbone=case.one.backbone())
-            tolerance = 0 if form == "training" else TOLERANCE  # constants are evaluated once
-            case.close(logits(again, case.inputs), want, tolerance)
-            again.save_pretrained(second)
-            assert files(first) == files(second)
-            counts_are_of_tensors(again)
-        assert again.plan.parameters.stored == model.plan.parameters.stored
+        first, second = Path(folder, "first"), Path(folder, "second")
+        model.save_pretrained(first, stored=stored)
+        again = peftc.load(first, backbone=case.one.backbone())
+        # constants are evaluated in float64 and rounded once
+        case.close(logits(again, case.inputs), want, TOLERANCE if stored else 0)
+        again.save_pretrained(second)
+        assert files(first) == files(second)
+    counts_are_of_tensors(again)
+    assert again.plan.parameters.stored == model.plan.parameters.stored
 
 
 def files(path: Path) -> dict[str, bytes]:
