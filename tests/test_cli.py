@@ -102,7 +102,7 @@ def test_compile_prints_graphs(run: Run, folder: Path) -> None:
     code, _, err = run("compile", "lora", "-m", folder, "--no-save", "--print-after", "inline")
     assert (code, err.splitlines()[-1]) == (
         1,
-        "error: compile runs no pass 'inline'; it runs normalize, insert",
+        "error: compile runs no pass 'inline'; it runs normalize, insert, penalize",
     )
 
 
