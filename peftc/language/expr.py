@@ -7,6 +7,7 @@ import keyword
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import product
 from string import ascii_letters
 
@@ -48,6 +49,11 @@ class Call:
     op: str
     args: tuple[Expr, ...]
     column: int = field(default=0, compare=False)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """See `names`; every site of an entry asks again."""
+        return tuple(dict.fromkeys(name for arg in self.args for name in names(arg)))
 
 
 Expr = Number | Name | Call
@@ -119,7 +125,13 @@ def _snippet(node: ast.expr) -> str:
 
 def names(expr: Expr) -> tuple[str, ...]:
     """The names that `expr` reads, each once, from left to right."""
-    return tuple(dict.fromkeys(one.id for one in leaves(expr)))
+    match expr:
+        case Name():
+            return (expr.id,)
+        case Call():
+            return expr.names
+        case _:
+            return ()
 
 
 def leaves(expr: Expr) -> tuple[Name, ...]:

@@ -6,6 +6,7 @@ import fnmatch
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import groupby
 
 from peftc.errors import PeftcError, Place
@@ -73,6 +74,14 @@ class Entry:
     positions: str = "keep"
     words: Words | None = None
     group: int = 0
+
+    @cached_property
+    def inlined(self) -> tuple[dict[str, ex.Expr], dict[str, ex.Expr]]:
+        """(`let` expressions, assigned expressions) with every `let` name replaced by its definition."""
+        lets: dict[str, ex.Expr] = {}
+        for name, expression in self.let:
+            lets[name] = ex.substitute(expression, lets)
+        return lets, {port: ex.substitute(expression, lets) for port, expression in self.assign}
 
 
 @dataclass(frozen=True)

@@ -39,10 +39,7 @@ def shape_of(expression: Expr, edit: Edit, lets: Mapping[str, Shape] | None = No
 
 def inlined(edit: Edit) -> tuple[dict[str, Expr], dict[str, Expr]]:
     """(`let` expressions, assigned expressions) with every `let` name replaced by its definition."""
-    lets: dict[str, Expr] = {}
-    for name, expression in edit.entry.let:
-        lets[name] = substitute(expression, lets)
-    return lets, {port: substitute(expression, lets) for port, expression in edit.entry.assign}
+    return edit.entry.inlined
 
 
 def grown(expression: Expr, edit: Edit) -> int:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from peftc.errors import PeftcError
-from peftc.graph.program import Program
 
 T = TypeVar("T")
 Q = TypeVar("Q", contravariant=True)
@@ -42,11 +41,8 @@ class Pipeline:
     after: Callable[[str, object], None] | None = None
 
     def run(self, passes: Sequence[Pass[T]], subject: T) -> tuple[PassResult, ...]:
-        """Run every pass in order; a graph is compiled to code at the end."""
-        results = tuple(self._one(one, subject) for one in passes)
-        if isinstance(subject, Program):
-            subject.finish()
-        return results
+        """Run every pass in order."""
+        return tuple(self._one(one, subject) for one in passes)
 
     def _one(self, one: Pass[T], subject: T) -> PassResult:
         start = time.perf_counter()
