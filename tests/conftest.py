@@ -264,6 +264,17 @@ def logits(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Ten
 CAPTURES.bound = None
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One worker has all tests of a family, and else of a file: a model of one configuration is traced once in a
+    process."""
+    for item in items:
+        given = item.callspec.params if hasattr(item, "callspec") else {}
+        words = [given.get(key) for key in ("family", "model", "name")]
+        group = next((one for one in words if isinstance(one, str)), item.path.stem)
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(group))
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--accept", action="store_true", help="write the goldens anew")
     parser.addoption("--laws-seed", help="the seed of the long run of the laws; else a random one")
