@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from peftc.rewrite.affine import Affine, NotAffine
 from peftc.rewrite.folding import Folding, Key
 from peftc.rewrite.linear_map import Change, LinearMap, Stays
@@ -71,8 +73,9 @@ def _fold(path: str, changes: Sequence[Change], folding: Folding) -> None:
         return
     stored = folding.read(path).detach().double()
     folding.put(path, weight.write(stored, start.stored(made.matrix)))
-    if bias is not None and made.offset is not None:
-        folding.put(bias.path, made.offset)
+    if bias is not None:  # of a result that nothing is added to any more, it is zero
+        nothing = torch.zeros(made.matrix.shape[-1], dtype=torch.float64)
+        folding.put(bias.path, nothing if made.offset is None else made.offset)
 
 
 def _whole(weight: Weight, path: str) -> Weight:

@@ -168,8 +168,9 @@ def saves_what_is_merged(case: Case) -> None:
         merged.save_pretrained(folder)
         if not report.kept:
             again = type(merged).from_pretrained(folder, dtype=case.one.dtype)
-            again.set_attn_implementation(case.one.attention)
-            case.close(logits(again.eval(), case.inputs), want, 1e-12)  # other places in memory
+            # Not the outputs: a bare Gemma 2 in float64 makes constants anew too, 5e-7 apart.
+            tensors = again.state_dict()
+            assert all(torch.equal(tensors[k], v) for k, v in merged.state_dict().items())
             return
         counts_are_of_tensors(merged)
         again = peftc.load(folder, backbone=peftc.detach(merged))

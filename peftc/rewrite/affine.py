@@ -69,7 +69,15 @@ def _sum(op: str, args: list[Operand]) -> Affine:
     a, b = _offset_and_matrix(left), _offset_and_matrix(right)
     matrices = [m for m, _ in (a, b) if m is not None]
     offsets = [o for _, o in (a, b) if o is not None]
-    return Affine(sum(matrices[1:], matrices[0]), sum(offsets[1:], offsets[0]) if offsets else None)
+    matrix = sum(matrices[1:], matrices[0])
+    return Affine(matrix, _spread(sum(offsets[1:], offsets[0]), matrix) if offsets else None)
+
+
+def _spread(offset: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """An offset [out], of one that is the same for all features or has axes of size 1 in front."""
+    if offset.numel() not in (1, matrix.shape[-1]):
+        raise NotAffine("it adds more than one vector")
+    return offset.reshape(-1).expand(matrix.shape[-1])
 
 
 def _offset_and_matrix(one: Operand) -> tuple[torch.Tensor | None, torch.Tensor | None]:

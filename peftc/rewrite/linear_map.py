@@ -209,8 +209,7 @@ def _joined(h: Affine, part: Affine, columns: Columns | None) -> Affine:
         return part
     index, matrix, offset = columns.index(), h.matrix.clone(), h.offset
     matrix[:, index] = part.matrix
-    if part.offset is not None:
-        assert offset is not None  # a linear without a bias keeps a change that adds one
+    if offset is not None:  # a linear without a bias keeps a change that adds one
         offset = offset.clone()
-        offset[index] = part.offset
+        offset[index] = 0.0 if part.offset is None else part.offset
     return Affine(matrix, offset)

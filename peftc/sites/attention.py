@@ -125,9 +125,13 @@ def find_side(side: str, index: Index, stacks: Stacks) -> Iterator[Site | NoSite
             one.columns[side],
             {"q": query} if query else None,
         )
-        if isinstance(found, Site) and query is None:
-            lacks = {"input": "the graph computes the weight of its queries"}
-            found = replace(found, absent={**found.absent, **lacks})
+        reason = ""
+        if query is None:
+            reason = "the graph computes the weight of its queries"
+        elif one.kind == "cross" and side in ("k", "v"):
+            reason = "the sub-layer's input is as long as the queries, not as what is attended to"
+        if reason and isinstance(found, Site):
+            found = replace(found, absent={**found.absent, "input": reason})
         yield found
 
 
