@@ -281,15 +281,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--matrix", help="write the table of methods x families to this file")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """One seed for the long run of the laws, in all processes."""
+    if config.option.laws_seed is None:
+        config.option.laws_seed = random.SystemRandom().randrange(2**32)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    terminalreporter.write_line(f"--laws-seed {terminalreporter.config.option.laws_seed}")
+
+
 @pytest.fixture(scope="session")
 def start(request: pytest.FixtureRequest) -> int:
-    """The seed of the long run of the laws, printed."""
-    asked = request.config.getoption("--laws-seed")
-    chosen = random.SystemRandom().randrange(2**32) if asked is None else int(asked)
-    terminal = request.config.pluginmanager.get_plugin("terminalreporter")
-    if terminal is not None:
-        terminal.write_line(f"laws: --laws-seed {chosen}")
-    return chosen
+    """The seed of the long run of the laws, printed at the end."""
+    return int(request.config.option.laws_seed)
 
 
 _CELLS: dict[tuple[str, str], str] = {}
