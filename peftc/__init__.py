@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from peftc import runtime
-    from peftc.driver import compile, load, merge, plan
+    from peftc.driver import compile, load, plan
     from peftc.errors import PeftcError
     from peftc.export.bundle import export
     from peftc.language.reader import load_spec
     from peftc.language.spec import Spec
+    from peftc.merging import merge
     from peftc.model.compiled import CompiledModel, detach
     from peftc.prune import prune
 
@@ -34,7 +35,7 @@ _HOME = {
     "export": "peftc.export.bundle",
     "load": "peftc.driver",
     "load_spec": "peftc.language.reader",
-    "merge": "peftc.driver",
+    "merge": "peftc.merging",
     "plan": "peftc.driver",
     "prune": "peftc.prune",
 }

@@ -1,4 +1,4 @@
-"""The driver: the public functions, and the only module that knows the library of passes."""
+"""The driver: plan, compile and load, and what the other verbs are made of."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 from transformers import PreTrainedModel
 
 import passes
-from peftc.errors import PeftcError
 from peftc.graph.arguments import dummy_inputs, forward_flags, seeded_inputs
 from peftc.graph.capture import capture
 from peftc.graph.facts import Stacks
@@ -21,7 +20,7 @@ from peftc.graph.state import Fingerprint, evaluating, fingerprint
 from peftc.language.reader import load_spec
 from peftc.language.spec import Spec, combine
 from peftc.model import backbones
-from peftc.model.compiled import CompiledModel, attach, bare_copy
+from peftc.model.compiled import CompiledModel, attach
 from peftc.model.saving import check_backbone
 from peftc.model.sharing import require_bare
 from peftc.model.words import Activations
@@ -30,10 +29,8 @@ from peftc.plan.algebra import constant_form
 from peftc.plan.budget import BudgetError, Solved, solve
 from peftc.plan.edit import Edit
 from peftc.plan.plan import Plan, make_plan
-from peftc.rewrite import tying, verify
-from peftc.rewrite.folding import Folding, Report, rounded
+from peftc.rewrite import verify
 from peftc.rewrite.pipeline import PassResult, Pipeline
-from peftc.rewrite.tolerance import tolerance as rounding
 from peftc.sites.kinds import Survey
 from peftc.sites.site import Site
 from peftc.store import deltas as delta
@@ -179,11 +176,11 @@ def compile(  # the name that users of torch expect
     captured = _captured(model, example, trace)
     plan = _plan(model, as_specs(spec), captured)
     activations = Activations(model, captured.program)
-    compiled = _attach(model, plan, trace, captured=captured, activations=activations)
-    return _remembering(compiled, example)
+    compiled = attached(model, plan, trace, captured=captured, activations=activations)
+    return remembering(compiled, example)
 
 
-def _remembering(model: CompiledModel, example: Batch | None) -> CompiledModel:
+def remembering(model: CompiledModel, example: Batch | None) -> CompiledModel:
     """The model with the batch that it was captured with, so that no later verb need be told again."""
     model.example = example
     return model
@@ -201,7 +198,7 @@ def sample(model: PreTrainedModel, example: Batch | None = None) -> dict[str, to
     }
 
 
-def _attach(
+def attached(
     model: PreTrainedModel,
     plan: Plan,
     trace: Trace,
@@ -247,11 +244,11 @@ def load(
     expected = {**{f"deltas.{path}": shape for path, shape in deltas.items()}, **unfrozen}
     tensors = delta.read_tensors(path, manifest, expected)  # before the backbone is touched
     values = {path: tensors[f"deltas.{path}"] for path in deltas}
-    model = _attach(backbone, plan, trace, manifest["form"], captured, values=values)
+    model = attached(backbone, plan, trace, manifest["form"], captured, values=values)
     with torch.no_grad():
         for name in unfrozen:
             weights[name].copy_(tensors[name])
-    return _remembering(model, example)
+    return remembering(model, example)
 
 
 def _restored_plan(manifest: Mapping[str, Any], path: Path, plan: Plan) -> Plan:
@@ -277,99 +274,6 @@ def _named_backbone(manifest: Mapping[str, Any]) -> PreTrainedModel:
     if not named["name"]:
         raise DeltaError(f"the deltas name no backbone ({named['class']}); pass backbone=model")
     return backbones.resolve(named["name"], cls=named["class"], settings=named.get("labels"))
-
-
-class MergeError(PeftcError):
-    """A fold after which the model would compute something else."""
-
-
-def merge(
-    model: CompiledModel,
-    *,
-    tolerance: float | None = None,
-    example: Batch | None = None,
-    trace: Trace | None = None,
-) -> tuple[PreTrainedModel, Report]:
-    """Fold what algebra can fold into a copy of the backbone, in float64, cast once.
-
-    Returns a plain Hugging Face model when everything folded; otherwise a compiled model with what is
-    left over the folded backbone. The report names every delta, and what kept it if it stayed. Unfolded
-    and folded are compared on a seeded batch (`example`, where inputs cannot be guessed): raises MergeError when an output moves by more than
-    `tolerance` of the largest one; without it, by more than rounding (`peftc.rewrite.tolerance`). `model` stays
-    as it is.
-    """
-    trace = trace or Trace()
-    backbone, folding = fold(model, trace, tying.separable)
-    apart = folding.weights.keys() & folding.tied
-    if apart:
-        tying.untie(backbone)
-    weights = dict(backbone.named_parameters(remove_duplicate=False))
-    with torch.no_grad():
-        for path, weight in folding.weights.items():
-            weights[path].copy_(weight)
-    merged: PreTrainedModel = backbone.train(model.training)
-    if folding.edits:
-        edits = tying.anchored(folding.edits, folding.separable if apart else frozenset())
-        plan = left.keep(model.plan, edits)
-        rest = _attach(backbone, plan, trace, "stored", values=folding.tensors)
-        merged = _remembering(rest, example or model.example)
-    report = _report(model, merged, folding, sample(model, example))
-    limit = rounding(report.scale, model.dtype) if tolerance is None else tolerance * report.scale
-    _require_equal(report, limit)
-    return merged, report
-
-
-def _require_equal(report: Report, bound: float) -> None:
-    if not report.error <= bound:  # true for nan
-        raise MergeError(
-            f"folding moved the outputs by {report.error:.3g} of {report.scale:.3g}, more than {bound:.1e}: "
-            "keep the deltas apart; if this much is known to be rounding, merge(tolerance=...) takes more"
-        )
-
-
-def fold(
-    model: CompiledModel,
-    trace: Trace,
-    separable: Callable[[PreTrainedModel], frozenset[str]] = lambda _: frozenset(),
-    as_stored: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = rounded,
-) -> tuple[PreTrainedModel, Folding]:
-    """A copy of the backbone as it is, and the folding of the deltas into its weights.
-
-    `separable` says which tied paths may get a weight of their own; `as_stored(stored, folded)` what is kept of a
-    folded weight, which is float64. Raises MergeError where a delta holds infinities or no numbers.
-    """
-    values = dict(model.deltas.values())
-    odd = [path for path, value in values.items() if not torch.isfinite(value).all()]
-    if odd:
-        raise MergeError(f"delta '{odd[0]}' holds numbers that are not finite; train it again")
-    backbone = bare_copy(model)
-    edits, tied = list(model.plan.edits), tying.tied(backbone)
-    concerned = any(
-        "W" in edit.site.weights and edit.site.weights["W"].path in tied for edit in edits
-    )
-    folding = Folding(
-        edits,
-        values,
-        backbone.get_parameter,
-        tied,
-        separable(backbone) if concerned else frozenset(),
-        as_stored,
-    )
-    trace.run(passes.FOLD, folding)
-    return backbone, folding
-
-
-def _report(
-    model: CompiledModel, merged: PreTrainedModel, folding: Folding, inputs: Batch
-) -> Report:
-    before, after = outputs(model, inputs), outputs(merged, inputs)
-    bare = outputs(model.backbone, inputs)
-    return Report(
-        folding.outcomes(model.plan.edits),
-        error=verify.difference(before, after),
-        scale=verify.magnitude(before),
-        changed=verify.difference(before, bare),
-    )
 
 
 def outputs(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

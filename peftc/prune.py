@@ -15,6 +15,7 @@ from peftc.language.expr import Name, substitute
 from peftc.language.ports import SITES, STORED
 from peftc.language.reader import load_spec
 from peftc.language.spec import Entry, Spec, numbered, scopes
+from peftc.merging import fold
 from peftc.model.compiled import CompiledModel
 from peftc.plan.budget import elements
 from peftc.plan.plan import Plan
@@ -66,7 +67,7 @@ def prune(
     if odd:
         raise PruneError(f"delta '{odd[0]}' holds numbers that are not finite; train it again")
     free = {one.path for one in model.plan.unfrozen}
-    backbone, folding = driver.fold(model, driver.Trace(), as_stored=_difference)
+    backbone, folding = fold(model, driver.Trace(), as_stored=_difference)
     if folding.edits:
         kept = folding.edits[0]
         raise PruneError(

@@ -12,7 +12,7 @@ from conftest import batch, logits, stir, tiny
 from methods import spec
 
 import peftc
-from peftc.driver import merge
+from peftc.merging import merge
 
 
 @pytest.mark.parametrize("family", ["bart", "roberta", "gpt2"])

@@ -14,7 +14,8 @@ from pathlib import Path
 from conftest import batch, logits, stir, tiny
 from methods import spec
 import peftc
-from peftc.driver import Trace, merge
+from peftc.driver import Trace
+from peftc.merging import merge
 from peftc.rewrite.text import subject_text
 
 CASES = (("bert", ("mam", "compacter", "vera", "head")), ("gpt2", ("oft", "lora")))

@@ -11,9 +11,10 @@ from conftest import GROUPED, SEQ2SEQ, T5, stir
 from transformers import PreTrainedModel
 
 import peftc
-from peftc.driver import merge, outputs, survey
+from peftc.driver import outputs, survey
 from peftc.errors import PeftcError
 from peftc.graph.arguments import seeded_inputs
+from peftc.merging import merge
 
 SMALL = dict(vocab_size=120, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
 HEAD = dict(num_labels=3, eos_token_id=2)

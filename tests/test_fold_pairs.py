@@ -12,8 +12,8 @@ from methods import FOLDS, lacks, spec
 
 import passes
 import peftc
-from peftc.driver import merge
 from peftc.errors import PeftcError
+from peftc.merging import merge
 from peftc.rewrite.folding import Folding
 
 FAMILIES = ("bert", "gpt2")

@@ -11,12 +11,13 @@ from conftest import batch, logits, stir, tiny
 from torch.nn.utils import parametrizations
 
 import peftc
-from peftc.driver import merge, survey
+from peftc.driver import survey
 from peftc.errors import PeftcError
 from peftc.graph.facts import Stacks
 from peftc.graph.program import aten, scope_of
 from peftc.language.ports import BIAS, INPUT, RESULT, SITES, WEIGHT, Port, SiteType
 from peftc.language.reader import parse_spec
+from peftc.merging import merge
 from peftc.sites import linear
 from peftc.sites.index import Index
 from peftc.sites.kinds import KINDS, Folds, Kind

@@ -25,10 +25,10 @@ from test_matrix import real
 from transformers import PreTrainedModel
 
 import peftc
-from peftc.driver import merge
 from peftc.errors import PeftcError
 from peftc.language.expr import names
 from peftc.language.reader import parse_spec
+from peftc.merging import merge
 from peftc.plan.plan import PlanError
 from peftc.rewrite.folding import Report
 

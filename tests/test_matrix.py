@@ -15,9 +15,9 @@ from methods import CLOSE, EXACT, FOLDS, lacks, spec
 from transformers import PreTrainedModel
 
 import peftc
-from peftc.driver import merge
 from peftc.errors import PeftcError
 from peftc.language.shelf import shipped
+from peftc.merging import merge
 
 
 # T5 is its own body, without a module that is the head.

@@ -9,7 +9,7 @@ import torch
 from conftest import Run, batch, logits, stir, tiny
 
 import peftc
-from peftc import driver
+from peftc import merging
 from peftc.errors import PeftcError
 from peftc.rewrite.tolerance import SHARES
 
@@ -17,7 +17,7 @@ from peftc.rewrite.tolerance import SHARES
 @pytest.fixture
 def doctored(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fold that spoils one weight by a thousandth."""
-    real = driver.fold
+    real = merging.fold
 
     def fold(*args: object, **kwargs: object) -> object:
         backbone, folding = real(*args, **kwargs)  # type: ignore[arg-type]
@@ -25,7 +25,7 @@ def doctored(monkeypatch: pytest.MonkeyPatch) -> None:
             backbone.get_parameter("classifier.weight").mul_(1.001)
         return backbone, folding
 
-    monkeypatch.setattr(driver, "fold", fold)
+    monkeypatch.setattr(merging, "fold", fold)
 
 
 def test_merge_raises_on_a_wrong_fold(doctored: None, tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ from toys import program
 
 import peftc
 from passes import Normalize
-from peftc.driver import Trace, merge
+from peftc.driver import Trace
 from peftc.graph.program import Program
+from peftc.merging import merge
 from peftc.rewrite.pipeline import PassError, Pipeline
 from peftc.rewrite.verify import check
 

@@ -9,7 +9,7 @@ import torch
 from conftest import batch, logits, stir, tiny
 
 import peftc
-from peftc.driver import merge
+from peftc.merging import merge
 from peftc.rewrite.tying import separable, tied
 
 SPEC = peftc.load_spec("lora_embedding", r=4)

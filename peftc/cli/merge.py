@@ -9,9 +9,9 @@ from typing import Annotated
 import typer
 from transformers import PreTrainedModel
 
-from peftc import driver
 from peftc.cli import directories, options
 from peftc.cli.console import say, step
+from peftc.merging import merge as fold
 from peftc.model.compiled import CompiledModel
 from peftc.rewrite.folding import Report
 from peftc.store.directory import write_directory
@@ -35,7 +35,7 @@ def merge(
     compiled = directories.load(deltas, model)
 
     with step("folding"):
-        merged, report = driver.merge(compiled)
+        merged, report = fold(compiled)
     say(report_text(report))
     tokenizer = directories.tokenizer(deltas, compiled)
 

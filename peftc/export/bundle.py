@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from peftc.driver import merge, sample
+from peftc.driver import sample
 from peftc.export.graph import ExportError, Graph, require_onnx, to_onnx
 from peftc.export.parity import Parity, check
 from peftc.export.tasks import task_of
 from peftc.export.weights import write_models
 from peftc.graph.rows import room_of
 from peftc.language.resolved import digest
+from peftc.merging import merge
 from peftc.model.compiled import CompiledModel
 from peftc.rewrite.folding import Report
 from peftc.rewrite.tolerance import tolerance

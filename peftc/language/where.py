@@ -49,8 +49,13 @@ def named_sites() -> tuple[str, ...]:
     return tuple(row.name for row in SITES.values() if not row.by_op)
 
 
+def _by_op(entry: Entry) -> bool:
+    row = SITES.get(entry.at)
+    return row is not None and row.by_op
+
+
 def write_at(entry: Entry) -> Any:
-    if entry.at in by_op():
+    if _by_op(entry):
         return {"op": entry.at, "scope": entry.scope}
     return entry.at or None
 
@@ -96,7 +101,7 @@ def _write_layers(entry: Entry) -> str | None:
 
 def _write_scope(entry: Entry) -> str | None:
     """Of a site by op it stands in `at`."""
-    return None if entry.at in by_op() else entry.scope
+    return None if _by_op(entry) else entry.scope
 
 
 WHERE = (

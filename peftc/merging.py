@@ -1,0 +1,110 @@
+"""Merge: what algebra folds goes into a copy of the backbone, and numbers say that it still computes the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from transformers import PreTrainedModel
+
+import passes
+from peftc.driver import Batch, Trace, attached, outputs, remembering, sample
+from peftc.errors import PeftcError
+from peftc.model.compiled import CompiledModel, bare_copy
+from peftc.plan import left
+from peftc.rewrite import tying, verify
+from peftc.rewrite.folding import Folding, Report, rounded
+from peftc.rewrite.tolerance import tolerance as rounding
+
+
+class MergeError(PeftcError):
+    """A fold after which the model would compute something else."""
+
+
+def merge(
+    model: CompiledModel,
+    *,
+    tolerance: float | None = None,
+    example: Batch | None = None,
+    trace: Trace | None = None,
+) -> tuple[PreTrainedModel, Report]:
+    """Fold what algebra can fold into a copy of the backbone, in float64, cast once.
+
+    Returns a plain Hugging Face model when everything folded; otherwise a compiled model with what is
+    left over the folded backbone. The report names every delta, and what kept it if it stayed. Unfolded
+    and folded are compared on a seeded batch (`example`, where inputs cannot be guessed): raises MergeError
+    when an output moves by more than `tolerance` of the largest one; without it, by more than rounding
+    (`peftc.rewrite.tolerance`). `model` stays as it is.
+    """
+    trace = trace or Trace()
+    backbone, folding = fold(model, trace, tying.separable)
+    apart = folding.weights.keys() & folding.tied
+    if apart:
+        tying.untie(backbone)
+    weights = dict(backbone.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for path, weight in folding.weights.items():
+            weights[path].copy_(weight)
+    merged: PreTrainedModel = backbone.train(model.training)
+    if folding.edits:
+        edits = tying.anchored(folding.edits, folding.separable if apart else frozenset())
+        plan = left.keep(model.plan, edits)
+        rest = attached(backbone, plan, trace, "stored", values=folding.tensors)
+        merged = remembering(rest, example or model.example)
+    report = _report(model, merged, folding, sample(model, example))
+    limit = rounding(report.scale, model.dtype) if tolerance is None else tolerance * report.scale
+    _require_equal(report, limit)
+    return merged, report
+
+
+def _require_equal(report: Report, bound: float) -> None:
+    if not report.error <= bound:  # true for nan
+        raise MergeError(
+            f"folding moved the outputs by {report.error:.3g} of {report.scale:.3g}, more than {bound:.1e}: "
+            "keep the deltas apart; if this much is known to be rounding, merge(tolerance=...) takes more"
+        )
+
+
+def fold(
+    model: CompiledModel,
+    trace: Trace,
+    separable: Callable[[PreTrainedModel], frozenset[str]] = lambda _: frozenset(),
+    as_stored: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = rounded,
+) -> tuple[PreTrainedModel, Folding]:
+    """A copy of the backbone as it is, and the folding of the deltas into its weights.
+
+    `separable` says which tied paths may get a weight of their own; `as_stored(stored, folded)` what is kept of a
+    folded weight, which is float64. Raises MergeError where a delta holds infinities or no numbers.
+    """
+    values = dict(model.deltas.values())
+    odd = [path for path, value in values.items() if not torch.isfinite(value).all()]
+    if odd:
+        raise MergeError(f"delta '{odd[0]}' holds numbers that are not finite; train it again")
+    backbone = bare_copy(model)
+    edits, tied = list(model.plan.edits), tying.tied(backbone)
+    concerned = any(
+        "W" in edit.site.weights and edit.site.weights["W"].path in tied for edit in edits
+    )
+    folding = Folding(
+        edits,
+        values,
+        backbone.get_parameter,
+        tied,
+        separable(backbone) if concerned else frozenset(),
+        as_stored,
+    )
+    trace.run(passes.FOLD, folding)
+    return backbone, folding
+
+
+def _report(
+    model: CompiledModel, merged: PreTrainedModel, folding: Folding, inputs: Batch
+) -> Report:
+    before, after = outputs(model, inputs), outputs(merged, inputs)
+    bare = outputs(model.backbone, inputs)
+    return Report(
+        folding.outcomes(model.plan.edits),
+        error=verify.difference(before, after),
+        scale=verify.magnitude(before),
+        changed=verify.difference(before, bare),
+    )
