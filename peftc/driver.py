@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 import passes
 from peftc.graph.arguments import dummy_inputs, forward_flags, seeded_inputs
-from peftc.graph.capture import capture
+from peftc.graph.capture import capture, exclusive
 from peftc.graph.facts import Stacks
 from peftc.graph.program import Program
 from peftc.graph.state import Fingerprint, evaluating, fingerprint
@@ -86,6 +86,7 @@ def as_specs(spec: SpecLike) -> tuple[Spec, ...]:
     return tuple(found for one in spec for found in as_specs(one))
 
 
+@exclusive
 def plan(model: PreTrainedModel, spec: SpecLike, *, example: Batch | None = None) -> Plan:
     """Decide what `spec` does to `model`, without changing anything. Works on the meta device too.
 
@@ -141,24 +142,28 @@ def _planner(model: PreTrainedModel, captured: Captured) -> Callable[[Spec], Pla
     return lambda spec: make_plan(spec, found, backbone)
 
 
+@exclusive
 def plans(model: PreTrainedModel, specs: Sequence[SpecLike]) -> list[Plan]:
     """`plan` for several specs, each on its own; the model is traced once."""
     planner = _planner(model, _captured(model, None, Trace()))
     return [_made(as_specs(spec), planner) for spec in specs]
 
 
+@exclusive
 def within(model: PreTrainedModel, specs: Sequence[Spec], budget: str) -> list[Solved]:
     """Each spec at the largest size that the budget allows. Works on the meta device."""
     planner = _planner(model, _captured(model, None, Trace()))
     return [solve(spec, budget, planner) for spec in specs]
 
 
+@exclusive
 def survey(model: PreTrainedModel, *, example: Batch | None = None) -> tuple[Site, ...]:
     """Every site of a model, in the order of the kinds of sites. Works on the meta device."""
     program = _captured(model, example, Trace()).program
     return Survey.of(program, Stacks.read(model)).sites
 
 
+@exclusive
 def compile(  # the name that users of torch expect
     model: PreTrainedModel,
     spec: SpecLike,
@@ -214,6 +219,7 @@ def attached(
     return compiled
 
 
+@exclusive
 def load(
     path: str | Path,
     backbone: PreTrainedModel | None = None,

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from peftc.errors import PeftcError
 from peftc.graph.arguments import axes, example
+from peftc.graph.capture import exclusive
 from peftc.graph.program import Program
 from peftc.graph.rows import room_of
 from peftc.model.compiled import run_program
@@ -81,6 +82,7 @@ class _Export(nn.Module):
         return tuple(fields[name] for name in graph.outputs)
 
 
+@exclusive
 def to_onnx(model: PreTrainedModel, graph: Graph, opset: int) -> Any:
     """The graph as an onnx_ir Model, weights inside. Raises ExportError."""
     seq2seq = bool(model.config.is_encoder_decoder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import linecache
 import logging
 import sys
@@ -10,7 +11,7 @@ import threading
 import traceback
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
@@ -35,6 +36,19 @@ _KINDS = {
 # traces at a time, and who reads parameters for a graph holds this too.
 TRACING = threading.RLock()
 Labels = Mapping[str, tuple[str | None, ...]]
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def exclusive(call: Callable[P, R]) -> Callable[P, R]:
+    """The call, while no thread traces: what is computed with symbolic sizes, a trace of any thread records."""
+
+    @functools.wraps(call)
+    def alone(*args: P.args, **kwargs: P.kwargs) -> R:
+        with TRACING:
+            return call(*args, **kwargs)
+
+    return alone
 
 
 class _Traced(nn.Module):
