@@ -212,6 +212,11 @@ def together(*calls: Callable[[], Any]) -> list[Any]:
     return results
 
 
+def close(got: torch.Tensor, want: torch.Tensor) -> None:
+    """Equal but for float32 rounding: weights of another copy are aligned otherwise, and sums follow that."""
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_first_calls_from_several_threads(family: str) -> None:
     """They agree with one thread, and leave the process as it was."""
@@ -224,7 +229,7 @@ def test_first_calls_from_several_threads(family: str) -> None:
     want = logits(models[0], inputs)
     for got in together(*[lambda: logits(models[1], inputs)] * 3):
         assert isinstance(got, torch.Tensor), repr(got)
-        assert torch.equal(got, want)
+        close(got, want)
     assert (sys.stdout, sys.stderr) == streams
 
 
@@ -244,4 +249,4 @@ def test_two_models_compile_in_two_threads() -> None:
     got = together(*[lambda i=i: one(i) for i in range(len(families))])
     for i, value in enumerate(got):
         assert isinstance(value, torch.Tensor), repr(value)
-        assert torch.equal(value, one(i))
+        close(value, one(i))
