@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import gc
 import sys
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,13 +18,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import peftc
-from peftc.graph.captures import CAPTURES
-from peftc.graph.program import Program
 
 FAMILIES = ("bert", "gpt2", "llama", "bart")
 WALKS, MANY = 4, 300
-GRAPHS = 32  # how many a model may keep
-KEPT = 8  # how many the process may keep as they were traced
 
 Action = tuple[str, Any]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
@@ -170,26 +164,6 @@ def test_another_size_of_image() -> None:
         with torch.no_grad():
             got, want = model(**inputs).logits, backbone(**inputs).logits
         assert (got - want).abs().max() <= 1e-5 * want.abs().max().clamp(min=1)
-
-
-def graphs() -> int:
-    gc.collect()
-    return sum(isinstance(one, Program) for one in gc.get_objects())
-
-
-def test_graphs_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each value of a number is a graph of its own; the oldest go, of the model and of the process."""
-    monkeypatch.setattr(CAPTURES, "bound", KEPT)
-    monkeypatch.setattr(CAPTURES, "programs", OrderedDict())
-    backbone = tiny("gpt2", n_layer=1)
-    model = peftc.compile(backbone, "lora")
-    inputs = batch(model, length=GRAPHS + 12)
-    before = graphs()
-    for keep in range(1, GRAPHS + 9):
-        with torch.no_grad():
-            got = model(**inputs, logits_to_keep=keep).logits
-        assert got.shape[1] == keep
-    assert graphs() - before <= GRAPHS + KEPT
 
 
 def together(*calls: Callable[[], Any]) -> list[Any]:

@@ -9,6 +9,7 @@ import pickle
 import threading
 import warnings
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -359,7 +360,10 @@ def test_a_model_that_counts_by_a_size() -> None:
         assert torch.allclose(logits(model, inputs), logits(model.backbone, inputs), atol=1e-4)
 
 
-def test_graphs_are_bounded() -> None:
+def test_graphs_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each value of a number is a graph of its own; the oldest go, of the model and of the process."""
+    monkeypatch.setattr(CAPTURES, "bound", 2)
+    monkeypatch.setattr(CAPTURES, "programs", OrderedDict())
     model = peftc.compile(tiny("llama"), LORA)
     model._programs._bound = 3
     inputs = batch(model)
@@ -367,6 +371,7 @@ def test_graphs_are_bounded() -> None:
         got = output(model, **inputs, logits_to_keep=keep).logits
         assert torch.equal(got, output(model.backbone, **inputs, logits_to_keep=keep).logits)
     assert held(model) == 3 and len(model._programs._states) == 1
+    assert len(CAPTURES.programs) == 2
 
 
 def test_a_step_of_the_same_state_traces_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
