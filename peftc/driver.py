@@ -71,7 +71,6 @@ class Rewrite:
 
     def __call__(self, program: Program, dtypes: Mapping[str, torch.dtype]) -> None:
         self.trace.run(passes.train(self.edits, dtypes), program)
-        program.finish()
 
     def __reduce__(self) -> Any:
         return Rewrite, (self.edits, Trace())

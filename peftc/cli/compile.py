@@ -112,8 +112,6 @@ def _compare(
     inputs: Mapping[str, Any],
     bare: Mapping[str, Any],
 ) -> None:
-
-    subject.finish()
     with torch.no_grad():
         change = verify.difference(run_program(compiled, subject, inputs), bare)
     say(f"after {name}: invariants hold, max |graph - base| = {change:.3g}")

@@ -55,7 +55,6 @@ def program_of(model: PreTrainedModel, entry: str, inputs: Tensors) -> Program:
         return model.program(entry, inputs, flags)
     program = capture(model, entry, inputs, flags)
     passes.Normalize().run(program)
-    program.finish()
     return program
 
 

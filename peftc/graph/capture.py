@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers import PreTrainedModel
@@ -237,7 +237,8 @@ def _program(
             raise CaptureError(f"{type(model).__name__}.{entry} changes its state: '{out.target}'")
     return Program(
         entry=entry,
-        module=exported.graph_module,
+        graph=exported.graph_module.graph,
+        root=_parts(exported.graph_module),
         slots=slots,
         constants=constants,
         out_spec=exported.call_spec.out_spec,
@@ -246,6 +247,15 @@ def _program(
         wide=wide,
         bounds=tuple(_bounds(exported, slots, labels)),
     )
+
+
+def _parts(traced: fx.GraphModule) -> nn.Module:
+    """What a graph calls or gets, without the graph."""
+    root = nn.Module()
+    root._modules.update(traced._modules)
+    root._buffers.update(traced._buffers)
+    root._parameters.update(traced._parameters)
+    return root
 
 
 def _bounds(exported: Any, slots: Mapping[str, Slot], labels: Labels) -> Iterator[Bound]:

@@ -7,8 +7,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 
-from torch import fx
-
 from peftc.graph.program import Program
 
 
@@ -37,5 +35,6 @@ CAPTURES = Captures(bound=8)
 
 
 def _copied(program: Program) -> Program:
-    graph = fx.GraphModule(program.module, copy.deepcopy(program.graph))
-    return replace(program, module=graph, slots=dict(program.slots), replaced={})
+    return replace(
+        program, graph=copy.deepcopy(program.graph), slots=dict(program.slots), replaced={}
+    )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 aten = torch.ops.aten
@@ -69,11 +69,12 @@ class Output:
 
 @dataclass
 class Program:
-    """A captured entry. `slots` maps each placeholder to what fills it; the graph holds no state. `wide` are
-    the inputs of ids whose sequences it was traced with rows in front of."""
+    """A captured entry. `slots` maps each placeholder to what fills it; the graph holds no state, and what it calls
+    is in `root`. `wide` are the inputs of ids whose sequences it was traced with rows in front of."""
 
     entry: str
-    module: fx.GraphModule
+    graph: fx.Graph
+    root: nn.Module
     slots: dict[str, Slot]
     constants: dict[str, torch.Tensor]
     out_spec: pytree.TreeSpec
@@ -83,10 +84,6 @@ class Program:
     bounds: tuple[Bound, ...] = ()
     replaced: dict[fx.Node, fx.Node] = field(default_factory=dict)
     _filled: dict[Slot, fx.Node] = field(default_factory=dict, init=False)
-
-    @property
-    def graph(self) -> fx.Graph:
-        return self.module.graph
 
     @property
     def inputs(self) -> frozenset[str]:
@@ -154,10 +151,9 @@ class Program:
         with sample.fake_mode:
             return torch.empty(tuple(shape), dtype=dtype, device=sample.device)
 
-    def finish(self) -> None:
-        """Check the graph and compile it to code; call after edits."""
-        self.graph.lint()
-        self.module.recompile()
+    def code(self) -> Callable[..., Any]:
+        """The graph as it is now, as a function of its placeholders in their order."""
+        return fx.GraphModule(self.root, self.graph).forward
 
     def order(self) -> Iterator[Slot]:
         """What fills the placeholders, in their order."""

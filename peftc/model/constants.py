@@ -54,8 +54,8 @@ def split(program: Program) -> Split | None:
             copies[node] = rest.node_copy(node, copies.__getitem__)
     at = {node: i for i, node in enumerate(stored)}
     return Split(
-        fx.GraphModule(program.module, head).forward,
-        fx.GraphModule(program.module, rest).forward,
+        fx.GraphModule(program.root, head).forward,
+        fx.GraphModule(program.root, rest).forward,
         tuple(at[n] for n in reads),
         tuple(at[n] for n in keeps),
         tuple(program.slots[n.name].name for n in inputs),

@@ -28,7 +28,7 @@ def run_program(
 ) -> dict[str, Any]:
     """Run a graph (`by` an interpreter of it) on the tensors that `model`, compiled or plain, holds now."""
     stored = [registry[name] for registry, name in places(program, roots_of(model))]
-    return program.structured((by or program.module)(*_arguments(program, stored, inputs)))
+    return program.structured((by or program.code())(*_arguments(program, stored, inputs)))
 
 
 def roots_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -82,12 +82,15 @@ class Runner:
     def __init__(self, program: Program, roots: Mapping[str, nn.Module]) -> None:
         self.program = program
         self._roots = roots
-        self._module = program.module.forward
         self._names = [s.name if s.kind == "input" else None for s in program.order()]
         self._flat = _flat_fields(program)
         self._places: list[Place] = []
         self._changes = -1
         self._known: _Known | None = None
+
+    @cached_property
+    def _whole(self) -> Callable[..., Any]:
+        return self.program.code()
 
     @cached_property
     def _split(self) -> Split | None:
@@ -116,7 +119,7 @@ class Runner:
             return self._fields(parts.rest(*rest, *given, *computed))
         left = iter(stored)
         arguments = [next(left) if name is None else inputs[name] for name in self._names]
-        return self._fields(self._module(*arguments))
+        return self._fields(self._whole(*arguments))
 
     def _fields(self, results: Any) -> dict[str, Any]:
         if self._flat is None:

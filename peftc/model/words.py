@@ -97,7 +97,7 @@ class _Recorder(fx.Interpreter):
     """Runs a Program and keeps every tensor on the way."""
 
     def __init__(self, program: Program) -> None:
-        super().__init__(program.module)
+        super().__init__(program.root, graph=program.graph)
         self.program = program
         self.values: dict[fx.Node, torch.Tensor] = {}
 
