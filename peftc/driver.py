@@ -135,6 +135,12 @@ def _decided(spec: Spec, planner: Callable[[Spec], Plan]) -> Spec:
     return solve(spec, spec.budget, planner).plan.spec
 
 
+@exclusive
+def planner(model: PreTrainedModel) -> Callable[[Spec], Plan]:
+    """What plans a spec, one after another; the model is traced once. It checks no sizes of the model's cache."""
+    return _planner(model, _captured(model, None, Trace()))
+
+
 def _planner(model: PreTrainedModel, captured: Captured) -> Callable[[Spec], Plan]:
     backbone = {path: tuple(weight.shape) for path, weight in model.named_parameters()}
     found = Survey.of(captured.program, Stacks.read(model))
@@ -144,15 +150,15 @@ def _planner(model: PreTrainedModel, captured: Captured) -> Callable[[Spec], Pla
 @exclusive
 def plans(model: PreTrainedModel, specs: Sequence[SpecLike]) -> list[Plan]:
     """`plan` for several specs, each on its own; the model is traced once."""
-    planner = _planner(model, _captured(model, None, Trace()))
-    return [_made(as_specs(spec), planner) for spec in specs]
+    made = planner(model)
+    return [_made(as_specs(spec), made) for spec in specs]
 
 
 @exclusive
 def within(model: PreTrainedModel, specs: Sequence[Spec], budget: str) -> list[Solved]:
     """Each spec at the largest size that the budget allows. Works on the meta device."""
-    planner = _planner(model, _captured(model, None, Trace()))
-    return [solve(spec, budget, planner) for spec in specs]
+    made = planner(model)
+    return [solve(spec, budget, made) for spec in specs]
 
 
 @exclusive

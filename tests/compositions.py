@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from methods import lacks, spec
 from transformers import PreTrainedModel
 
-import peftc
-from peftc.driver import survey
+from peftc.driver import planner, survey
 from peftc.errors import PeftcError
 from peftc.language.ports import SITES
 from peftc.language.reader import parse_spec
 from peftc.language.shelf import shipped
 from peftc.language.spec import Spec
+from peftc.plan.plan import Plan
 
 Draw = Callable[..., Any]
 DTYPES = {"mixtral": torch.float32}  # torch has no product of experts in float64
@@ -229,18 +229,17 @@ def prefix(formulas: Formulas) -> dict[str, str]:
 def places(family: str) -> dict[str, tuple[str, ...]]:
     """For each kind of site that the family has, the ports that a spec may assign at all of them."""
     model, found = tiny(family), {}
+    plan = planner(model)
     for at in dict.fromkeys(site.at for site in survey(model)):
-        ports = [port for port in SITES[at].assigns if _takes(model, at, port)]
+        ports = [port for port in SITES[at].assigns if _takes(plan, at, port)]
         if ports:
             found[at] = tuple(ports)
     return found
 
 
-def _takes(model: PreTrainedModel, at: str, port: str) -> bool:
+def _takes(plan: Callable[[Spec], Plan], at: str, port: str) -> bool:
     try:
-        peftc.plan(
-            model, parse_spec(f"deltas: [{{at: {_place(at)}, rewrite: {{{port}: {port} * 2}}}}]")
-        )
+        plan(parse_spec(f"deltas: [{{at: {_place(at)}, rewrite: {{{port}: {port} * 2}}}}]"))
     except PeftcError:
         return False
     return True
