@@ -264,6 +264,7 @@ def logits(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Ten
 CAPTURES.bound = None
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in a hook of the same name
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """One worker has all tests of a family, and else of a file: a model of one configuration is traced once in a
     process."""

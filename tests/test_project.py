@@ -80,7 +80,7 @@ def test_ci_makes_what_must_hold() -> None:
         for line in re.findall(r"^\s*make (.+)$", ci.read_text(), re.M)
         for word in line.split()
     }
-    assert {"lint", "types", "test", "wheel", "demo"} <= made
+    assert {"lint", "types", "test", "wheel", "demo", "session"} <= made
 
 
 def test_pins_meet_the_ranges() -> None:
@@ -125,7 +125,10 @@ def test_every_example_has_its_arguments() -> None:
     assert set(EXAMPLES) == {one.name for one in files if "__main__" in one.read_text()}
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+LONG = pytest.param("demo.py", marks=pytest.mark.slow)  # CI runs it as `make demo`
+
+
+@pytest.mark.parametrize("name", [LONG if one == "demo.py" else one for one in EXAMPLES])
 @needs_bert
 def test_example(name: str) -> None:
     arguments, words = EXAMPLES[name]
@@ -164,6 +167,7 @@ def test_readme_commands_exist() -> None:
                     assert load_spec(ROOT / word).entries, line
 
 
+@pytest.mark.slow  # CI runs it as `make session`
 @needs_bert
 def test_readme_session(tmp_path: Path) -> None:
     """The commands from a spec to a server, as they stand there, one after the other in one shell."""
