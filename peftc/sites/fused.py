@@ -21,9 +21,12 @@ _CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.type_as.defa
 
 def columns(node: fx.Node, linear: fx.Node) -> Columns | None:
     """The features of `linear` that `node` is computed from; None when it is all of them, or no pattern."""
+    between = _ancestors(node, linear)
+    if not any(is_call(one, *CUT) for one in between):
+        return None
     width = features(linear)[1]
     seen: set[int] = set()
-    for labels in _reaching(node, linear, width):
+    for labels in _reaching(node, linear, width, between):
         seen |= set(labels.flatten().tolist())
     return _pattern(sorted(seen), width) if 0 < len(seen) < width else None
 
@@ -44,13 +47,12 @@ def gated_halves(down: fx.Node, linear: fx.Node) -> tuple[Columns, Columns] | No
     return (second, first) if activated else (first, second)  # type: ignore[return-value]
 
 
-def _reaching(node: fx.Node, linear: fx.Node, width: int) -> Iterator[torch.Tensor]:
+def _reaching(
+    node: fx.Node, linear: fx.Node, width: int, between: set[fx.Node]
+) -> Iterator[torch.Tensor]:
     """The labels that leave the moves behind `linear` on their way to `node`."""
-    needed = _ancestors(node, linear)
     labels: dict[fx.Node, Any] = {linear: _labels(linear, width)}
-    for one in linear.graph.nodes:
-        if one not in needed or one is linear:
-            continue
+    for one in sorted(between - {linear}):
         sources = [source for source in one.all_input_nodes if source in labels]
         if not sources:
             continue
