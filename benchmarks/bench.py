@@ -30,20 +30,18 @@ LARGE = """
 import resource, sys, time, torch, transformers
 transformers.logging.set_verbosity_error()
 from transformers import BartConfig, BartForConditionalGeneration
-import peftc
+from peftc.driver import compile
 from peftc.graph.arguments import dummy_inputs
-start = time.perf_counter()
 model = BartForConditionalGeneration(BartConfig()).eval()
 inputs = dummy_inputs(model)
+start = time.perf_counter()
 if sys.argv[1] == "peftc":
-    compiled = peftc.compile(model, "mam")
-    compiled.program("forward", inputs, {"use_cache": False})
+    compile(model, "mam").program("forward", inputs, {"use_cache": False})
 elif sys.argv[1] == "export":
     auto = torch.export.Dim.AUTO
-    axes = {name: dict.fromkeys(range(value.ndim), auto) for name, value in inputs.items()}
-    torch.export.export(
-        model, (), {**inputs, "use_cache": False}, dynamic_shapes={**axes, "use_cache": None}, strict=False
-    )
+    shapes = {name: dict.fromkeys(range(value.ndim), auto) for name, value in inputs.items()}
+    shapes["use_cache"] = None
+    torch.export.export(model, (), {**inputs, "use_cache": False}, dynamic_shapes=shapes, strict=False)
 print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 """
 
@@ -101,8 +99,7 @@ def show(what: str, seconds: Mapping[str, list[float]], bound: float) -> None:
 
 
 def compile_time(runs: int) -> None:
-    """In fresh processes: building BART-large and compiling MAM (87 M numbers to draw), against building it and a
-    bare export."""
+    """In fresh processes: compiling MAM into BART-large (87 M numbers to draw), against a bare export of it."""
     seconds: dict[str, list[float]] = {"peftc": [], "bare export": []}
     memory: dict[str, float] = {}
     for _ in range(runs):

@@ -175,11 +175,14 @@ def _sizes(inputs: Tensors, flags: Mapping[str, Any], held: int) -> dict[str, in
 @contextlib.contextmanager
 def _alone(model: PreTrainedModel) -> Iterator[None]:
     """What surrounds a trace, so that it is the same whenever it is made: gradients on, no autocast, no hooks,
-    torch's loggers quiet; and the model afterwards as before."""
+    torch's loggers quiet; and the model afterwards as before. No node is told the stack that it was called from,
+    which is a fifth of the time: it knows its module."""
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
+    stacks = fx.config.do_not_emit_stack_traces
+    fx.config.do_not_emit_stack_traces = True
     try:
         with contextlib.ExitStack() as stack:
             for one in (undisturbed(model), torch.inference_mode(False), torch.enable_grad()):
@@ -188,6 +191,7 @@ def _alone(model: PreTrainedModel) -> Iterator[None]:
                 stack.enter_context(torch.autocast(kind, enabled=False))
             yield
     finally:
+        fx.config.do_not_emit_stack_traces = stacks
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
 
