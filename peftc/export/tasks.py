@@ -15,7 +15,7 @@ from peftc.driver import outputs
 from peftc.export.graph import Case, ExportError, Graph, Tensors
 from peftc.graph.arguments import forward_flags, reads_its_end
 from peftc.graph.cache import flatten_cache
-from peftc.graph.capture import capture
+from peftc.graph.capture import capture, exclusive
 from peftc.graph.program import Program
 from peftc.graph.rows import room_of
 from peftc.model.compiled import CompiledModel
@@ -48,6 +48,7 @@ def task_of(model: PreTrainedModel, inputs: Tensors) -> Task:
     raise ExportError(f"{type(model).__name__} cannot be exported yet" + "".join(reasons))
 
 
+@exclusive
 def program_of(model: PreTrainedModel, entry: str, inputs: Tensors) -> Program:
     """The graph of an entry, of a compiled or a plain model."""
     flags = forward_flags(model) if entry == "forward" else {}
