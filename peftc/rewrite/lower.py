@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -57,16 +58,16 @@ def _said(value: Any) -> str:
     return f"<{value.dtype} {value.device} {tuple(value.shape)} {value.stride()}>"
 
 
-class Lowering:
+class Lowering(ABC):
     """Walks an expression; `call` says what an op on tensors becomes. `axes` are those of rows that are
     prepended: [heads, l, head_dim] or [l, d]."""
 
     training: bool = False
     axes: int = 3
 
+    @abstractmethod
     def call(self, fn: Any, *args: Any, name: str = "", **kwargs: Any) -> Operand:
         """An op on operands, lowered; `name` is for whoever reads the graph."""
-        raise NotImplementedError
 
     def lower(self, expr: Expr, env: Env, name: str) -> Operand:
         """What `expr` becomes: a number where no tensor is in it. The last op is called `name`. `env` binds
