@@ -10,11 +10,16 @@ import torch
 from passes.fold_affine import FoldAffine
 from passes.fold_constants import FoldConstants
 from passes.insert import Insert
+from passes.masks import Masks
 from passes.normalize import Normalize
 from passes.penalize import Penalize
+from passes.products import Products
+from passes.slices import Slices
 from peftc.plan.edit import Edit
 
 FOLD = (FoldConstants(), FoldAffine())
+# Makes a graph that runs in torch no heavier than its algebra; an exported one is left to its runtime.
+LEAN = (Slices(), Products(), Masks())
 
 
 def train(
@@ -25,4 +30,16 @@ def train(
     return (Normalize(), Insert(edits, dtypes), Penalize(edits))
 
 
-__all__ = ["FOLD", "FoldAffine", "FoldConstants", "Insert", "Normalize", "Penalize", "train"]
+__all__ = [
+    "FOLD",
+    "LEAN",
+    "FoldAffine",
+    "FoldConstants",
+    "Insert",
+    "Masks",
+    "Normalize",
+    "Penalize",
+    "Products",
+    "Slices",
+    "train",
+]

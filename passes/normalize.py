@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from operator import getitem
 from typing import Any
 
 import torch
 from torch import fx
+from torch._higher_order_ops.wrap import wrap_with_set_grad_enabled
 
 from peftc.graph.aten import TURN, VIEW
 from peftc.graph.program import Program, aten, is_call
-from peftc.rewrite.lower import value_of
+from peftc.rewrite.nodes import made
 
 _ASSERTS = (
     aten._assert_tensor_metadata.default,
@@ -32,16 +35,17 @@ _RESHAPE = (
 
 @dataclass(frozen=True)
 class Normalize:
-    """Drop metadata assertions, casts to the dtype and device a value already has, reshapes of a parameter
-    to the shape it is stored in, updates of running statistics, and dead code; write a product with a turned
-    weight as the linear that it is."""
+    """Drop metadata assertions, casts to the dtype and device a value already has, slices of all of a value,
+    reshapes of a parameter to the shape it is stored in, updates of running statistics, and dead code; write a
+    product with a turned weight as the linear that it is, and what is computed without gradients as what it is."""
 
     name: str = "normalize"
 
     def run(self, program: Program) -> int:
-        removed = written = 0
+        removed, written = 0, _unwrap(program)
         for node in list(program.graph.nodes):
-            same = node.args[0] if _is_idle_cast(node) else _stored(program, node)
+            idle = _is_idle_cast(node) or _is_idle_slice(node) or _is_idle_sum(node)
+            same = node.args[0] if idle else _stored(program, node)
             if same is not None:
                 node.replace_all_uses_with(same)
             if same is not None or is_call(node, *_ASSERTS) or _is_count(program, node):
@@ -60,6 +64,72 @@ class Normalize:
         before = len(program.graph.nodes)
         program.graph.eliminate_dead_code()
         return written + removed + before - len(program.graph.nodes)
+
+
+def _unwrap(program: Program) -> int:
+    """Put what a model computes under `no_grad` into the graph itself: no gradient goes into it, or none comes
+    back through what it gives."""
+    count = 0
+    while nodes := [n for n in program.graph.nodes if _is_without_grad(program, n)]:
+        for node in nodes:
+            _inline(program, node, _part(program, node.args[1]))
+        count += len(nodes)
+    return count
+
+
+def _is_without_grad(program: Program, node: fx.Node) -> bool:
+    if not is_call(node, wrap_with_set_grad_enabled) or node.args[0] is not False:
+        return False
+    inner = _part(program, node.args[1])
+    calls = {one.args[1] for one in inner.graph.nodes if is_call(one, wrap_with_set_grad_enabled)}
+    held = {one for one in inner.graph.nodes if one.op == "get_attr"}
+    return held <= calls and all(is_call(user, getitem) for user in node.users)
+
+
+def _part(program: Program, node: Any) -> fx.GraphModule:
+    part: Any = program.root.get_submodule(node.target)
+    return part  # type: ignore[no-any-return]
+
+
+def _inline(program: Program, node: fx.Node, inner: fx.GraphModule) -> None:
+    given = iter(node.args[2:])
+    copies: dict[fx.Node, Any] = {}
+    with program.graph.inserting_before(node):
+        for one in inner.graph.nodes:
+            if one.op == "placeholder":
+                copies[one] = next(given)
+            elif one.op == "get_attr":
+                name = f"{node.args[1].target}_{one.target}"  # type: ignore[union-attr]
+                program.root.add_module(name, inner.get_submodule(one.target))
+                copies[one] = program.graph.get_attr(name)
+            elif one.op != "output":
+                copies[one] = program.graph.node_copy(one, copies.__getitem__)
+        (results,) = next(n for n in inner.graph.nodes if n.op == "output").args
+        for user in list(node.users):
+            value = copies[results[user.args[1]]]
+            learns = _may_learn(program, value)
+            result = made(program, user, aten.detach.default, (value,)) if learns else value
+            user.replace_all_uses_with(result)
+            program.graph.erase_node(user)
+    program.graph.erase_node(node)
+
+
+def _may_learn(program: Program, value: fx.Node) -> bool:
+    """Whether a gradient could come through `value` to a parameter or to floating numbers that were given."""
+    seen: set[fx.Node] = set()
+    stack = [value]
+    while stack:
+        one = stack.pop()
+        if one in seen:
+            continue
+        seen.add(one)
+        stack += one.all_input_nodes
+        slot = program.slot(one)
+        if slot is None or slot.kind in ("buffer", "constant"):
+            continue
+        if slot.kind == "parameter" or one.meta["val"].is_floating_point():
+            return True
+    return False
 
 
 def _is_linear(program: Program, node: fx.Node) -> bool:
@@ -87,16 +157,9 @@ def _write_linear(program: Program, addmm: fx.Node) -> None:
     flat = is_call(x, *VIEW) and len(users) == 1 and is_call(users[0], *VIEW)
     source, result = (x.args[0], users[0]) if flat else (x, addmm)  # type: ignore[union-attr]
     with program.graph.inserting_before(addmm):
-        turned = _made(program, addmm, aten.transpose.int, (weight, 0, 1))
-        linear = _made(program, addmm, aten.linear.default, (source, turned, bias))
+        turned = made(program, addmm, aten.transpose.int, (weight, 0, 1))
+        linear = made(program, addmm, aten.linear.default, (source, turned, bias))
     result.replace_all_uses_with(linear)
-
-
-def _made(program: Program, like: fx.Node, op: Any, args: tuple[Any, ...]) -> fx.Node:
-    """A node that stands for what `like` computes, with its module and its own value."""
-    node = program.graph.call_function(op, args)
-    node.meta = {**like.meta, "val": value_of(program.graph, op, args, {})}
-    return node
 
 
 def _is_count(program: Program, node: fx.Node) -> bool:
@@ -117,6 +180,22 @@ def _stored(program: Program, node: fx.Node) -> fx.Node | None:
     if source is node or not program.parameter(source):
         return None
     return source if source.meta["val"].shape == node.meta["val"].shape else None
+
+
+def _is_idle_slice(node: fx.Node) -> bool:
+    if not is_call(node, aten.slice.Tensor):
+        return False
+    defaults: tuple[Any, ...] = (None, 0, None, None, 1)
+    _, _, start, stop, step = node.args + defaults[len(node.args) :]
+    return bool(start in (0, None) and stop in (None, sys.maxsize) and step == 1)
+
+
+def _is_idle_sum(node: fx.Node) -> bool:
+    """Whether zero is added to whole numbers, as positions are moved by what a new cache holds."""
+    if not is_call(node, aten.add.Tensor) or node.args[1] != 0 or isinstance(node.args[1], fx.Node):
+        return False
+    before, after = node.args[0].meta["val"], node.meta["val"]  # type: ignore[union-attr]
+    return bool(before.dtype == after.dtype and not after.is_floating_point())
 
 
 def _is_idle_cast(node: fx.Node) -> bool:

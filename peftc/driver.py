@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 import passes
-from peftc.graph.arguments import dummy_inputs, forward_flags, seeded_inputs
+from peftc.graph.arguments import dummy_inputs, forward_flags, seeded_inputs, unpadded
 from peftc.graph.capture import capture, exclusive
 from peftc.graph.facts import Stacks
 from peftc.graph.program import Program
@@ -64,16 +64,19 @@ class Trace:
 
 @dataclass(frozen=True)
 class Rewrite:
-    """What every captured graph of a compiled model goes through. Copies and pickles tell no trace."""
+    """What every captured graph of a compiled model goes through; those that run here are made `lean` too, by the
+    passes of LEAN but those `without` which they should be. Copies and pickles tell no trace."""
 
     edits: tuple[Edit, ...]
     trace: Trace
+    without: frozenset[str] = frozenset()
 
-    def __call__(self, program: Program, dtypes: Mapping[str, torch.dtype]) -> None:
-        self.trace.run(passes.train(self.edits, dtypes), program)
+    def __call__(self, program: Program, dtypes: Mapping[str, torch.dtype], lean: bool) -> None:
+        more = [one for one in passes.LEAN if lean and one.name not in self.without]
+        self.trace.run((*passes.train(self.edits, dtypes), *more), program)
 
     def __reduce__(self) -> Any:
-        return Rewrite, (self.edits, Trace())
+        return Rewrite, (self.edits, Trace(), self.without)
 
 
 def as_specs(spec: SpecLike) -> tuple[Spec, ...]:
@@ -109,7 +112,8 @@ def _captured(model: PreTrainedModel, example: Batch | None, trace: Trace) -> Ca
     inputs, flags = example or dummy_inputs(model), forward_flags(model)
     with evaluating(model):
         seen = fingerprint(model)
-        program = capture(model, "forward", inputs, flags, seen=seen)
+        drop = unpadded(inputs, "forward", bool(model.config.is_encoder_decoder))
+        program = capture(model, "forward", inputs, flags, seen=seen, drop=drop)
     trace.run((passes.Normalize(),), program)
     return Captured(program, inputs, flags, seen)
 
@@ -175,19 +179,31 @@ def compile(  # the name that users of torch expect
     *,
     example: Batch | None = None,
     trace: Trace | None = None,
+    without: Iterable[str] = (),
 ) -> CompiledModel:
     """A model of the same class whose forward runs graphs with the deltas of `spec` inserted.
 
     Weights are shared with `model`, not copied, and frozen; `peftc.detach` gives the model back. Graphs
-    are captured when an entry (forward, encode, prefill, decode) is first used.
+    are captured when an entry (forward, encode, prefill, decode) is first used. `without` names passes of
+    `passes.LEAN` that are left out: the same numbers but for rounding, in more kernels. Raises ValueError for
+    a name that is none of them.
     """
     require_bare(model)
+    _require_lean(without := frozenset(without))
     trace = trace or Trace()
     captured = _captured(model, example, trace)
     plan = _plan(model, as_specs(spec), captured)
     activations = Activations(model, captured.program)
-    compiled = attached(model, plan, trace, captured=captured, activations=activations)
+    compiled = attached(
+        model, plan, trace, captured=captured, activations=activations, without=without
+    )
     return remembering(compiled, example)
+
+
+def _require_lean(names: frozenset[str]) -> None:
+    known = [one.name for one in passes.LEAN]
+    for name in sorted(names - set(known)):
+        raise ValueError(f"no pass '{name}' can be left out; these can: {', '.join(known)}")
 
 
 def remembering(model: CompiledModel, example: Batch | None) -> CompiledModel:
@@ -216,8 +232,10 @@ def attached(
     captured: Captured | None = None,
     activations: Activations | None = None,
     values: Mapping[str, torch.Tensor] | None = None,
+    without: frozenset[str] = frozenset(),
 ) -> CompiledModel:
-    compiled = attach(model, plan, Rewrite(plan.edits, trace), form, activations, values)
+    rewrite = Rewrite(plan.edits, trace, without)
+    compiled = attach(model, plan, rewrite, form, activations, values)
     trace.model = compiled
     if captured is not None and not plan.room:  # rows in front change what is traced
         compiled.adopt(captured.program, captured.inputs, captured.flags, captured.seen)

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+import passes
 from peftc import driver
 from peftc.cli import directories, options
 from peftc.cli import tables as table
@@ -43,6 +44,12 @@ def compile(  # the name of the command
         bool, typer.Option("--print-after-all", help="Print the graph after every pass.")
     ] = False,
     time_passes: Annotated[bool, typer.Option("--time-passes", help="Time every pass.")] = False,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--without", metavar="PASS", help="Leave out a pass that makes graphs lean; repeatable."
+        ),
+    ] = None,
     verify_each: Annotated[
         bool,
         typer.Option("--verify-each", help="Run the graph after every pass, against the backbone."),
@@ -58,6 +65,7 @@ def compile(  # the name of the command
     name = options.name_of(loaded)
     target = None if no_save else output or Path(f"{name}-{_basename(model)}")
 
+    _check_without(without or [])
     if target is not None:
         require_ours(target)
     backbone = options.backbone(model, random_weights, task=task, num_labels=num_labels)
@@ -74,7 +82,7 @@ def compile(  # the name of the command
     trace = driver.Trace(after)
     with step("compiling"):
         torch.manual_seed(backbones.SEED)  # the deltas' own start
-        compiled = driver.compile(backbone, loaded, trace=trace)
+        compiled = driver.compile(backbone, loaded, trace=trace, without=without or ())
         rewritten = driver.outputs(compiled, inputs)
     _check_passes(print_after or [], trace.results)
     say(table.render(compiled.plan, console().width))
@@ -95,6 +103,15 @@ def _check_passes(wanted: list[str], ran: list[PassResult]) -> None:
     for name in wanted:
         if name not in known:
             raise options.OptionError(f"compile runs no pass '{name}'; it runs {', '.join(known)}")
+
+
+def _check_without(names: list[str]) -> None:
+    lean = [one.name for one in passes.LEAN]
+    for name in names:
+        if name not in lean:
+            raise options.OptionError(
+                f"--without: '{name}' cannot be left out; these passes can: {', '.join(lean)}"
+            )
 
 
 def _certificate(bare: Mapping[str, Any], rewritten: Mapping[str, Any]) -> str:

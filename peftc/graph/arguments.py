@@ -13,7 +13,9 @@ from transformers import PreTrainedModel
 from peftc.errors import PeftcError
 from peftc.graph.entries import ENTRIES, Tensors
 from peftc.graph.facts import ModelFacts
+from peftc.graph.state import readable
 
+Labels = Mapping[str, tuple[str | None, ...]]
 IMAGE = (224, 224)  # of models whose configuration names no size, because any is theirs
 WAVE = 4000  # samples of sound
 # Sizes of the example that is traced: all >= 2, because export specialises 0 and 1, and all
@@ -109,15 +111,10 @@ def _length(row: Argument, entry: str, encoder_decoder: bool, whole: bool = Fals
 
 def layout(inputs: Tensors, entry: str, encoder_decoder: bool) -> dict[str, tuple[str | None, ...]]:
     """The dynamic axes of every input of one call. A size that is not the batch's is fixed: a mask's axis of one
-    for all heads, a position row for all texts, the classes of a multi-label head."""
+    for all heads, a position row for all texts, the classes of a multi-label head. So is a step of one token,
+    which sees all that is behind it."""
     found = {k: axes(k, v.ndim, entry, encoder_decoder) for k, v in inputs.items()}
-    sizes: dict[str, int] = {}
-    for name, labels in found.items():
-        if argument(name).role in ("ids", "states", "samples", "cache"):
-            for label, size in zip(labels, inputs[name].shape, strict=True):
-                sizes.setdefault(label or "", size)
-    if ENTRIES[entry].steps:
-        sizes["total"] = sizes.get("past", 0) + sizes.get("query", 0)
+    sizes = _lengths(inputs, found, entry)
     return {
         k: tuple(
             label if _moves(k, inputs[k], axis, label, sizes) else None
@@ -127,11 +124,39 @@ def layout(inputs: Tensors, entry: str, encoder_decoder: bool) -> dict[str, tupl
     }
 
 
+def _lengths(inputs: Tensors, found: Labels, entry: str) -> dict[str, int]:
+    """The size of each axis in one call, by what it is read along."""
+    sizes: dict[str, int] = {}
+    for name, labels in found.items():
+        if argument(name).role in ("ids", "states", "samples", "cache"):
+            for label, size in zip(labels, inputs[name].shape, strict=True):
+                sizes.setdefault(label or "", size)
+    if ENTRIES[entry].steps:
+        sizes["total"] = sizes.get("past", 0) + sizes.get("query", 0)
+    return sizes
+
+
+def unpadded(inputs: Tensors, entry: str, encoder_decoder: bool) -> bool:
+    """Whether every token of a call counts: what masks it has are as long as what they mask, and ones. False where
+    values cannot be asked for, as while tracing."""
+    masks = {k: v for k, v in inputs.items() if argument(k).role == "mask"}
+    if not masks:
+        return True
+    found = {k: axes(k, v.ndim, entry, encoder_decoder) for k, v in inputs.items()}
+    sizes = _lengths(inputs, found, entry)
+    fit = all(
+        v.ndim == 2 and sizes.get(found[k][1] or "", -1) == v.shape[1] for k, v in masks.items()
+    )
+    return fit and readable(masks.values()) and all(bool(v.all()) for v in masks.values())
+
+
 def _moves(
     name: str, value: torch.Tensor, axis: int, label: str | None, sizes: Mapping[str, int]
 ) -> bool:
     """Whether an axis is as long as what it is named for, and so may be of any length."""
     row, size = argument(name), value.shape[axis]
+    if label == "query" and sizes["query"] == 1:
+        return False
     if label is None or (axis and row.role == "labels" and value.is_floating_point()):
         return False  # floating labels have one number for each class
     if sizes.get(label, size) == size:

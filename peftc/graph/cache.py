@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
 
 # How the parts of a cache are called in an ONNX graph, as optimum has it.
 _ONNX = {"self": "decoder", "cross": "encoder"}
@@ -73,7 +73,23 @@ def pairs(tensors: Mapping[str, Any], part: str) -> Iterator[tuple[torch.Tensor,
 def unflatten_cache(tensors: Mapping[str, Any], encoder_decoder: bool) -> Any:
     """The cache that `flatten_cache` was given, empty where `tensors` have none of it."""
     parts = [
-        DynamicCache(list(pairs(tensors, part)) or None)
+        _dynamic(pairs(tensors, part))
         for part in (("self", "cross") if encoder_decoder else ("self",))
     ]
     return EncoderDecoderCache(*parts) if encoder_decoder else parts[0]
+
+
+def _dynamic(layers: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> DynamicCache:
+    """A cache that holds these keys and values as they are: built of them, it would copy them behind nothing."""
+    cache = DynamicCache()
+    for keys, values in layers:
+        cache.layers.append(DynamicLayer())
+        hold(cache.layers[-1], keys, values)
+    return cache
+
+
+def hold(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Put keys and values into a layer of a cache, in place of what it held."""
+    if not layer.is_initialized:
+        layer.lazy_initialization(keys, values)
+    layer.keys, layer.values = keys, values

@@ -10,6 +10,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -19,9 +20,10 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers import PreTrainedModel
 
-from peftc.graph.arguments import SIZES, CaptureError, layout, resized
+from peftc.graph.arguments import SIZES, CaptureError, Labels, argument, axes, layout, resized
 from peftc.graph.captures import CAPTURES
 from peftc.graph.entries import ENTRIES, Tensors
+from peftc.graph.masks import deciding, proven
 from peftc.graph.program import Bound, Program, Slot
 from peftc.graph.rows import NONE, Room
 from peftc.graph.state import Fingerprint, fingerprint, undisturbed
@@ -35,7 +37,6 @@ _KINDS = {
 # Tracing puts fake tensors into a model's registries and switches in torch that every thread sees: one thread
 # traces at a time, and who reads parameters for a graph holds this too.
 TRACING = threading.RLock()
-Labels = Mapping[str, tuple[str | None, ...]]
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -80,12 +81,14 @@ def capture(
     room: Room = NONE,
     labels: Labels | None = None,
     seen: Fingerprint | None = None,
+    drop: bool = False,
 ) -> Program:
     """One entry of `model` in its current mode as a graph, with every batch and length axis dynamic.
 
     `inputs` are real or meta tensors by argument name; only their dtype, device, rank and the sizes of fixed axes
     matter. The model runs on them with `room` for rows in front. `labels` names their dynamic axes (by default
-    `layout`), `seen` is the model's fingerprint where it is known. A graph that was traced before of a model that
+    `layout`), `seen` is the model's fingerprint where it is known. With `drop` the graph is one for inputs whose
+    masks are ones (`arguments.unpadded`), and has no attention mask where eager code has none then. A graph that was traced before of a model that
     is the same to tracing is used again. Where the model's code depends on a size, the graph's `bounds` say for
     which it holds. Raises CaptureError when the model cannot be traced.
     """
@@ -93,10 +96,11 @@ def capture(
     flags = flags or {}
     with TRACING:
         seen = seen or fingerprint(model)
+        trace = functools.partial(_traced, model, entry, inputs, flags, room, labels, drop)
         if not seen.shared:
-            return _traced(model, entry, inputs, flags, room, labels)
-        key = (seen.value, entry, signature(inputs, labels), settings(flags), room.key)
-        return CAPTURES.get(key, lambda: _traced(model, entry, inputs, flags, room, labels))
+            return trace()
+        key = (seen.value, entry, signature(inputs, labels), settings(flags), room.key, drop)
+        return CAPTURES.get(key, trace)
 
 
 def signature(inputs: Tensors, labels: Labels) -> tuple[Hashable, ...]:
@@ -118,15 +122,17 @@ def _traced(
     flags: Mapping[str, Any],
     room: Room,
     labels: Labels,
+    drop: bool,
 ) -> Program:
     if _get_current_dispatch_mode() is not None:
         raise CaptureError(
             f"{type(model).__name__}: its graph for such inputs ({entry}) would be captured while another trace is "
-            "being made; run the model once on them before"
+            "being made; run the model once on them before, with a mask that has a zero if it has a mask"
         )
     seq2seq = bool(model.config.is_encoder_decoder)
+    new = _new_tokens(inputs, labels, entry, seq2seq)
     tensors = {
-        k: resized(v, labels[k], _sizes(inputs, flags, room.held(k, seq2seq)))
+        k: resized(v, labels[k], _sizes(inputs, flags, room.held(k, seq2seq), new))
         for k, v in inputs.items()
     }
     auto = torch.export.Dim.AUTO
@@ -140,7 +146,7 @@ def _traced(
         return room.cut(model, entry, wide, fields)
 
     traced = _Traced(model, call)
-    with _alone(model):
+    with _alone(model), deciding(drop) as decision:
         try:
             exported = torch.export.export(
                 traced, (tensors,), dynamic_shapes=(shapes,), strict=False
@@ -154,10 +160,16 @@ def _traced(
         finally:
             traced.forget()
     wide = room.wide(entry, seq2seq)
-    return _program(exported, entry, model, labels, wide, output_types[-1])
+    program = _program(exported, entry, model, labels, wide, output_types[-1])
+    if not proven(program, lambda name: argument(name).role == "mask"):
+        explicit = _traced(model, entry, inputs, flags, room, labels, drop=False)
+        return replace(explicit, masks="any")
+    if decision.met:
+        program.masks = "dropped" if drop else "explicit"
+    return program
 
 
-def _sizes(inputs: Tensors, flags: Mapping[str, Any], held: int) -> dict[str, int]:
+def _sizes(inputs: Tensors, flags: Mapping[str, Any], held: int, new: int) -> dict[str, int]:
     """The sizes to trace with; a number among the settings may count tokens, so there are more than that."""
     longest = max((n for v in inputs.values() for n in v.shape), default=0)
     counts = [v for v in flags.values() if isinstance(v, int) and 1 < v <= longest]
@@ -168,8 +180,17 @@ def _sizes(inputs: Tensors, flags: Mapping[str, Any], held: int) -> dict[str, in
         **sizes,
         "seq": sizes["seq"] + held,
         "past": past + held,
-        "total": past + sizes["query"],
+        "total": past + new,
     }
+
+
+def _new_tokens(inputs: Tensors, labels: Labels, entry: str, seq2seq: bool) -> int:
+    """How many tokens a step is traced with: as many as it has, where the graph is one for their number."""
+    for name, value in inputs.items():
+        for axis, label in enumerate(axes(name, value.ndim, entry, seq2seq)):
+            if label == "query" and labels[name][axis] is None:
+                return value.shape[axis]
+    return SIZES["query"]
 
 
 @contextlib.contextmanager

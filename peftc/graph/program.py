@@ -70,7 +70,9 @@ class Output:
 @dataclass
 class Program:
     """A captured entry. `slots` maps each placeholder to what fills it; the graph holds no state, and what it calls
-    is in `root`. `wide` are the inputs of ids whose sequences it was traced with rows in front of."""
+    is in `root`. `wide` are the inputs of ids whose sequences it was traced with rows in front of. `masks` are
+    "explicit" or, for batches in which every token counts, "dropped", where the model makes that difference; else
+    "any"."""
 
     entry: str
     graph: fx.Graph
@@ -82,6 +84,7 @@ class Program:
     output_type: type = dict
     wide: frozenset[str] = frozenset()
     bounds: tuple[Bound, ...] = ()
+    masks: str = "any"
     replaced: dict[fx.Node, fx.Node] = field(default_factory=dict)
     _filled: dict[Slot, fx.Node] = field(default_factory=dict, init=False)
 

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import operator
 import types
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, is_dataclass
 from enum import Enum
 from typing import Any
@@ -149,6 +149,26 @@ def _content(tensor: torch.Tensor) -> Hashable:
     with _disable_current_modes():
         flat = tensor.detach().cpu().reshape(-1)
         return flat.view(torch.uint8).numpy().tobytes()
+
+
+_PLAIN_TENSORS = {torch.Tensor, nn.Parameter}
+_TRACERS = (
+    torch._C._TorchDispatchModeKey.FAKE,
+    torch._C._TorchDispatchModeKey.PROXY,
+    torch._C._TorchDispatchModeKey.FUNCTIONAL,
+)
+
+
+def readable(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether the values of `tensors` can be asked for: ordinary tensors, and nobody traces what is done to them."""
+    tensors = list(tensors)
+    return (
+        not torch.compiler.is_compiling()
+        and set(map(type, tensors)) <= _PLAIN_TENSORS
+        and not any(one.is_meta for one in tensors)
+        and not any(torch._C._get_dispatch_mode(one) is not None for one in _TRACERS)
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
 
 
 def _is_global(one: Any) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from transformers.cache_utils import (
     Cache,
     DynamicCache,
@@ -15,7 +14,7 @@ from transformers.cache_utils import (
 )
 
 from peftc.graph.arguments import CaptureError
-from peftc.graph.cache import pairs, parts_of
+from peftc.graph.cache import hold, pairs, parts_of
 
 
 def prepared(cache: Cache | None, encoder_decoder: bool) -> Cache:
@@ -43,7 +42,7 @@ def _whole(layer: Any) -> Any:
     if keys is not None and values is not None:
         if layer.cumulative_length != keys.shape[-2]:
             raise _refusal(layer, " that has dropped tokens")
-        _set(whole, keys, values)
+        hold(whole, keys, values)
     return whole
 
 
@@ -60,12 +59,6 @@ def fill(cache: Any, fields: Mapping[str, Any]) -> None:
         for i, (keys, values) in enumerate(pairs(fields, part)):
             while len(one.layers) <= i:
                 one.layers.append(DynamicLayer())
-            _set(one.layers[i], keys, values)
+            hold(one.layers[i], keys, values)
             if part == "cross":
                 cache.is_updated[i] = True
-
-
-def _set(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
-    if not layer.is_initialized:
-        layer.lazy_initialization(keys, values)
-    layer.keys, layer.values = keys, values

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from peftc.graph.arguments import layout
-from peftc.graph.capture import TRACING, Labels, capture, settings, signature
+from peftc.graph.arguments import Labels, layout, unpadded
+from peftc.graph.capture import TRACING, capture, settings, signature
 from peftc.graph.facts import ModelFacts
 from peftc.graph.program import Program
 from peftc.graph.rows import Room
@@ -22,8 +22,8 @@ from peftc.graph.state import Fingerprint, fingerprint
 from peftc.graph.watch import Watch
 from peftc.model.running import Runner
 
-# Rewrites a captured Program in place, for deltas of the given kinds by path.
-Transform = Callable[[Program, Mapping[str, torch.dtype]], None]
+# Rewrites a captured Program in place, for deltas of the given kinds by path; one that runs in torch is made lean.
+Transform = Callable[[Program, Mapping[str, torch.dtype], bool], None]
 BOUND = 32
 
 
@@ -69,9 +69,10 @@ class Programs:
         return self._facts
 
     def program(self, entry: str, inputs: Mapping[str, Any], flags: Mapping[str, Any]) -> Program:
-        """The rewritten graph for an entry and this kind of inputs."""
+        """The rewritten graph for an entry and this kind of inputs, to be read or exported: with explicit masks, and
+        in the words of the spec."""
         with TRACING:
-            return self._find(entry, inputs, flags).program
+            return self._find(entry, inputs, flags, "plain").program
 
     def adopt(
         self,
@@ -92,7 +93,8 @@ class Programs:
     ) -> tuple[Runner, list[torch.Tensor]]:
         """The graph with the stored tensors as they are now."""
         with TRACING:
-            runner = self._find(entry, inputs, flags)
+            drop = unpadded(inputs, entry, self._facts.encoder_decoder)
+            runner = self._find(entry, inputs, flags, "dropped" if drop else "explicit")
             return runner, runner.fetch(self._count)
 
     def forget(self) -> None:
@@ -101,10 +103,12 @@ class Programs:
             for runner in self._runners.values():
                 runner.forget()
 
-    def _find(self, entry: str, inputs: Mapping[str, Any], flags: Mapping[str, Any]) -> Runner:
+    def _find(
+        self, entry: str, inputs: Mapping[str, Any], flags: Mapping[str, Any], form: str
+    ) -> Runner:
         self._look()
         labels = layout(inputs, entry, self._facts.encoder_decoder)
-        runner = self._kept(entry, inputs, flags, labels)
+        runner = self._kept(entry, inputs, flags, labels, form)
         outside = [one for one in runner.program.bounds if not _holds(one, inputs)]
         if outside:
             fixed = {(one.name, one.axis) for one in outside}
@@ -112,22 +116,31 @@ class Programs:
                 k: tuple(None if (k, i) in fixed else a for i, a in enumerate(axes))
                 for k, axes in labels.items()
             }
-            runner = self._kept(entry, inputs, flags, labels)
+            runner = self._kept(entry, inputs, flags, labels, form)
         return runner
 
     def _kept(
-        self, entry: str, inputs: Mapping[str, Any], flags: Mapping[str, Any], labels: Labels
+        self,
+        entry: str,
+        inputs: Mapping[str, Any],
+        flags: Mapping[str, Any],
+        labels: Labels,
+        form: str,
     ) -> Runner:
+        """A graph whose masks are "explicit" or "dropped", or one that serves both; or a "plain" one, as traced."""
         key = self._key(entry, inputs, flags, labels, self._state)
-        if key in self._runners:
-            self._runners.move_to_end(key)
-            return self._runners[key]
-        seen = self._state.seen
-        program = capture(self._backbone, entry, inputs, flags, self._room, labels, seen)
-        return self._keep(key, program)
+        for one in ((*key, form), (*key, "any")):
+            if one in self._runners and (form != "plain" or one[-1] == form):
+                self._runners.move_to_end(one)
+                return self._runners[one]
+        seen, drop = self._state.seen, form == "dropped"
+        program = capture(self._backbone, entry, inputs, flags, self._room, labels, seen, drop)
+        return self._keep(key, program, form)
 
-    def _keep(self, key: Hashable, program: Program) -> Runner:
-        self._transform(program, dict(self._state.dtypes))
+    def _keep(self, key: tuple[Hashable, ...], program: Program, form: str = "") -> Runner:
+        plain = form == "plain"
+        key = (*key, form if plain else program.masks)
+        self._transform(program, dict(self._state.dtypes), not plain)
         roots: dict[str, nn.Module] = {
             "parameter": self._backbone,
             "buffer": self._backbone,
@@ -147,7 +160,7 @@ class Programs:
         flags: Mapping[str, Any],
         labels: Labels,
         state: State,
-    ) -> Hashable:
+    ) -> tuple[Hashable, ...]:
         number = self._number if state is self._state else self._numbered(state)
         return (number, entry, signature(inputs, labels), settings(flags))
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from peftc.graph.program import Program, Slot
+from peftc.graph.state import readable
 from peftc.model.constants import Split, split
 
 # Where a tensor lives: the dict of a module's parameters or buffers, and its name there.
@@ -164,20 +164,10 @@ class _Known:
         )
 
 
-_TENSORS = {torch.Tensor, nn.Parameter}
-
-
 def _settled(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether what is computed of `tensors` now may be kept: no gradient, nobody tracing, torch counts writes."""
-    return (
-        not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and set(map(type, tensors)) <= _TENSORS
-        and not tensors[0].is_meta
-        and not any(one.is_inference() for one in tensors)
-        and _get_current_dispatch_mode() is None
-        and torch._C._functorch.peek_interpreter_stack() is None
-    )
+    grad = torch.is_grad_enabled()
+    return not grad and readable(tensors) and not any(one.is_inference() for one in tensors)
 
 
 def _flat_fields(program: Program) -> list[str] | None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
@@ -46,7 +47,8 @@ def value_of(graph: fx.Graph, fn: Any, args: Any, kwargs: Any, known: Known | No
     key = f"{fn} {said}"
     if key not in known:
         real_args, real_kwargs = fx.map_arg((args, kwargs), lambda one: one.meta["val"])
-        with first.fake_mode:
+        # Without Python's decompositions some ops ask for numbers, and sizes become those of the example.
+        with first.fake_mode, enable_python_dispatcher():
             known[key] = fn(*real_args, **real_kwargs)
     return known[key]
 
@@ -191,7 +193,7 @@ def _floordiv(builder: Lowering, expr: Call, env: Env, name: str) -> Operand:
 
 
 def _add(builder: Lowering, expr: Call, env: Env, name: str) -> Operand:
-    """`h + c * e` with a constant c is one kernel: add with alpha. A bottleneck is scaled where it is narrow."""
+    """`h + c * e` with a constant c is one kernel: add with alpha."""
     left, right = expr.args
     if _is_plain(left, env):
         left, right = right, left
@@ -199,18 +201,9 @@ def _add(builder: Lowering, expr: Call, env: Env, name: str) -> Operand:
         a = builder.lower(left, env, f"{name}_left")
         return builder.call(aten.add.Tensor, a, plain(right, env), name=name)
     factor, rest = _constant_factor(right, env)
-    if factor != 1 and isinstance(rest, Call) and rest.op == "matmul" and _is_bottleneck(rest):
-        narrow = Call("mul", (rest.args[0], Number(factor)))
-        factor, rest = 1, Call("matmul", (narrow, rest.args[1]))
     a, b = builder.lower(left, env, f"{name}_left"), builder.lower(rest, env, f"{name}_delta")
     scaled = {} if factor == 1 else {"alpha": factor}
     return builder.call(aten.add.Tensor, a, b, name=name, **scaled)
-
-
-def _is_bottleneck(product: Call) -> bool:
-    """Whether the left factor of a product is one itself: `(x @ down) @ up`, whose gradient is as narrow."""
-    left = product.args[0]
-    return isinstance(left, Call) and left.op == "matmul"
 
 
 def _constant_factor(expr: Expr, env: Env) -> tuple[float | int, Expr]:

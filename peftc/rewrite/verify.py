@@ -41,11 +41,24 @@ def _asserts(program: Program) -> Iterator[str]:
             yield node.name
 
 
+def _fixed(program: Program) -> Iterator[str]:
+    """What computes with the sizes of the example may ask for them, and then the graph is one for these alone."""
+    known = {(one.name, one.axis) for one in program.bounds if one.least == one.most}
+    for node in program.graph.find_nodes(op="placeholder"):
+        slot = program.slots[node.name]
+        value = node.meta.get("val") if slot.kind == "input" else None
+        for axis, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
+            named = isinstance(size, torch.SymInt) and size.node.maybe_as_int() is not None
+            if named and (slot.name, axis) not in known:
+                yield f"axis {axis} of {slot.name}"
+
+
 PROGRAM: tuple[Row, ...] = (
     ("assertion left by export", _asserts),
     ("inserted without a tag", _untagged),
     ("inserted without a value", _valueless),
     ("delta that nothing reads", _idle_deltas),
+    ("size that became a number", _fixed),
 )
 
 

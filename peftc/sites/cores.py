@@ -70,7 +70,21 @@ def _core(
     k, of_k = _before_repeat(k)
     v, of_v = _before_repeat(v)
     q, _ = _unflattened(q)
-    return Core(q, k, v, masks, (*sized, *of_k, *of_v), _four_axes(h), scope_of(anchor))
+    packed = _packed(q)
+    q, h = (packed, next(iter(h.users))) if packed else (q, _four_axes(h))
+    return Core(q, k, v, masks, (*sized, *of_k, *of_v), h, scope_of(anchor))
+
+
+def _packed(read: Read) -> Read | None:
+    """The queries with all their heads, where those of one token stand as tokens behind the keys' heads."""
+    view = read.node
+    source = view.args[0] if is_call(view, *VIEW) else None
+    if (
+        not isinstance(source, fx.Node)
+        or not len(static_shape(source)) == len(static_shape(view)) == 4
+    ):
+        return None
+    return Read(view, 0) if static_shape(source)[1] > static_shape(view)[1] else None
 
 
 def _before_repeat(read: Read) -> tuple[Read, Sized]:
