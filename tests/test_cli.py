@@ -102,7 +102,18 @@ def test_compile_prints_graphs(run: Run, folder: Path) -> None:
     code, _, err = run("compile", "lora", "-m", folder, "--no-save", "--print-after", "inline")
     assert (code, err.splitlines()[-1]) == (
         1,
-        "error: compile runs no pass 'inline'; it runs normalize, insert, penalize",
+        "error: compile runs no pass 'inline'; it runs normalize, insert, penalize, slices, products, masks",
+    )
+
+
+def test_compile_leaves_passes_out(run: Run, folder: Path) -> None:
+    wanted = ("compile", "lora", "-m", folder, "--no-save", "--time-passes")
+    code, out, _ = run(*wanted, "--without", "products", "--without", "masks")
+    assert code == 0 and "slices" in out and "products" not in out and "masks" not in out
+    code, _, err = run(*wanted, "--without", "insert")
+    assert (code, err.splitlines()[-1]) == (
+        1,
+        "error: --without: 'insert' cannot be left out; these passes can: slices, products, masks",
     )
 
 

@@ -82,7 +82,9 @@ def compile(  # the name of the command
     trace = driver.Trace(after)
     with step("compiling"):
         torch.manual_seed(backbones.SEED)  # the deltas' own start
-        compiled = driver.compile(backbone, loaded, trace=trace, without=without or ())
+        compiled = driver.compile(
+            backbone, loaded, example=inputs, trace=trace, without=without or ()
+        )
         rewritten = driver.outputs(compiled, inputs)
     _check_passes(print_after or [], trace.results)
     say(table.render(compiled.plan, console().width))

@@ -15,14 +15,18 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from peftc.graph.layers import Forward
 
 # The registries of a module whose hooks a graph cannot run.
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 REGISTRIES = ("_parameters", "_buffers", "_modules")
-# transformers collects hidden states and attentions by hooks, which are part of a model's own code.
-_OWN_HOOKS = "transformers.utils.output_capturing"
+# transformers collects hidden states and attentions by hooks, which are part of a model's own code, and lets
+# embeddings require a gradient, which a graph does without.
+_OWN_HOOKS = ("transformers.utils.output_capturing", "transformers.modeling_utils")
 # What torch keeps beside them, and the notes that Hugging Face models make about themselves.
 NOTES = frozenset(
     {
@@ -32,6 +36,8 @@ NOTES = frozenset(
         "_output_capturing_hooks_installed",
     }
 ) - {"training"}
+# Whether layers are computed twice, which no trace follows.
+_UNTRACED = ("gradient_checkpointing", "_gradient_checkpointing_func")
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, type, Enum)
 KIND = operator.attrgetter("dtype", "device", "shape")
 _ORDINARY = {torch.Tensor, nn.Parameter, nn.Buffer}
@@ -85,7 +91,11 @@ class _Reading:
         return (name, tie, kind, *KIND(tensor))
 
     def _attributes(self, attributes: Mapping[str, Any]) -> Hashable:
-        named = ((k, self.value(v)) for k, v in attributes.items() if k not in NOTES)
+        named = (
+            (k, self.value(v))
+            for k, v in attributes.items()
+            if k not in NOTES and k not in _UNTRACED and not isinstance(v, Forward)
+        )
         return tuple(sorted(named, key=operator.itemgetter(0)))
 
     def value(self, one: Any) -> Hashable:
@@ -206,6 +216,10 @@ def undisturbed(model: PreTrainedModel) -> Iterator[None]:
         for registry in (hooks for m in model.modules() for hooks in hooks_of(m)):
             for key in foreign(registry):
                 del registry[key]
+        for module in model.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                vars(module)["gradient_checkpointing"] = False
+        _whole(model)
         yield
     finally:
         for attributes, before, registries in saved:
@@ -214,13 +228,24 @@ def undisturbed(model: PreTrainedModel) -> Iterator[None]:
                 _restore(registry, entries)
 
 
+def _whole(model: nn.Module) -> None:
+    """In place of weights that are held in parts by several processes, whole ones without values: tracing reads
+    sizes and types."""
+    for registry in (r for m in model.modules() for r in (m._parameters, m._buffers)):
+        for name, one in registry.items():
+            if isinstance(one, DTensor):
+                like = torch.empty(one.shape, dtype=one.dtype, device=one.device)
+                like.untyped_storage().resize_(0)
+                registry[name] = nn.Parameter(like, one.requires_grad)
+
+
 def hooks_of(module: nn.Module) -> Iterator[dict[int, Any]]:
     return (vars(module)[name] for name in HOOKS)
 
 
 def foreign(hooks: Mapping[int, Any]) -> list[int]:
     """Hooks that are none of the model's own."""
-    return [key for key, hook in hooks.items() if getattr(hook, "__module__", "") != _OWN_HOOKS]
+    return [key for key, hook in hooks.items() if getattr(hook, "__module__", "") not in _OWN_HOOKS]
 
 
 def _restore(mapping: dict[str, Any], before: dict[str, Any]) -> None:

@@ -5,24 +5,27 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from weakref import ref
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from peftc.graph.arguments import CaptureError
 from peftc.graph.cache import flatten_cache
 from peftc.graph.capture import TRACING
+from peftc.graph.layers import lend, take_back
 from peftc.graph.program import Program
 from peftc.graph.state import Fingerprint
 from peftc.model.caches import fill, prepared
 from peftc.model.programs import Programs, Transform
-from peftc.model.running import run_program
+from peftc.model.running import Runner, run_program
 from peftc.model.saving import save
 from peftc.model.sharing import ATTACHED, SHARED, Origin, Sharing, is_attached, require_bare
 from peftc.model.tensors import Activations, Deltas, started
@@ -42,6 +45,23 @@ _HARMLESS = frozenset(
 )
 
 
+@dataclass(frozen=True)
+class Checkpointing:
+    """How layers are computed again on the way back: by `run`, each of `every` so many."""
+
+    run: Callable[..., Any]
+    every: int
+
+    @staticmethod
+    def of(backbone: PreTrainedModel) -> Checkpointing | None:
+        """How a backbone was told to do it, before it was compiled."""
+        module: Any
+        for module in backbone.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                return Checkpointing(module._gradient_checkpointing_func, 1)
+        return None
+
+
 class CompiledModel(Sharing):
     """Mixed in front of a Hugging Face class by `attach`; never built directly.
 
@@ -59,6 +79,7 @@ class CompiledModel(Sharing):
     _programs: Programs
     _transform: Transform
     _origin: Origin
+    _checkpointing: Checkpointing | None = None
 
     def train(self, mode: bool = True) -> Any:
         """Switch the mode of the deltas and of the backbone; what was computed of parameters is forgotten."""
@@ -72,6 +93,36 @@ class CompiledModel(Sharing):
         output = self._cached(wanted) if wanted.get("use_cache") else self._plain(wanted)
         return_dict = wanted.get("return_dict", self._programs.facts.returns_dict)
         return output if return_dict else output.to_tuple()
+
+    def _set_gradient_checkpointing(
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Callable[..., Any] = checkpoint,
+        every_n_layers: int = 1,
+    ) -> None:
+        """What transformers calls to switch activation checkpointing on and off: every n-th layer is computed again
+        on the way back."""
+        if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            raise ValueError(
+                "a compiled model recomputes its layers without reentering; leave use_reentrant out, or False"
+            )
+        if enable and not self._programs.layers:
+            raise ValueError(f"{type(self).__name__} has no list of layers to compute again")
+        chosen = Checkpointing(gradient_checkpointing_func, every_n_layers)
+        self.__dict__["_checkpointing"] = chosen if enable else None
+
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        """Whether layers are computed again while training."""
+        return self._checkpointing is not None
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """As `is_activation_checkpointing`."""
+        return self._checkpointing is not None
+
+    def enable_input_require_grads(self) -> None:
+        """Nothing: gradients reach the deltas of a compiled model in any case."""
 
     def get_encoder(self, modality: str | None = None) -> nn.Module:
         """The encoder with its deltas, as `generate` wants it."""
@@ -133,9 +184,28 @@ class CompiledModel(Sharing):
     def _run(
         self, entry: str, inputs: Mapping[str, Any], flags: Mapping[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
-        ready = _ready if torch.compiler.is_compiling() else Programs.ready
+        compiling = torch.compiler.is_compiling()
+        ready = _ready if compiling else Programs.ready
         runner, stored = ready(self._programs, entry, inputs, flags)
-        return runner.program.output_type, runner.run(stored, inputs)
+        if not compiling and (self._programs.hooked or self._recomputes()):
+            fields = self._by_layers(runner, stored, inputs)
+        else:
+            fields = runner.run(stored, inputs)
+        return runner.program.output_type, fields
+
+    def _recomputes(self) -> bool:
+        """Whether layers are computed again on the way back."""
+        return self._checkpointing is not None and self.training and torch.is_grad_enabled()
+
+    def _by_layers(
+        self, runner: Runner, stored: Sequence[torch.Tensor], inputs: Mapping[str, torch.Tensor]
+    ) -> dict[str, Any]:
+        """Run a graph in the backbone's layers, so that what follows these follows it."""
+        layers = self._programs.layers
+        lend(layers)
+        chosen = self._checkpointing if self._recomputes() else None
+        again = dict.fromkeys([*layers][:: chosen.every], chosen.run) if chosen else {}
+        return runner.run_layers(stored, inputs, layers, again.get)
 
     def _plain(self, wanted: Mapping[str, Any]) -> Any:
         tensors, flags = _split(wanted)
@@ -235,6 +305,7 @@ def attach(
     own = {"plan": plan, "form": form, "_origin": Origin.of(backbone), "_transform": transform}
     model.__dict__.update(own, _backbone=backbone)
     model.__dict__.update({name: vars(backbone)[name] for name in SHARED})
+    model.__dict__["_checkpointing"] = Checkpointing.of(backbone)
     model._modules.update(backbone._modules, deltas=deltas)
     _connect(model)
     free = {one.path for one in plan.unfrozen}
@@ -247,6 +318,7 @@ def bare_copy(model: CompiledModel) -> PreTrainedModel:
     """A copy of the backbone, with the `requires_grad` flags that it came with."""
     backbone = copy.deepcopy(model.backbone)
     model.__dict__["_origin"].restore_flags(backbone)
+    take_back(backbone)
     return backbone
 
 
@@ -278,7 +350,7 @@ def _compiled_class(cls: Any) -> Any:
     body = {
         "__module__": cls.__module__,
         "forward": forward,
-        "supports_gradient_checkpointing": False,
+        "supports_gradient_checkpointing": True,
     }
     return type(cls.__name__, (CompiledModel, cls), body)
 
@@ -291,5 +363,6 @@ def detach(model: CompiledModel) -> PreTrainedModel:
     backbone = model.backbone
     with TRACING:
         model.__dict__["_origin"].restore(backbone)
+        take_back(backbone)
         ATTACHED.pop(backbone, None)
     return backbone

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from peftc.graph.arguments import Labels, layout, unpadded
 from peftc.graph.capture import TRACING, capture, settings, signature
 from peftc.graph.facts import ModelFacts
+from peftc.graph.layers import layers_of
 from peftc.graph.program import Program
 from peftc.graph.rows import Room
 from peftc.graph.state import Fingerprint, fingerprint
@@ -67,6 +68,16 @@ class Programs:
     def facts(self) -> ModelFacts:
         """What the backbone said of itself when a graph was last asked for."""
         return self._facts
+
+    @property
+    def layers(self) -> Mapping[str, nn.Module]:
+        """The backbone's layers by their paths."""
+        return self._layers
+
+    @property
+    def hooked(self) -> bool:
+        """Whether somebody follows the backbone's layers as they run."""
+        return self._followed
 
     def program(self, entry: str, inputs: Mapping[str, Any], flags: Mapping[str, Any]) -> Program:
         """The rewritten graph for an entry and this kind of inputs, to be read or exported: with explicit masks, and
@@ -181,7 +192,10 @@ class Programs:
         )
         self._number = self._numbered(self._state)
         self._count = count
-        self._tell(set(self._watch.hooked) - self._told)
+        self._layers = layers_of(self._backbone)
+        hooked = set(self._watch.hooked)
+        self._followed = bool(hooked & self._layers.keys())
+        self._tell(hooked - self._layers.keys() - self._told)
 
     def _tell(self, hooked: set[str]) -> None:
         """A hook is Python that a graph does not hold."""
@@ -191,8 +205,8 @@ class Programs:
         names = [f"'{path}'" if path else "the backbone itself" for path in sorted(hooked)]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         warnings.warn(
-            f"hooks on {', '.join(names[:3])}{more} do not run: a compiled model runs graphs, not the backbone's "
-            "modules. Register hooks on the compiled model, or read a module's values from its outputs",
+            f"hooks on {', '.join(names[:3])}{more} do not run: a compiled model runs graphs, layer by layer. Register "
+            "hooks on the compiled model or on its layers, or read a module's values from its outputs",
             stacklevel=6,
         )
 

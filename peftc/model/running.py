@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftc.graph.capture import TRACING
+from peftc.graph.layers import REGION, Cut, Region, cut
 from peftc.graph.program import Program, Slot
 from peftc.graph.state import readable
 from peftc.model.constants import Split, split
@@ -87,6 +90,7 @@ class Runner:
         self._places: list[Place] = []
         self._changes = -1
         self._known: _Known | None = None
+        self._cut: Cut | None = None
 
     @cached_property
     def _whole(self) -> Callable[..., Any]:
@@ -120,6 +124,42 @@ class Runner:
         left = iter(stored)
         arguments = [next(left) if name is None else inputs[name] for name in self._names]
         return self._fields(self._whole(*arguments))
+
+    def run_layers(
+        self,
+        stored: Sequence[torch.Tensor],
+        inputs: Mapping[str, torch.Tensor],
+        layers: Mapping[str, nn.Module],
+        recompute: Callable[[str], Callable[..., Any] | None],
+    ) -> dict[str, Any]:
+        """As `run`, each region as the forward of its layer, whose weights are fetched while it runs. `recompute`
+        gives for a layer what runs it twice to save memory, or None."""
+        if self._cut is None:
+            self._cut = cut(self.program, layers)
+        left = iter(stored)
+        first = [next(left) if name is None else inputs[name] for name in self._names]
+        values: dict[int, Any] = dict(enumerate(first))
+        for region in self._cut.regions:
+            arguments = [values[n] for n in region.reads]
+            code = functools.partial(self._code, region)
+            if region.layer:
+                again = recompute(region.layer)
+                code = code if again is None else functools.partial(again, code)
+                results = nn.Module.__call__(layers[region.layer], *arguments, **{REGION: code})
+            else:
+                results = code(*arguments)
+            several = results if len(region.gives) != 1 else (results,)
+            values.update(zip(region.gives, several, strict=True))
+            for number in region.drops:
+                del values[number]
+        returned = [values[one] if isinstance(one, int) else one.value for one in self._cut.returns]
+        return self._fields(returned)
+
+    def _code(self, region: Region, *arguments: Any) -> Any:
+        """A region on the values that it is given and its layer's own weights as they are now."""
+        with TRACING:
+            own = [registry[name] for registry, name in (self._places[i] for i in region.own)]
+        return region.code(*arguments, *own)
 
     def _fields(self, results: Any) -> dict[str, Any]:
         if self._flat is None:
