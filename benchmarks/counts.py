@@ -1,0 +1,116 @@
+"""Counts, which are the same on every machine: kernels, views, FLOPs, saved bytes and peak memory, side by side.
+
+python benchmarks/counts.py [--write] [--without PASS]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import measured
+import transformers
+from torch import nn
+
+Counts = dict[str, int]
+
+
+def step(model: nn.Module, name: str) -> Counts:
+    """One decoding step: what generating one token more adds."""
+    inputs = measured.batch(name, rows=2, length=16)
+    runs = [measured.generating(model, inputs, tokens) for tokens in (6, 7)]
+    for run in runs:
+        run()
+    (few, some), (more, others) = (measured.kernels(run) for run in runs)
+    fewer, most = (measured.flops(run) for run in runs)
+    return {"kernels": more - few, "views": others - some, "flops": most - fewer}
+
+
+def training(model: nn.Module, name: str, padded: bool) -> Counts:
+    """Forward and backward of one batch."""
+    inputs = measured.batch(name, padded=padded)
+    run = measured.training_step(model, inputs)
+    run()
+    run()
+    counted, views = measured.kernels(run)
+    return {
+        "kernels": counted,
+        "views": views,
+        "flops": measured.flops(run),
+        "saved bytes": measured.saved_bytes(model, inputs),
+        "peak bytes": measured.peak_bytes(run),
+    }
+
+
+def rows() -> dict[str, Counts]:
+    """Every row, by model / what / adapter / side."""
+    found: dict[str, Counts] = {}
+    for name in measured.MODELS:
+        found[f"{name} / step / bare"] = step(measured.bare(name), name)
+        for adapter, row in measured.ADAPTERS.items():
+            if name not in row.models:
+                continue
+            for side, model in measured.pair(name, adapter).items():
+                found[f"{name} / step / {adapter} / {side}"] = step(model, name)
+                for kind in ("full", "padded"):
+                    label = f"{name} / training, {kind} / {adapter} / {side}"
+                    found[label] = training(model, name, kind == "padded")
+        found[f"{name} / step / mam stored / ours"] = step(measured.mam(name, True), name)
+    return found
+
+
+def table(found: Mapping[str, Counts]) -> str:
+    lines = [f"{'':<52}{'kernels':>9}{'views':>7}{'MFLOP':>9}{'saved MB':>10}{'peak MB':>9}"]
+    for label, one in found.items():
+        saved, peak = (f"{one[k] / 1e6:.2f}" if k in one else "" for k in ("saved bytes", "peak bytes"))
+        lines.append(
+            f"{label:<52}{one['kernels']:>9}{one['views']:>7}{one['flops'] / 1e6:>9.1f}{saved:>10}{peak:>9}"
+        )
+    return "\n".join(lines)
+
+
+def difference(old: Mapping[str, Counts], new: Mapping[str, Counts]) -> list[str]:
+    """What changed, a line each; peak memory depends on the allocator and is left out."""
+    lines = []
+    for label in sorted({*old, *new}):
+        before, after = old.get(label, {}), new.get(label, {})
+        for what in sorted({*before, *after} - {"peak bytes"}):
+            if before.get(what) != after.get(what):
+                lines.append(f"{label}: {what} {before.get(what)} -> {after.get(what)}")
+    return lines
+
+
+def over(found: Mapping[str, Counts]) -> list[str]:
+    """Rows in which ours is heavier than PEFT's same adapter."""
+    lines = []
+    for label, one in found.items():
+        theirs: Any = found.get(label.removesuffix("ours") + "peft")
+        if label.endswith("/ ours") and theirs:
+            for what in ("kernels", "flops", "saved bytes"):
+                if one.get(what, 0) > theirs.get(what, 0):
+                    lines.append(f"OVER  {label}: {what} {one[what]} > {theirs[what]}")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="write results/counts.json")
+    options = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    warnings.simplefilter("ignore")
+    found = rows()
+    print(table(found))
+    path = measured.RESULTS / "counts.json"
+    if path.is_file():
+        lines = difference(json.loads(path.read_text()), found)
+        print("\n".join(lines) if lines else "as committed")
+    print("\n".join(over(found)) or "nowhere heavier than PEFT")
+    if options.write:
+        measured.write("counts", found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,289 @@
+"""What is measured on: three models of d = 512 with random weights, the same adapter in PEFT and here, and counters.
+
+The adapters are PEFT's own: built by PEFT, saved, and imported, so that both sides compute one function.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import copy
+import json
+import platform
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import IA3Config, LoraConfig, PeftConfig, PrefixTuningConfig, get_peft_model
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+
+import peftc
+from peftc.interchange.read import import_peft
+
+RESULTS = Path(__file__).parent / "results"
+WIDTH, VOCABULARY, LAYERS = 512, 8000, 4
+# No dropout: bare, PEFT and ours then compute the same numbers.
+MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": (
+        "LlamaConfig",
+        "LlamaForCausalLM",
+        dict(
+            hidden_size=WIDTH,
+            intermediate_size=1024,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=8,
+            num_key_value_heads=2,
+            pad_token_id=0,
+        ),
+    ),
+    "gpt2": (
+        "GPT2Config",
+        "GPT2LMHeadModel",
+        dict(
+            n_embd=WIDTH,
+            n_layer=LAYERS,
+            n_head=8,
+            bos_token_id=1,
+            eos_token_id=2,
+            attn_pdrop=0.0,
+            embd_pdrop=0.0,
+            resid_pdrop=0.0,
+        ),
+    ),
+    "bart": (
+        "BartConfig",
+        "BartForConditionalGeneration",
+        dict(
+            d_model=WIDTH,
+            encoder_layers=6,
+            decoder_layers=6,
+            encoder_ffn_dim=2048,
+            decoder_ffn_dim=2048,
+            encoder_attention_heads=8,
+            decoder_attention_heads=8,
+            max_position_embeddings=512,
+            dropout=0.0,
+        ),
+    ),
+}
+_QV = {"llama": ["q_proj", "v_proj"], "gpt2": ["c_attn"], "bart": ["q_proj", "v_proj"]}
+_ALL = {
+    "llama": [*_QV["llama"], "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "gpt2": ["c_attn", "c_proj", "c_fc"],
+    "bart": [*_QV["bart"], "k_proj", "out_proj", "fc1", "fc2"],
+}
+_SCALED = {"llama": ["k_proj", "v_proj"], "gpt2": ["c_attn"], "bart": ["k_proj", "v_proj"]}
+_FEEDS = {"llama": ["down_proj"], "gpt2": ["mlp.c_proj"], "bart": ["fc2"]}
+
+
+def _lora(targets: Mapping[str, list[str]], **more: Any) -> Callable[[str], PeftConfig]:
+    return lambda name: LoraConfig(
+        r=8,
+        lora_alpha=16,
+        target_modules=targets[name],
+        lora_dropout=0.0,
+        fan_in_fan_out=name == "gpt2",
+        **more,
+    )
+
+
+def _ia3(name: str) -> PeftConfig:
+    return IA3Config(
+        target_modules=[*_SCALED[name], *_FEEDS[name]],
+        feedforward_modules=_FEEDS[name],
+        fan_in_fan_out=name == "gpt2",
+    )
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A row: PEFT's configuration for a model, and the models that it is measured on."""
+
+    config: Callable[[str], PeftConfig]
+    models: tuple[str, ...] = tuple(MODELS)
+
+
+ADAPTERS = {
+    "lora q,v": Adapter(_lora(_QV)),
+    "lora all linears": Adapter(_lora(_ALL)),
+    "dora q,v": Adapter(_lora(_QV, use_dora=True)),
+    "ia3": Adapter(_ia3),
+    "prefix": Adapter(
+        lambda _: PrefixTuningConfig(num_virtual_tokens=30, task_type="CAUSAL_LM"), ("gpt2",)
+    ),
+}
+
+
+def bare(name: str, **changes: Any) -> PreTrainedModel:
+    """One of MODELS, the same weights each time."""
+    config, cls, sizes = MODELS[name]
+    torch.manual_seed(0)
+    made = getattr(transformers, config)(vocab_size=VOCABULARY, **{**sizes, **changes})
+    model: PreTrainedModel = getattr(transformers, cls)(made).eval()
+    return model
+
+
+def pair(name: str, adapter: str, **changes: Any) -> dict[str, nn.Module]:
+    """A model with an adapter in PEFT, and the same adapter here."""
+    backbone = bare(name, **changes)
+    theirs = get_peft_model(copy.deepcopy(backbone), ADAPTERS[adapter].config(name)).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        ours = import_peft(folder, backbone)
+    return {"peft": theirs, "ours": ours}
+
+
+def mam(name: str, stored: bool, **changes: Any) -> PreTrainedModel:
+    """The paper's MAM, while training or with its constants evaluated."""
+    model = peftc.compile(bare(name, **changes), "mam")
+    if not stored:
+        return model
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, stored=True)
+        return peftc.load(folder, backbone=peftc.detach(model))
+
+
+# ---- what is run
+
+
+def batch(name: str, rows: int = 4, length: int = 64, padded: bool = False) -> dict[str, Any]:
+    """Ids, their mask and labels."""
+    torch.manual_seed(1)
+    ids = torch.randint(4, VOCABULARY, (rows, length))
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[0, -length // 4 :] = 0
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids}
+
+
+def training_step(model: nn.Module, inputs: Mapping[str, Any]) -> Callable[[], None]:
+    """A forward and a backward."""
+    model.train()
+
+    def run() -> None:
+        for parameter in model.parameters():
+            parameter.grad = None
+        model(**inputs, use_cache=False).loss.backward()
+
+    return run
+
+
+def generating(model: nn.Module, inputs: Mapping[str, Any], tokens: int) -> Callable[[], Any]:
+    """Greedy generation of so many tokens."""
+    model.eval()
+    prompt = {k: v for k, v in inputs.items() if k != "labels"}
+    exact = dict(min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
+
+    @torch.no_grad()
+    def run() -> Any:
+        return model.generate(**prompt, **exact)
+
+    return run
+
+
+# ---- counters
+
+# Ops that move nothing and are no views by their schema.
+_FREE = ("aten._unsafe_view.default", "aten.detach.default", "aten._reshape_alias.default")
+
+
+@dataclass
+class Kernels(TorchDispatchMode):
+    """Counts what is dispatched: kernels, and views apart."""
+
+    kernels: collections.Counter[str] = field(default_factory=collections.Counter)
+    views: int = 0
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.is_view or str(func) in _FREE:
+            self.views += 1
+        else:
+            self.kernels[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def kernels(run: Callable[[], object]) -> tuple[int, int]:
+    """Kernels and views of one call, which has run before."""
+    with Kernels() as mode:
+        run()
+    return mode.kernels.total(), mode.views
+
+
+def flops(run: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return int(counter.get_total_flops())
+
+
+def saved_bytes(model: nn.Module, inputs: Mapping[str, Any]) -> int:
+    """Bytes that a training step keeps for backward: unique storages, without parameters, buffers and inputs."""
+    given = (*model.parameters(), *model.buffers(), *inputs.values())
+    own = {one.untyped_storage().data_ptr() for one in given}
+    found: dict[int, int] = {}
+
+    def pack(one: torch.Tensor) -> torch.Tensor:
+        storage = one.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+        return one
+
+    model.train()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda one: one):
+        model(**inputs, use_cache=False)
+    return sum(found.values())
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """The most memory that a call holds at once beyond what was held before it, on the CPU."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        run()
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+# ---- results
+
+
+def machine() -> dict[str, Any]:
+    """Where figures were taken, and with which versions."""
+    versions = {m.__name__: m.__version__ for m in (torch, transformers, peftc)}
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return {
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "commit": done.stdout.strip(),
+        **versions,
+    }
+
+
+def write(name: str, data: Mapping[str, Any]) -> Path:
+    """Figures as JSON in `results`."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
+    return path
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    transformers.logging.set_verbosity_error()
+    yield
