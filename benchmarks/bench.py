@@ -1,196 +1,242 @@
-"""Side by side, in one run: peftc against bare export, PEFT and the bare model. Medians; ratios are what counts.
+"""Times, side by side in one run: peftc against PEFT, the bare model, and bare export.
 
-python benchmarks/bench.py [--runs N]
+Medians of ratios taken pair by pair, repeated until the 95 % interval of the median is narrower than 0.04 (or
+`--seconds` a row are over); the interval is printed. Written to results/bench.json with machine and versions.
+
+python benchmarks/bench.py [--pairs 30] [--seconds 120] [--only TEXT]
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import platform
+import random
 import resource
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
+import measured
 import torch
 import transformers
-from transformers import (
-    BartConfig,
-    BartForConditionalGeneration,
-    BertConfig,
-    BertForSequenceClassification,
-)
+from transformers import BertConfig, BertForSequenceClassification
 
 import peftc
 
-LARGE = """
+NARROW = 0.04
+COMPILE = """
 import resource, sys, time, torch, transformers
 transformers.logging.set_verbosity_error()
-from transformers import BartConfig, BartForConditionalGeneration
+from transformers import BartConfig, BartForConditionalGeneration, BertConfig, BertForSequenceClassification
 from peftc.driver import compile
 from peftc.graph.arguments import dummy_inputs
-model = BartForConditionalGeneration(BartConfig()).eval()
+mode, layers = sys.argv[1], int(sys.argv[2])
+torch.manual_seed(0)
+if layers:
+    sizes = dict(hidden_size=64, intermediate_size=128, num_attention_heads=4, vocab_size=500)
+    model = BertForSequenceClassification(BertConfig(num_hidden_layers=layers, **sizes)).eval()
+else:
+    model = BartForConditionalGeneration(BartConfig()).eval()
 inputs = dummy_inputs(model)
+flags = {} if layers else {"use_cache": False}
 start = time.perf_counter()
-if sys.argv[1] == "peftc":
-    compile(model, "mam").program("forward", inputs, {"use_cache": False})
-elif sys.argv[1] == "export":
+if mode == "peftc":
+    compiled = compile(model, "mam")
+    compiled._programs.ready("forward", inputs, flags)
+elif mode == "export":
     auto = torch.export.Dim.AUTO
     shapes = {name: dict.fromkeys(range(value.ndim), auto) for name, value in inputs.items()}
-    shapes["use_cache"] = None
-    torch.export.export(model, (), {**inputs, "use_cache": False}, dynamic_shapes=shapes, strict=False)
+    shapes |= dict.fromkeys(flags)
+    torch.export.export(model, (), {**inputs, **flags}, dynamic_shapes=shapes, strict=False)
 print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 """
 
 
-def medium() -> BartForConditionalGeneration:
-    """A BART of 6 + 6 layers, d = 512: large enough that arithmetic counts, small enough for a laptop."""
-    torch.manual_seed(0)
-    config = BartConfig(
-        vocab_size=8000,
-        d_model=512,
-        encoder_layers=6,
-        decoder_layers=6,
-        encoder_ffn_dim=2048,
-        decoder_ffn_dim=2048,
-        encoder_attention_heads=8,
-        decoder_attention_heads=8,
-        max_position_embeddings=512,
-    )
-    return BartForConditionalGeneration(config)
+@dataclass(frozen=True)
+class Row:
+    """Two ways to do one thing: `steps` by name, ours first, and how many times the other's time ours may take."""
+
+    what: str
+    steps: dict[str, Callable[[], object]]
+    bound: float
 
 
-def batch() -> dict[str, torch.Tensor]:
-    """Rows of different lengths, as batches of text are."""
-    torch.manual_seed(1)
-    return {
-        "input_ids": torch.randint(4, 8000, (4, 128)),
-        "attention_mask": (torch.arange(128) < torch.tensor([[128], [96], [112], [80]])).long(),
-        "decoder_input_ids": torch.randint(4, 8000, (4, 32)),
-        "labels": torch.randint(4, 8000, (4, 32)),
-    }
+def interval(ratios: list[float]) -> tuple[float, float]:
+    """A 95 % interval of the median, by resampling."""
+    draw = random.Random(0)
+    size = len(ratios)
+    medians = sorted(statistics.median(draw.choices(ratios, k=size)) for _ in range(1000))
+    return medians[25], medians[974]
 
 
-def alternate(steps: Mapping[str, Callable[[], object]], runs: int) -> dict[str, list[float]]:
-    """Seconds of each step, taken in turn so that a slow moment of the machine hits all alike."""
-    for step in steps.values():
+def timed(step: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def measure(row: Row, pairs: int, seconds: float) -> dict[str, Any]:
+    """The ratio of a row, taken in pairs whose order changes, so that a slow moment hits both alike."""
+    (mine, ours), (other, theirs) = row.steps.items()
+    for step in (ours, theirs):
         step()
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(runs):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def show(what: str, seconds: Mapping[str, list[float]], bound: float) -> None:
-    """The two medians, and the median of the ratios taken pair by pair."""
-    (mine, a), (other, b) = seconds.items()
-    ratio = statistics.median(x / y for x, y in zip(a, b, strict=True))
-    left, right = statistics.median(a), statistics.median(b)
-    verdict = "ok" if ratio <= bound else "OVER"
+        step()
+    times: dict[str, list[float]] = {mine: [], other: []}
+    start = time.perf_counter()
+    low, high = 0.0, 1.0
+    while len(times[mine]) < pairs or high - low > NARROW:
+        order = [(mine, ours), (other, theirs)]
+        for name, step in order if len(times[mine]) % 2 else reversed(order):
+            times[name].append(timed(step))
+        if len(times[mine]) >= pairs:
+            low, high = interval([a / b for a, b in zip(*times.values(), strict=True)])
+            if time.perf_counter() - start > seconds:
+                break
+    ratio = statistics.median(a / b for a, b in zip(*times.values(), strict=True))
+    verdict = "ok" if ratio <= row.bound else "OVER"
     print(
-        f"{what:<34}{mine} {left:7.3f} s   {other} {right:7.3f} s   ratio {ratio:5.2f} (<= {bound}) {verdict}"
+        f"{row.what:<44}{mine} / {other:<12}{ratio:5.2f} [{low:.2f}, {high:.2f}]  <= {row.bound:<5} {verdict}",
+        flush=True,
     )
-
-
-def compile_time(runs: int) -> None:
-    """In fresh processes: compiling MAM into BART-large (87 M numbers to draw), against a bare export of it."""
-    seconds: dict[str, list[float]] = {"peftc": [], "bare export": []}
-    memory: dict[str, float] = {}
-    for _ in range(runs):
-        for name, mode in (("peftc", "peftc"), ("bare export", "export")):
-            done = subprocess.run(
-                [sys.executable, "-W", "ignore", "-c", LARGE, mode],
-                capture_output=True,
-                text=True,
-                check=True,
-            )
-            took, peak = done.stdout.split()[-2:]
-            seconds[name].append(float(took))
-            memory[name] = max(memory.get(name, 0.0), float(peak))
-    show("compile BART-large, MAM", seconds, 1.15)
-    print(
-        f"{'  peak memory':<34}peftc {memory['peftc']:.2f} GiB   bare export {memory['bare export']:.2f} GiB"
-    )
-
-
-def training_step(runs: int) -> None:
-    """Forward and backward of LoRA r = 8 at query and value, against PEFT's on the same model and batch."""
-    from peft import LoraConfig, get_peft_model
-
-    backbone = medium()
-    theirs = get_peft_model(
-        copy.deepcopy(backbone),
-        LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], lora_dropout=0.0),
-    ).train()
-    mine = peftc.compile(backbone, "lora").train()
-    inputs = batch()
-
-    def step(model: torch.nn.Module) -> Callable[[], None]:
-        def run() -> None:
-            model(**inputs, use_cache=False).loss.backward()
-
-        return run
-
-    show(
-        "training step, LoRA r=8 q,v",
-        alternate({"peftc": step(mine), "peft": step(theirs)}, runs),
-        1.0,
-    )
-
-
-@torch.no_grad()
-def folded_forward(runs: int) -> None:
-    """Forward of the folded LoRA model against the bare one."""
-    bare = medium().eval()
-    model = peftc.compile(copy.deepcopy(bare), "lora")
-    for value in model.deltas.values().values():
-        value.normal_(0, 0.02)
-    folded, _ = peftc.merge(model)
-    folded.eval()
-    inputs = {k: v for k, v in batch().items() if k != "labels"}
-    steps = {
-        "folded": lambda: folded(**inputs, use_cache=False),
-        "bare": lambda: bare(**inputs, use_cache=False),
+    return {
+        "ratio": ratio,
+        "interval": [low, high],
+        "bound": row.bound,
+        "pairs": len(times[mine]),
+        "seconds": {name: statistics.median(found) for name, found in times.items()},
     }
-    show("forward, folded LoRA", alternate(steps, 2 * runs), 1.02)
 
 
-@torch.no_grad()
-def one_token(runs: int) -> None:
-    """A step so small that only what surrounds the arithmetic counts: one token through twelve toy layers, and
-    how much of it is fetching the parameters."""
+def generation(name: str, tokens: int = 24) -> Iterator[Row]:
+    """Greedy generation, LoRA at q and v not folded, batch 1: what surrounds the arithmetic counts most."""
+    inputs = measured.batch(name, rows=1, length=16)
+    models = measured.pair(name, "lora q,v", **_eight(name))
+    plain = measured.bare(name, **_eight(name))
+    steps = {k: measured.generating(model, inputs, tokens) for k, model in models.items()}
+    ours, peft = steps["ours"], steps["peft"]
+    alone = measured.generating(plain, inputs, tokens)
+    yield Row(f"{name}: generate, lora", {"ours": ours, "bare": alone}, 1.05)
+    yield Row(f"{name}: generate, lora", {"ours": ours, "peft": peft}, 1.0)
+    folded, _ = peftc.merge(models["ours"])
+    merged = measured.generating(folded, inputs, tokens)
+    yield Row(f"{name}: generate, lora folded", {"ours": merged, "bare": alone}, 1.02)
+    for stored in (False, True):
+        model = measured.mam(name, stored, **_eight(name))
+        step = measured.generating(model, inputs, tokens)
+        what = f"{name}: generate, mam" + (" stored" if stored else "")
+        yield Row(what, {"ours": step, "bare": alone}, 1.5)
+
+
+def _eight(name: str) -> dict[str, int]:
+    return {"llama": {"num_hidden_layers": 8}, "gpt2": {"n_layer": 8}}.get(name, {})
+
+
+def training(name: str) -> Iterator[Row]:
+    """Forward and backward of LoRA at q and v; by regions too, as hooks on layers make it."""
+    inputs = measured.batch(name, length=128)
+    models = measured.pair(name, "lora q,v")
+    steps = {k: measured.training_step(model, inputs) for k, model in models.items()}
+    yield Row(f"{name}: training step, lora", steps_in_order(steps), 1.0)
+    followed = measured.pair(name, "lora q,v")["ours"]
+    for layer in followed._programs.layers.values():
+        layer.register_forward_hook(lambda *_: None)
+    by_layers = measured.training_step(followed, inputs)
+    yield Row(
+        f"{name}: training step by layers", {"ours": by_layers, "at once": steps["ours"]}, 1.03
+    )
+
+
+def steps_in_order(steps: dict[str, Callable[[], object]]) -> dict[str, Callable[[], object]]:
+    return {"ours": steps["ours"], "peft": steps["peft"]}
+
+
+def one_token() -> Iterator[Row]:
+    """A step so small that only what surrounds the arithmetic counts: one token through twelve toy layers."""
     torch.manual_seed(0)
     sizes = dict(vocab_size=120, hidden_size=32, num_attention_heads=4, intermediate_size=64)
     bare = BertForSequenceClassification(BertConfig(**sizes, num_hidden_layers=12)).eval()
     inputs = {name: torch.ones(1, 1, dtype=torch.long) for name in ("input_ids", "attention_mask")}
     for method, arguments in (("lora", {"r": 8}), ("dora", {"r": 8}), ("prefix_tuning", {})):
         model = peftc.compile(copy.deepcopy(bare), peftc.load_spec(method, **arguments))
-        steps = {"peftc": lambda model=model: model(**inputs), "bare": lambda: bare(**inputs)}
-        seconds = alternate(steps, 20 * runs)
-        show(f"one token, {method}", seconds, 1.6)
-        runner, _ = model._programs.ready("forward", inputs, {})
-        changes = model._programs._count
-        fetched = alternate({"fetch": lambda r=runner, c=changes: r.fetch(c)}, 20 * runs)["fetch"]
-        share = statistics.median(fetched) / statistics.median(seconds["peftc"])
-        print(f"{'  fetching the parameters':<34}{share:.1%} of it (<= 5%)")
+
+        def ours(model: Any = model) -> None:
+            with torch.no_grad():
+                model(**inputs)
+
+        def alone() -> None:
+            with torch.no_grad():
+                bare(**inputs)
+
+        yield Row(f"one token through 12 toy layers, {method}", {"ours": ours, "bare": alone}, 1.6)
+
+
+def compiling(layers: int) -> Iterator[Row]:
+    """In fresh processes, the model already built: compiling MAM against a bare export; 0 is BART-large."""
+    seconds: dict[str, list[float]] = {}
+
+    def run(mode: str) -> Callable[[], float]:
+        def one() -> float:
+            command = [sys.executable, "-W", "ignore", "-c", COMPILE, mode, str(layers)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            seconds.setdefault(mode, []).append(float(done.stdout.split()[-2]))
+            return seconds[mode][-1]
+
+        return one
+
+    what = f"compile {layers} toy layers, mam" if layers else "compile BART-large, mam"
+    yield Row(what, {"ours": run("peftc"), "bare export": run("export")}, 1.15)
+
+
+def in_processes(row: Row, pairs: int) -> dict[str, Any]:
+    """A row whose steps say themselves how long they took."""
+    (mine, ours), (other, theirs) = row.steps.items()
+    found: list[tuple[Any, Any]] = [(ours(), theirs()) for _ in range(pairs)]
+    ratios = [a / b for a, b in found]
+    ratio = statistics.median(ratios)
+    low, high = interval(ratios)
+    verdict = "ok" if ratio <= row.bound else "OVER"
+    print(
+        f"{row.what:<44}{mine} / {other:<12}{ratio:5.2f} [{low:.2f}, {high:.2f}]  <= {row.bound:<5} {verdict}",
+        flush=True,
+    )
+    medians = (statistics.median(side) for side in zip(*found, strict=True))
+    return {
+        "ratio": ratio,
+        "interval": [low, high],
+        "bound": row.bound,
+        "pairs": pairs,
+        "seconds": dict(zip((mine, other), medians, strict=True)),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=15, help="timed runs of each step")
+    parser.add_argument("--pairs", type=int, default=30, help="pairs of each row, at least")
+    parser.add_argument("--seconds", type=float, default=120, help="time for a row, at most")
+    parser.add_argument("--only", default="", help="rows whose names have this text")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
-    print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    one_token(options.runs)
-    training_step(options.runs)
-    folded_forward(options.runs)
-    compile_time(max(1, options.runs // 5))
+    warnings.simplefilter("ignore")
+    found: dict[str, Any] = {}
+    made = [lambda: one_token()]
+    made += [lambda name=name: generation(name) for name in measured.MODELS]
+    made += [lambda name=name: training(name) for name in measured.MODELS]
+    for rows in made:
+        for row in rows():
+            label = f"{row.what} / {[*row.steps][1]}"
+            if options.only in label:
+                found[label] = measure(row, options.pairs, options.seconds)
+    for layers in (0, 6, 12, 24, 48):
+        for row in compiling(layers):
+            if options.only in row.what:
+                found[row.what] = in_processes(row, 3)
+    if not options.only:
+        measured.write("bench", {"machine": measured.machine(), "rows": found})
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"peak memory of this process {peak:.2f} GiB")
 

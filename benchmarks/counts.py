@@ -65,7 +65,9 @@ def rows() -> dict[str, Counts]:
 def table(found: Mapping[str, Counts]) -> str:
     lines = [f"{'':<52}{'kernels':>9}{'views':>7}{'MFLOP':>9}{'saved MB':>10}{'peak MB':>9}"]
     for label, one in found.items():
-        saved, peak = (f"{one[k] / 1e6:.2f}" if k in one else "" for k in ("saved bytes", "peak bytes"))
+        saved, peak = (
+            f"{one[k] / 1e6:.2f}" if k in one else "" for k in ("saved bytes", "peak bytes")
+        )
         lines.append(
             f"{label:<52}{one['kernels']:>9}{one['views']:>7}{one['flops'] / 1e6:>9.1f}{saved:>10}{peak:>9}"
         )

@@ -7,10 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
+from peftc.language.expr import names
+from peftc.plan.algebra import inlined
+from peftc.plan.edit import Edit
 from peftc.rewrite.affine import Affine, NotAffine
 from peftc.rewrite.folding import Folding, Key
 from peftc.rewrite.linear_map import Change, LinearMap, Stays
 from peftc.rewrite.tying import own_path
+from peftc.sites.kinds import KINDS
 from peftc.sites.view import Weight
 
 
@@ -58,7 +62,11 @@ def _fold(path: str, changes: Sequence[Change], folding: Folding) -> None:
         weight.read(folding.read(path).detach().double()),
         None if bias is None else folding.read(bias.path).detach().double(),
     )
-    stays: dict[Key, str] = {}
+    stays = {
+        one.edit.key: f"{reader.name} reads the input that it changes"
+        for one in changes
+        if "x" in one.assign and (reader := _reader(one.edit, folding))
+    }
     while True:
         _wait(changes, stays)
         try:
@@ -76,6 +84,18 @@ def _fold(path: str, changes: Sequence[Change], folding: Folding) -> None:
     if bias is not None:  # of a result that nothing is added to any more, it is zero
         nothing = torch.zeros(made.matrix.shape[-1], dtype=torch.float64)
         folding.put(bias.path, nothing if made.offset is None else made.offset)
+
+
+def _reader(edit: Edit, folding: Folding) -> Edit | None:
+    """An edit behind this one that reads what this one's linear reads, at another site. It sees no more of the
+    change once that is in the weight, and it cannot be in a weight itself: what it reads is another linear's."""
+    path, order = edit.site.weights["W"].path, [one.key for one in folding.edits]
+    for other in folding.edits[order.index(edit.key) + 1 :]:
+        read = {name for one in inlined(other)[1].values() for name in names(one)}
+        for port, role in KINDS[other.site.at].operands.items():
+            if port in read and other.site.weights[role].path == path:
+                return other
+    return None
 
 
 def _whole(weight: Weight, path: str) -> Weight:

@@ -125,6 +125,8 @@ class Program:
             port.user.update_arg(port.index, new)
             return
         old = self.current(port.node)
+        if new is old:  # nothing is left of the edit here, as of dropout in evaluation
+            return
         keep = set(inserted)
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in keep)
         self.replaced[old] = new

@@ -34,13 +34,15 @@ class Folds:
 class Kind:
     """One kind of site. `find` yields every site of a model's `forward`, or why something like it is none;
     `locate` gives its places in a graph; `used` names what a graph reads of a site, which must then have a
-    place there; `folds` is None where no change of it is one of a weight."""
+    place there; `folds` is None where no change of it is one of a weight. `operands` are the ports that are what
+    another linear reads, each with the role that this linear's weight has in the site."""
 
     name: str
     find: Callable[[Index, Stacks], Iterable[Site | NoSite]]
     locate: Callable[[Index, Site], tuple[Place, ...]]
     used: Callable[[Index, Site], Iterable[str]] = linear.used
     folds: Folds | None = None
+    operands: Mapping[str, str] = field(default_factory=dict)
 
 
 _LINEAR = Folds("linear", {"x": "x", "h": "h", "W": "W", "b": "b"})
@@ -58,7 +60,7 @@ def _nothing(index: Index, site: Site) -> Iterator[str]:
 KINDS: dict[str, Kind] = {
     row.name: row
     for row in (
-        Kind("attention", attention.find, attention.locate, folds=Folds()),
+        Kind("attention", attention.find, attention.locate, folds=Folds(), operands={"x": "q"}),
         Kind("attention.heads", attention.find_heads, attention.locate_heads, _nothing),
         *(
             Kind(
@@ -66,6 +68,7 @@ KINDS: dict[str, Kind] = {
                 partial(attention.find_side, side),
                 attention.locate_side,
                 folds=_LINEAR,
+                operands={"input": "q"},
             )
             for side in attention.SIDES
         ),
@@ -74,8 +77,9 @@ KINDS: dict[str, Kind] = {
             partial(attention.find_side, "o"),
             attention.locate_output,
             folds=_LINEAR,
+            operands={"input": "q"},
         ),
-        Kind("ffn", feed_forward.find, feed_forward.locate, folds=Folds()),
+        Kind("ffn", feed_forward.find, feed_forward.locate, folds=Folds(), operands={"x": "up"}),
         Kind(
             "ffn.hidden",
             feed_forward.find_hidden,
