@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 import torch
 
+from passes.factors import Factors
 from passes.fold_affine import FoldAffine
 from passes.fold_constants import FoldConstants
 from passes.insert import Insert
@@ -19,7 +20,7 @@ from peftc.plan.edit import Edit
 
 FOLD = (FoldConstants(), FoldAffine())
 # Makes a graph that runs in torch no heavier than its algebra; an exported one is left to its runtime.
-LEAN = (Slices(), Products(), Masks())
+LEAN = (Factors(), Slices(), Products(), Masks())
 
 
 def train(
@@ -33,6 +34,7 @@ def train(
 __all__ = [
     "FOLD",
     "LEAN",
+    "Factors",
     "FoldAffine",
     "FoldConstants",
     "Insert",
