@@ -39,7 +39,8 @@ def _fused(program: Program, node: fx.Node, known: Known) -> bool:
         (right, left, {"alpha": alpha}),
         (left, right, {"beta": alpha}),
     ):
-        if _is_product(product) and _may_be_added(other, product, node):
+        apart = other is not product
+        if apart and _is_product(product) and _may_be_added(other, product, node):
             _write(program, node, product, other, scales if alpha != 1 else {}, known)
             return True
     return False

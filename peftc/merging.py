@@ -85,12 +85,14 @@ def fold(
     concerned = any(
         "W" in edit.site.weights and edit.site.weights["W"].path in tied for edit in edits
     )
+    # A tied weight that trains is one weight: apart, the spec would unfreeze another of the two.
+    trains = any(one.path in tied for one in model.plan.unfrozen)
     folding = Folding(
         edits,
         values,
         backbone.get_parameter,
         tied,
-        separable(backbone) if concerned else frozenset(),
+        separable(backbone) if concerned and not trains else frozenset(),
         as_stored,
     )
     trace.run(passes.FOLD, folding)

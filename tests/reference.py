@@ -141,6 +141,13 @@ class Slot:
     def axis(self) -> int:
         return 0 if self.port in ("W", "b") else -1
 
+    def meets(self, other: Slot) -> bool:
+        """Whether they have features in common: a part is in its whole."""
+        ends = [(one.part / one.of, (one.part + 1) / one.of) for one in (self, other)]
+        (first, last), (start, stop) = ends
+        same = (self.path, self.port) == (other.path, other.port)
+        return same and first < stop and start < last
+
 
 @dataclass
 class Reference:

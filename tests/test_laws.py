@@ -282,10 +282,12 @@ def shares(model: PreTrainedModel, family: str) -> bool:
         written.setdefault(entry.method, set()).update(assigned)
         read.setdefault(entry.method, set()).update(ports[name] for name in used & ports.keys())
     return any(
-        written[one] & (read[other] | written[other])
+        mine.meets(theirs)
         for one in written
         for other in written
         if one != other
+        for mine in written[one]
+        for theirs in read[other] | written[other]
     )
 
 
@@ -443,6 +445,11 @@ FOUND = {
     "dropout alone, twice": (
         "bert",
         'at: ffn, rewrite: {h: "dropout(h, 0.1)"}}, {at: ffn, rewrite: {h: "dropout(h, 0.1)"}',
+    ),
+    "a tied weight that trains, at one of its uses": (
+        "gpt2",
+        "at: head, train: [weight]}, {at: head, rewrite: {h: 2 * h}}, "
+        "{at: ffn, rewrite: {h: tanh(h)}",
     ),
     "an input that is changed, then read by the sub-layer": (
         "bert",
