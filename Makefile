@@ -2,8 +2,9 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 DEMO_FLAGS ?=
+COUNTS_FLAGS ?=
 
-.PHONY: help demo test session slow lint types bench wheel clean
+.PHONY: help demo test session slow lint types bench counts wheel clean
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
 
@@ -38,6 +39,9 @@ types: .venv/.done  ## check types, strictly
 
 bench: .venv/.done  ## compare with bare export, PEFT and the bare model, side by side
 	$(BIN)/python benchmarks/bench.py
+
+counts: .venv/.done  ## count kernels, FLOPs and bytes beside PEFT's, and what changed since they were committed
+	$(BIN)/python benchmarks/counts.py $(COUNTS_FLAGS)
 
 wheel: .venv/.done  ## build the sdist, and the wheel from it
 	$(BIN)/python -m build --outdir dist .

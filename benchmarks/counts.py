@@ -1,6 +1,6 @@
 """Counts, which are the same on every machine: kernels, views, FLOPs, saved bytes and peak memory, side by side.
 
-python benchmarks/counts.py [--write] [--without PASS]
+python benchmarks/counts.py [--write] [--only ADAPTER]
 """
 
 from __future__ import annotations
@@ -45,20 +45,21 @@ def training(model: nn.Module, name: str, padded: bool) -> Counts:
     }
 
 
-def rows() -> dict[str, Counts]:
-    """Every row, by model / what / adapter / side."""
+def rows(only: str = "") -> dict[str, Counts]:
+    """Every row, by model / what / adapter / side; or those of one adapter."""
     found: dict[str, Counts] = {}
     for name in measured.MODELS:
         found[f"{name} / step / bare"] = step(measured.bare(name), name)
         for adapter, row in measured.ADAPTERS.items():
-            if name not in row.models:
+            if name not in row.models or only not in adapter:
                 continue
             for side, model in measured.pair(name, adapter).items():
                 found[f"{name} / step / {adapter} / {side}"] = step(model, name)
                 for kind in ("full", "padded"):
                     label = f"{name} / training, {kind} / {adapter} / {side}"
                     found[label] = training(model, name, kind == "padded")
-        found[f"{name} / step / mam stored / ours"] = step(measured.mam(name, True), name)
+        if not only:
+            found[f"{name} / step / mam stored / ours"] = step(measured.mam(name, True), name)
     return found
 
 
@@ -100,17 +101,21 @@ def over(found: Mapping[str, Counts]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help="write results/counts.json")
+    parser.add_argument("--only", default="", help="rows of adapters whose name has this text")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
-    found = rows()
+    found = rows(options.only)
     print(table(found))
     path = measured.RESULTS / "counts.json"
     if path.is_file():
-        lines = difference(json.loads(path.read_text()), found)
+        known = json.loads(path.read_text())
+        if options.only:
+            known = {label: one for label, one in known.items() if label in found}
+        lines = difference(known, found)
         print("\n".join(lines) if lines else "as committed")
     print("\n".join(over(found)) or "nowhere heavier than PEFT")
-    if options.write:
+    if options.write and not options.only:
         measured.write("counts", found)
 
 

@@ -578,8 +578,12 @@ def test_hooks_inside_are_named_and_do_not_run() -> None:
     model = peftc.compile(backbone, LORA)
     inputs = batch(model)
     want = logits(model, inputs)
-    handle = backbone.bert.encoder.layer[0].register_forward_hook(lambda *_: seen.append(1))
-    with pytest.warns(UserWarning, match=r"hooks on 'bert\.encoder\.layer\.0' do not run"):
+    handle = backbone.bert.encoder.layer[0].attention.register_forward_hook(
+        lambda *_: seen.append(1)
+    )
+    with pytest.warns(
+        UserWarning, match=r"hooks on 'bert\.encoder\.layer\.0\.attention' do not run"
+    ):
         assert torch.equal(logits(model, inputs), want)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
