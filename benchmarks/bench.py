@@ -80,6 +80,15 @@ def timed(step: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def told(row: Row, ratio: float, low: float, high: float) -> None:
+    """A row's line."""
+    (mine, other), verdict = row.steps, "ok" if ratio <= row.bound else "OVER"
+    print(
+        f"{row.what:<44}{mine} / {other:<12}{ratio:5.2f} [{low:.2f}, {high:.2f}]  <= {row.bound:<5} {verdict}",
+        flush=True,
+    )
+
+
 def measure(row: Row, pairs: int, seconds: float) -> dict[str, Any]:
     """The ratio of a row, taken in pairs whose order changes, so that a slow moment hits both alike."""
     (mine, ours), (other, theirs) = row.steps.items()
@@ -98,11 +107,7 @@ def measure(row: Row, pairs: int, seconds: float) -> dict[str, Any]:
             if time.perf_counter() - start > seconds:
                 break
     ratio = statistics.median(a / b for a, b in zip(*times.values(), strict=True))
-    verdict = "ok" if ratio <= row.bound else "OVER"
-    print(
-        f"{row.what:<44}{mine} / {other:<12}{ratio:5.2f} [{low:.2f}, {high:.2f}]  <= {row.bound:<5} {verdict}",
-        flush=True,
-    )
+    told(row, ratio, low, high)
     return {
         "ratio": ratio,
         "interval": [low, high],
@@ -141,7 +146,7 @@ def training(name: str) -> Iterator[Row]:
     inputs = measured.batch(name, length=128)
     models = measured.pair(name, "lora q,v")
     steps = {k: measured.training_step(model, inputs) for k, model in models.items()}
-    yield Row(f"{name}: training step, lora", steps_in_order(steps), 1.0)
+    yield Row(f"{name}: training step, lora", {"ours": steps["ours"], "peft": steps["peft"]}, 1.0)
     followed = measured.pair(name, "lora q,v")["ours"]
     for layer in followed._programs.layers.values():
         layer.register_forward_hook(lambda *_: None)
@@ -149,10 +154,6 @@ def training(name: str) -> Iterator[Row]:
     yield Row(
         f"{name}: training step by layers", {"ours": by_layers, "at once": steps["ours"]}, 1.03
     )
-
-
-def steps_in_order(steps: dict[str, Callable[[], object]]) -> dict[str, Callable[[], object]]:
-    return {"ours": steps["ours"], "peft": steps["peft"]}
 
 
 def one_token() -> Iterator[Row]:
@@ -199,11 +200,7 @@ def in_processes(row: Row, pairs: int) -> dict[str, Any]:
     ratios = [a / b for a, b in found]
     ratio = statistics.median(ratios)
     low, high = interval(ratios)
-    verdict = "ok" if ratio <= row.bound else "OVER"
-    print(
-        f"{row.what:<44}{mine} / {other:<12}{ratio:5.2f} [{low:.2f}, {high:.2f}]  <= {row.bound:<5} {verdict}",
-        flush=True,
-    )
+    told(row, ratio, low, high)
     medians = (statistics.median(side) for side in zip(*found, strict=True))
     return {
         "ratio": ratio,

@@ -6,13 +6,12 @@ The adapters are PEFT's own: built by PEFT, saved, and imported, so that both si
 from __future__ import annotations
 
 import collections
-import contextlib
 import copy
 import json
 import platform
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -281,9 +280,3 @@ def write(name: str, data: Mapping[str, Any]) -> Path:
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
     return path
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    transformers.logging.set_verbosity_error()
-    yield

@@ -7,13 +7,13 @@ import json
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import batch, logits, stir, tiny
+from measured import saved_bytes
 from methods import spec
 from torch import nn
 from transformers import PreTrainedModel
@@ -95,32 +95,13 @@ def test_a_hook_sees_and_changes_what_a_layer_gives() -> None:
     assert torch.allclose(logits(model, inputs), logits(backbone, inputs), atol=1e-5)
 
 
-def saved_bytes(run: Callable[[], object], model: PreTrainedModel) -> int:
-    """Bytes kept for the way back: unique storages, without parameters and buffers."""
-    own = {one.untyped_storage().data_ptr() for one in (*model.parameters(), *model.buffers())}
-    found: dict[int, int] = {}
-
-    def pack(one: torch.Tensor) -> torch.Tensor:
-        storage = one.untyped_storage()
-        if storage.data_ptr() not in own:
-            found[storage.data_ptr()] = storage.nbytes()
-        return one
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda one: one):
-        run()
-    return sum(found.values())
-
-
 @pytest.mark.parametrize("method", ["lora", "mam", "prompt_tuning"])
 def test_layers_computed_twice_save_memory(method: str) -> None:
     """At twelve layers at most a quarter, what checkpoints hold by themselves (the layers' inputs) added."""
     model = peftc.compile(tiny("llama", num_hidden_layers=12), spec(method)).train()
     inputs = batch(model, "right")
 
-    def run() -> object:
-        return model(**inputs, use_cache=False).logits
-
-    whole = saved_bytes(run, model)
+    whole = saved_bytes(model, inputs)
     model.gradient_checkpointing_enable()
     held: dict[int, int] = {}
 
@@ -131,20 +112,17 @@ def test_layers_computed_twice_save_memory(method: str) -> None:
 
     for layer in layers_of(model.backbone).values():
         layer.register_forward_pre_hook(note)
-    assert saved_bytes(run, model) + sum(held.values()) <= whole / 4
+    assert saved_bytes(model, inputs) + sum(held.values()) <= whole / 4
 
 
 def test_every_other_layer_is_computed_twice() -> None:
     model = peftc.compile(tiny("llama", num_hidden_layers=4), "lora").train()
     inputs = batch(model)
 
-    def run() -> object:
-        return model(**inputs, use_cache=False).logits
-
-    sizes = [saved_bytes(run, model)]
+    sizes = [saved_bytes(model, inputs)]
     for every in (2, 1):
         model.activation_checkpointing_enable(every_n_layers=every)
-        sizes.append(saved_bytes(run, model))
+        sizes.append(saved_bytes(model, inputs))
     assert sizes[0] > 1.5 * sizes[1] > 2 * sizes[2]
 
 

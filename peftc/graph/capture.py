@@ -20,7 +20,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers import PreTrainedModel
 
-from peftc.graph.arguments import SIZES, CaptureError, Labels, argument, axes, layout, resized
+from peftc.graph.arguments import SIZES, CaptureError, Labels, axes, layout, resized
 from peftc.graph.captures import CAPTURES
 from peftc.graph.entries import ENTRIES, Tensors
 from peftc.graph.masks import deciding, proven
@@ -161,7 +161,7 @@ def _traced(
             traced.forget()
     wide = room.wide(entry, seq2seq)
     program = _program(exported, entry, model, labels, wide, output_types[-1])
-    if not proven(program, lambda name: argument(name).role == "mask"):
+    if not proven(program):
         explicit = _traced(model, entry, inputs, flags, room, labels, drop=False)
         return replace(explicit, masks="any")
     if decision.met:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from peftc.graph.arguments import argument
 from peftc.graph.aten import CUT, MOVE, hint
 from peftc.graph.program import Program, aten, is_call
 
@@ -82,24 +83,24 @@ def _may_drop(original: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]
     return bool((causal and aligned) or said.get("allow_is_bidirectional_skip", False))
 
 
-def proven(program: Program, is_mask: Callable[[str], bool]) -> bool:
-    """Whether all premises of a graph follow from its masks being ones; they are taken out. `is_mask` tells by the
-    name of an input."""
+def proven(program: Program) -> bool:
+    """Whether all premises of a graph follow from its masks being ones; they are taken out."""
     for node in program.graph.find_nodes(op="call_function", target=aten._assert_async.msg):
         if node.args[1] == _PREMISE:
-            if not _is_ones(node.args[0], program, is_mask):
+            if not _is_ones(node.args[0], program):
                 return False
             program.graph.erase_node(node)
     return True
 
 
-def _is_ones(node: Any, program: Program, is_mask: Callable[[str], bool]) -> bool:
+def _is_ones(node: Any, program: Program) -> bool:
     """Whether a tensor has nothing but ones if the masks do."""
     if slot := program.slot(node):
-        return slot.kind == "input" and is_mask(slot.name) and node.meta["val"].ndim == 2
+        mask = slot.kind == "input" and argument(slot.name).role == "mask"
+        return mask and node.meta["val"].ndim == 2
     if is_call(node, *_ONES):
         return True
     padded = is_call(node, aten.constant_pad_nd.default) and node.args[2:] == (1,)
     tensors = [one for one in node.all_input_nodes if isinstance(one.meta["val"], torch.Tensor)]
     kept = padded or is_call(node, *_KEEP)
-    return kept and bool(tensors) and all(_is_ones(one, program, is_mask) for one in tensors)
+    return kept and bool(tensors) and all(_is_ones(one, program) for one in tensors)
