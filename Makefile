@@ -3,8 +3,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 DEMO_FLAGS ?=
 COUNTS_FLAGS ?=
+GPU_FLAGS ?=
 
-.PHONY: help demo test session slow lint types bench counts wheel clean
+.PHONY: help demo test session slow lint types bench counts gpu wheel clean
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
 
@@ -42,6 +43,9 @@ bench: .venv/.done  ## compare with bare export, PEFT and the bare model, side b
 
 counts: .venv/.done  ## count kernels, FLOPs and bytes beside PEFT's, and what changed since they were committed
 	$(BIN)/python benchmarks/counts.py $(COUNTS_FLAGS)
+
+gpu: .venv/.done  ## run what needs a GPU: bf16 beside PEFT, eager and compiled, attention kernels, ONNX Runtime
+	$(BIN)/python benchmarks/gpu.py $(GPU_FLAGS)
 
 wheel: .venv/.done  ## build the sdist, and the wheel from it
 	$(BIN)/python -m build --outdir dist .

@@ -10,25 +10,22 @@ from __future__ import annotations
 
 import argparse
 import copy
-import random
 import resource
 import statistics
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import measured
 import torch
 import transformers
+from paired import Row, interval, measure, told
 from transformers import BertConfig, BertForSequenceClassification
 
 import peftc
 
-NARROW = 0.04
 COMPILE = """
 import resource, sys, time, torch, transformers
 transformers.logging.set_verbosity_error()
@@ -55,66 +52,6 @@ elif mode == "export":
     torch.export.export(model, (), {**inputs, **flags}, dynamic_shapes=shapes, strict=False)
 print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 """
-
-
-@dataclass(frozen=True)
-class Row:
-    """Two ways to do one thing: `steps` by name, ours first, and how many times the other's time ours may take."""
-
-    what: str
-    steps: dict[str, Callable[[], object]]
-    bound: float
-
-
-def interval(ratios: list[float]) -> tuple[float, float]:
-    """A 95 % interval of the median, by resampling."""
-    draw = random.Random(0)
-    size = len(ratios)
-    medians = sorted(statistics.median(draw.choices(ratios, k=size)) for _ in range(1000))
-    return medians[25], medians[974]
-
-
-def timed(step: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
-
-
-def told(row: Row, ratio: float, low: float, high: float) -> None:
-    """A row's line."""
-    (mine, other), verdict = row.steps, "ok" if ratio <= row.bound else "OVER"
-    print(
-        f"{row.what:<44}{mine} / {other:<12}{ratio:5.2f} [{low:.2f}, {high:.2f}]  <= {row.bound:<5} {verdict}",
-        flush=True,
-    )
-
-
-def measure(row: Row, pairs: int, seconds: float) -> dict[str, Any]:
-    """The ratio of a row, taken in pairs whose order changes, so that a slow moment hits both alike."""
-    (mine, ours), (other, theirs) = row.steps.items()
-    for step in (ours, theirs):
-        step()
-        step()
-    times: dict[str, list[float]] = {mine: [], other: []}
-    start = time.perf_counter()
-    low, high = 0.0, 1.0
-    while len(times[mine]) < pairs or high - low > NARROW:
-        order = [(mine, ours), (other, theirs)]
-        for name, step in order if len(times[mine]) % 2 else reversed(order):
-            times[name].append(timed(step))
-        if len(times[mine]) >= pairs:
-            low, high = interval([a / b for a, b in zip(*times.values(), strict=True)])
-            if time.perf_counter() - start > seconds:
-                break
-    ratio = statistics.median(a / b for a, b in zip(*times.values(), strict=True))
-    told(row, ratio, low, high)
-    return {
-        "ratio": ratio,
-        "interval": [low, high],
-        "bound": row.bound,
-        "pairs": len(times[mine]),
-        "seconds": {name: statistics.median(found) for name, found in times.items()},
-    }
 
 
 def generation(name: str, tokens: int = 24) -> Iterator[Row]:

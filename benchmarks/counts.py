@@ -1,6 +1,7 @@
 """Counts, which are the same on every machine: kernels, views, FLOPs, saved bytes and peak memory, side by side.
 
 python benchmarks/counts.py [--write] [--only ADAPTER]
+python benchmarks/counts.py --passes   # ours with each pass off in turn
 """
 
 from __future__ import annotations
@@ -12,8 +13,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import measured
+import torch
 import transformers
 from torch import nn
+
+import peftc
+from passes import LEAN
 
 Counts = dict[str, int]
 
@@ -63,6 +68,57 @@ def rows(only: str = "") -> dict[str, Counts]:
     return found
 
 
+# What the passes are for: an adapter unfolded, one whose weight is computed, and a prefix with adapters.
+OFF = ("lora", "dora", "mam")
+
+
+def without_passes() -> dict[str, Counts]:
+    """Kernels and saved bytes of a padded batch, ours without each pass that makes graphs lean, and with all of them, by
+    model / method / pass."""
+    found: dict[str, Counts] = {}
+    for name in measured.MODELS:
+        for method in OFF:
+            for off in ("all on", *(one.name for one in LEAN)):
+                model = peftc.compile(
+                    measured.bare(name), method, without=() if off == "all on" else (off,)
+                )
+                label = f"{name} / {method} / " + (off if off == "all on" else f"without {off}")
+                inputs = measured.batch(name, padded=True)
+                run = measured.training_step(model, inputs)
+                run()
+                found[label] = {
+                    "training": measured.kernels(run)[0],
+                    "saved bytes": measured.saved_bytes(model, inputs),
+                    "evaluation": evaluation(model, inputs),
+                }
+    return found
+
+
+def evaluation(model: nn.Module, inputs: Mapping[str, Any]) -> int:
+    """Kernels of a forward in evaluation."""
+    model.eval()
+
+    @torch.no_grad()
+    def run() -> None:
+        model(**inputs, use_cache=False)
+
+    run()
+    return measured.kernels(run)[0]
+
+
+def changed(found: Mapping[str, Counts]) -> str:
+    """The rows in which a pass changes something, as a Markdown table: evaluation and training kernels, saved MB."""
+    lines = ["| | evaluation | training | saved MB |", "|---|---|---|---|"]
+    shown = ("evaluation", "training", "saved bytes")
+    for label, one in found.items():
+        whole = found[label.rpartition(" / ")[0] + " / all on"]
+        if one is whole or any(one[k] != whole[k] for k in shown):
+            lines.append(
+                f"| {label} | {one['evaluation']} | {one['training']} | {one['saved bytes'] / 1e6:.1f} |"
+            )
+    return "\n".join(lines)
+
+
 def table(found: Mapping[str, Counts]) -> str:
     lines = [f"{'':<52}{'kernels':>9}{'views':>7}{'MFLOP':>9}{'saved MB':>10}{'peak MB':>9}"]
     for label, one in found.items():
@@ -102,9 +158,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help="write results/counts.json")
     parser.add_argument("--only", default="", help="rows of adapters whose name has this text")
+    parser.add_argument("--passes", action="store_true", help="ours, each pass off in turn")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
+    if options.passes:
+        without = without_passes()
+        print(changed(without))
+        if options.write:
+            measured.write("passes", without)
+        return
     found = rows(options.only)
     print(table(found))
     path = measured.RESULTS / "counts.json"

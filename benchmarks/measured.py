@@ -1,4 +1,5 @@
-"""What is measured on: three models of d = 512 with random weights, the same adapter in PEFT and here, and counters.
+"""What is measured on: models with random weights, of d = 512 unless said, the same adapter in PEFT and here, and
+counters.
 
 The adapters are PEFT's own: built by PEFT, saved, and imported, so that both sides compute one function.
 """
@@ -20,6 +21,7 @@ import torch
 import transformers
 from peft import IA3Config, LoraConfig, PeftConfig, PrefixTuningConfig, get_peft_model
 from torch import nn
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -74,6 +76,76 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         ),
     ),
 }
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a model of MODELS is changed to, by name, and how much it is given: `rows` x `length` tokens to train on,
+    `prompt` tokens to go on from with `tokens` more."""
+
+    models: Mapping[str, Mapping[str, Any]]
+    rows: int
+    length: int
+    prompt: int
+    tokens: int
+
+
+SIZES = {
+    "toy": Size(
+        {
+            "bart": dict(
+                d_model=32,
+                encoder_layers=2,
+                decoder_layers=2,
+                encoder_ffn_dim=64,
+                decoder_ffn_dim=64,
+                encoder_attention_heads=4,
+                decoder_attention_heads=4,
+                max_position_embeddings=64,
+            ),
+            "llama": dict(
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+            ),
+        },
+        rows=2,
+        length=16,
+        prompt=8,
+        tokens=4,
+    ),
+    "real": Size(
+        {
+            # BART-large: 406,291,456 parameters.
+            "bart": dict(
+                vocab_size=50265,
+                d_model=1024,
+                encoder_layers=12,
+                decoder_layers=12,
+                encoder_ffn_dim=4096,
+                decoder_ffn_dim=4096,
+                encoder_attention_heads=16,
+                decoder_attention_heads=16,
+                max_position_embeddings=1024,
+            ),
+            # As Llama 3.2 1B, with a vocabulary and a head of its own as Llama 2's: 1,104,218,112 parameters.
+            "llama": dict(
+                vocab_size=32000,
+                hidden_size=2048,
+                intermediate_size=8192,
+                num_hidden_layers=16,
+                num_attention_heads=32,
+                num_key_value_heads=8,
+            ),
+        },
+        rows=8,
+        length=512,
+        prompt=64,
+        tokens=64,
+    ),
+}
 _QV = {"llama": ["q_proj", "v_proj"], "gpt2": ["c_attn"], "bart": ["q_proj", "v_proj"]}
 _ALL = {
     "llama": [*_QV["llama"], "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
@@ -122,19 +194,27 @@ ADAPTERS = {
 }
 
 
-def bare(name: str, **changes: Any) -> PreTrainedModel:
+def bare(
+    name: str,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    **changes: Any,
+) -> PreTrainedModel:
     """One of MODELS, the same weights each time."""
     config, cls, sizes = MODELS[name]
     torch.manual_seed(0)
-    made = getattr(transformers, config)(vocab_size=VOCABULARY, **{**sizes, **changes})
-    model: PreTrainedModel = getattr(transformers, cls)(made).eval()
+    made = getattr(transformers, config)(**{"vocab_size": VOCABULARY, **sizes, **changes})
+    with torch.device(device):
+        model: PreTrainedModel = getattr(transformers, cls)._from_config(made, dtype=dtype).eval()
     return model
 
 
 def pair(name: str, adapter: str, **changes: Any) -> dict[str, nn.Module]:
-    """A model with an adapter in PEFT, and the same adapter here."""
+    """A model with an adapter in PEFT, and the same adapter here; deltas of both in the type of the weights."""
     backbone = bare(name, **changes)
-    theirs = get_peft_model(copy.deepcopy(backbone), ADAPTERS[adapter].config(name)).eval()
+    config = ADAPTERS[adapter].config(name)
+    theirs = get_peft_model(copy.deepcopy(backbone), config, autocast_adapter_dtype=False).eval()
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
         ours = import_peft(folder, backbone)
@@ -176,9 +256,10 @@ def training_step(model: nn.Module, inputs: Mapping[str, Any]) -> Callable[[], N
     return run
 
 
-def generating(model: nn.Module, inputs: Mapping[str, Any], tokens: int) -> Callable[[], Any]:
-    """Greedy generation of so many tokens."""
-    model.eval()
+def generating(model: Any, inputs: Mapping[str, Any], tokens: int) -> Callable[[], Any]:
+    """Greedy generation of so many tokens; by a model, or by what runs its bundle."""
+    if isinstance(model, nn.Module):
+        model.eval()
     prompt = {k: v for k, v in inputs.items() if k != "labels"}
     exact = dict(min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
 
@@ -227,15 +308,18 @@ def flops(run: Callable[[], object]) -> int:
 
 
 def saved_bytes(model: nn.Module, inputs: Mapping[str, Any]) -> int:
-    """Bytes that a training step keeps for backward: unique storages, without parameters, buffers and inputs."""
+    """Bytes that a training step keeps for backward: unique storages, without parameters, buffers and inputs. What is
+    packed is held, so that no later storage has its address."""
     given = (*model.parameters(), *model.buffers(), *inputs.values())
     own = {one.untyped_storage().data_ptr() for one in given}
     found: dict[int, int] = {}
+    held: list[torch.Tensor] = []
 
     def pack(one: torch.Tensor) -> torch.Tensor:
         storage = one.untyped_storage()
         if storage.data_ptr() not in own:
             found[storage.data_ptr()] = storage.nbytes()
+            held.append(one)
         return one
 
     model.train()
@@ -244,8 +328,19 @@ def saved_bytes(model: nn.Module, inputs: Mapping[str, Any]) -> int:
     return sum(found.values())
 
 
-def peak_bytes(run: Callable[[], object]) -> int:
-    """The most memory that a call holds at once beyond what was held before it, on the CPU."""
+def peak_bytes(run: Callable[[], object], device: str = "cpu") -> int:
+    """The most memory that a call holds at once beyond what was held before it."""
+    return _peak_by_events(run) if device == "cpu" else _peak_by_allocator(run)
+
+
+def _peak_by_allocator(run: Callable[[], object]) -> int:
+    held = torch.accelerator.memory_allocated()
+    torch.accelerator.reset_peak_memory_stats()
+    run()
+    return torch.accelerator.max_memory_allocated() - held
+
+
+def _peak_by_events(run: Callable[[], object]) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         run()
     events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
@@ -254,6 +349,40 @@ def peak_bytes(run: Callable[[], object]) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+# What PyTorch calls each way to compute attention, and the ops that start it.
+ATTENTION = {
+    "flash": ("_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu"),
+    "memory-efficient": ("_scaled_dot_product_efficient_attention",),
+    "cudnn": ("_scaled_dot_product_cudnn_attention",),
+    "math": ("_scaled_dot_product_attention_math",),
+    "overrideable": ("_scaled_dot_product_fused_attention_overrideable",),
+}
+# Parts of the names of kernels of attention on CUDA devices.
+_FUSED = ("flash", "fmha", "sdpa", "attention")
+
+
+def attention(run: Callable[[], object]) -> dict[str, dict[str, int]]:
+    """Which attention a call computes: how often each of ATTENTION, and each device kernel that is one by its name.
+
+    Ops say which way was taken on any device; names of kernels do not, as cuDNN's have "flash" in them.
+    """
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities, acc_events=True) as seen:
+        run()
+    called: collections.Counter[str] = collections.Counter()
+    launched: collections.Counter[str] = collections.Counter()
+    for event in seen.key_averages():
+        if event.device_type != DeviceType.CPU:
+            if any(part in event.key.lower() for part in _FUSED):
+                launched[event.key] += event.count
+        for way, ops in ATTENTION.items():
+            if event.key.removeprefix("aten::") in ops:
+                called[way] += event.count
+    return {"ways": dict(called), "kernels": dict(launched)}
 
 
 # ---- results
@@ -276,7 +405,13 @@ def machine() -> dict[str, Any]:
 
 def write(name: str, data: Mapping[str, Any]) -> Path:
     """Figures as JSON in `results`."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
+    return write_at(RESULTS / f"{name}.json", data)
+
+
+def write_at(path: Path, data: Mapping[str, Any]) -> Path:
+    """Figures as JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
+    part.replace(path)
     return path

@@ -11,6 +11,7 @@ from passes.factors import Factors
 from passes.fold_affine import FoldAffine
 from passes.fold_constants import FoldConstants
 from passes.insert import Insert
+from passes.joined import Joined
 from passes.masks import Masks
 from passes.normalize import Normalize
 from passes.penalize import Penalize
@@ -20,7 +21,7 @@ from peftc.plan.edit import Edit
 
 FOLD = (FoldConstants(), FoldAffine())
 # Makes a graph that runs in torch no heavier than its algebra; an exported one is left to its runtime.
-LEAN = (Factors(), Slices(), Products(), Masks())
+LEAN = (Factors(), Slices(), Products(), Joined(), Masks())
 
 
 def train(
@@ -38,6 +39,7 @@ __all__ = [
     "FoldAffine",
     "FoldConstants",
     "Insert",
+    "Joined",
     "Masks",
     "Normalize",
     "Penalize",

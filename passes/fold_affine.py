@@ -62,7 +62,8 @@ def _fold(path: str, changes: Sequence[Change], folding: Folding) -> None:
         weight.read(folding.read(path).detach().double()),
         None if bias is None else folding.read(bias.path).detach().double(),
     )
-    stays = {
+    stays = {one.edit.key: one.stays for one in changes if one.stays}
+    stays |= {
         one.edit.key: f"{reader.name} reads the input that it changes"
         for one in changes
         if "x" in one.assign and (reader := _reader(one.edit, folding))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -35,7 +35,17 @@ class Insert:
         shared = Builder(program.graph, program.training, memo={})
         for edit, place in located:
             splice(program, edit, place, shared, top, self.dtypes)
+        if unread := list(_unread(program)):
+            raise PassError(f"no edit reads {', '.join(unread)}")
+        program.graph.eliminate_dead_code()  # of a value that a later edit does without
         return len(located)
+
+
+def _unread(program: Program) -> Iterator[str]:
+    for node in program.graph.find_nodes(op="placeholder"):
+        slot = program.slots[node.name]
+        if slot.kind == "delta" and not node.users:
+            yield slot.name
 
 
 def _places(index: Index, edit: Edit) -> tuple[Place, ...]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from peftc.merging import merge
     from peftc.model.compiled import CompiledModel, detach
     from peftc.prune import prune
+    from peftc.saved import saved
 
 # Loaded on first use, so that `peftc --help` and the spec language do not wait for torch.
 _HOME = {
@@ -38,6 +39,7 @@ _HOME = {
     "merge": "peftc.merging",
     "plan": "peftc.driver",
     "prune": "peftc.prune",
+    "saved": "peftc.saved",
 }
 __version__ = "0.1.0"
 __all__ = [
@@ -53,12 +55,13 @@ __all__ = [
     "plan",
     "prune",
     "runtime",
+    "saved",
 ]
 
 
 class _Face(ModuleType):
-    """The public verbs. `plan`, `export` and `prune` name a function here and a module of the package too:
-    importing the module would put it in the function's place, so what is set under a verb's name is left out."""
+    """The public verbs. `plan`, `export`, `prune` and `saved` name a function here and a module of the package
+    too: importing the module would put it in the function's place, so what is set under a verb's name is left out."""
 
     def __getattr__(self, name: str) -> Any:
         if name == "runtime":

@@ -22,6 +22,7 @@ from peftc.language.spec import Spec, combine
 from peftc.model import backbones
 from peftc.model.compiled import CompiledModel, attach
 from peftc.model.saving import check_backbone
+from peftc.model.sets import Made, below, require_name
 from peftc.model.sharing import require_bare
 from peftc.model.words import Activations
 from peftc.plan import left
@@ -29,11 +30,13 @@ from peftc.plan.algebra import constant_form
 from peftc.plan.budget import BudgetError, Solved, solve
 from peftc.plan.edit import Edit
 from peftc.plan.plan import Plan, make_plan
+from peftc.plan.sets import together, under
 from peftc.rewrite import verify
 from peftc.rewrite.pipeline import PassResult, Pipeline
 from peftc.sites.kinds import Survey
 from peftc.sites.site import Site
 from peftc.store import deltas as delta
+from peftc.store.deltas import DEFAULT
 from peftc.store.directory import MANIFEST, DeltaError
 
 Batch = Mapping[str, torch.Tensor]
@@ -180,36 +183,59 @@ def compile(  # the name that users of torch expect
     example: Batch | None = None,
     trace: Trace | None = None,
     without: Iterable[str] = (),
+    name: str = DEFAULT,
 ) -> CompiledModel:
     """A model of the same class whose forward runs graphs with the deltas of `spec` inserted.
 
     Weights are shared with `model`, not copied, and frozen; `peftc.detach` gives the model back. Graphs
     are captured when an entry (forward, encode, prefill, decode) is first used. `without` names passes of
-    `passes.LEAN` that are left out: the same numbers but for rounding, in more kernels. Raises ValueError for
-    a name that is none of them.
+    `passes.LEAN` that are left out: the same numbers but for rounding, in more kernels. `name` is what the
+    model calls these deltas, should others be added. Raises ValueError for a pass that is none of them.
     """
     require_bare(model)
     _require_lean(without := frozenset(without))
-    trace = trace or Trace()
-    captured = _captured(model, example, trace)
+    compiler = Compiler(trace or Trace(), without, example)
+    captured = _captured(model, example, compiler.trace)
+    return attached(model, _made_of(model, spec, captured), compiler, name, captured)
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """What a compiled model was compiled with, for the sets that are added to it. Copies and pickles tell no trace."""
+
+    trace: Trace = field(default_factory=Trace)
+    without: frozenset[str] = frozenset()
+    example: Batch | None = None
+
+    def made(self, backbone: PreTrainedModel, source: Any) -> Made:
+        """A spec, or a directory of deltas of this backbone, as a set to be."""
+        captured = _captured(backbone, self.example, self.trace)
+        directory = Path(source) if isinstance(source, str | Path) else None
+        if directory is None or not directory.is_dir():
+            return _made_of(backbone, source, captured)
+        found = _made_from(backbone, directory, delta.manifest_of(directory), captured)
+        if len(found) > 1:
+            raise DeltaError(
+                f"{directory} holds several sets ({', '.join(found)}); save each by itself"
+            )
+        return next(iter(found.values()))
+
+    def rewrite(self, edits: tuple[Edit, ...]) -> Rewrite:
+        return Rewrite(edits, self.trace, self.without)
+
+    def __reduce__(self) -> Any:
+        return Compiler, (Trace(), self.without, self.example)
+
+
+def _made_of(model: PreTrainedModel, spec: SpecLike, captured: Captured) -> Made:
     plan = _plan(model, as_specs(spec), captured)
-    activations = Activations(model, captured.program)
-    compiled = attached(
-        model, plan, trace, captured=captured, activations=activations, without=without
-    )
-    return remembering(compiled, example)
+    return Made(plan, activations=Activations(model, captured.program))
 
 
 def _require_lean(names: frozenset[str]) -> None:
     known = [one.name for one in passes.LEAN]
     for name in sorted(names - set(known)):
         raise ValueError(f"no pass '{name}' can be left out; these can: {', '.join(known)}")
-
-
-def remembering(model: CompiledModel, example: Batch | None) -> CompiledModel:
-    """The model with the batch that it was captured with, so that no later verb need be told again."""
-    model.example = example
-    return model
 
 
 def sample(model: PreTrainedModel, example: Batch | None = None) -> dict[str, torch.Tensor]:
@@ -226,18 +252,15 @@ def sample(model: PreTrainedModel, example: Batch | None = None) -> dict[str, to
 
 def attached(
     model: PreTrainedModel,
-    plan: Plan,
-    trace: Trace,
-    form: str = "training",
+    made: Made,
+    compiler: Compiler,
+    name: str = DEFAULT,
     captured: Captured | None = None,
-    activations: Activations | None = None,
-    values: Mapping[str, torch.Tensor] | None = None,
-    without: frozenset[str] = frozenset(),
 ) -> CompiledModel:
-    rewrite = Rewrite(plan.edits, trace, without)
-    compiled = attach(model, plan, rewrite, form, activations, values)
-    trace.model = compiled
-    if captured is not None and not plan.room:  # rows in front change what is traced
+    """A compiled model with one delta set, told to the trace."""
+    compiled = attach(model, made, compiler, name)
+    compiler.trace.model = compiled
+    if captured is not None and not made.plan.room:  # rows in front change what is traced
         compiled.adopt(captured.program, captured.inputs, captured.flags, captured.seen)
     return compiled
 
@@ -252,32 +275,57 @@ def load(
     """Deltas from disk on their backbone: the one given, or the one that their manifest names.
 
     `backbone` is not copied: it is frozen as `compile` does, and parameters that the spec unfroze take the
-    saved values. `example` is one batch by argument name, needed only where the inputs cannot be guessed.
-    Raises DeltaError when the directory is damaged, half written, or the backbone is another one;
-    then the backbone is as it was.
+    saved values. Sets that were saved together are in use together. `example` is one batch by argument name, needed
+    only where the inputs cannot be guessed. Raises DeltaError when the directory is damaged, half written, or the
+    backbone is another one; then the backbone is as it was.
     """
     path = Path(path)
     manifest = delta.manifest_of(path)
     if backbone is None:
         backbone = _named_backbone(manifest)
     require_bare(backbone)
-    trace = Trace()
-    captured = _captured(backbone, example, trace)
-    plan = _restored_plan(
-        manifest, path, _plan(backbone, [delta.spec_of(manifest, path)], captured)
-    )
-    check_backbone(manifest, backbone, plan)
-    weights = dict(backbone.named_parameters())
-    unfrozen = {one.path: tuple(weights[one.path].shape) for one in plan.unfrozen}
-    deltas = {p.path: p.shape for edit in plan.edits for p in edit.parameters}
-    expected = {**{f"deltas.{path}": shape for path, shape in deltas.items()}, **unfrozen}
-    tensors = delta.read_tensors(path, manifest, expected)  # before the backbone is touched
-    values = {path: tensors[f"deltas.{path}"] for path in deltas}
-    model = attached(backbone, plan, trace, manifest["form"], captured, values=values)
-    with torch.no_grad():
-        for name in unfrozen:
-            weights[name].copy_(tensors[name])
-    return remembering(model, example)
+    compiler = Compiler(example=example)
+    captured = _captured(backbone, example, compiler.trace)
+    (name, first), *others = _made_from(backbone, path, manifest, captured).items()
+    model = attached(backbone, first, compiler, name, captured)
+    for other, made in others:
+        model.include(other, made)
+    if others:
+        model.use(model.delta_sets)
+    return model
+
+
+def _made_from(
+    backbone: PreTrainedModel, path: Path, manifest: Mapping[str, Any], captured: Captured
+) -> dict[str, Made]:
+    """The sets that a directory holds, by their names. Raises DeltaError before anything of the backbone changes."""
+    plans, forms = {}, {}
+    for said in delta.sets_of(manifest):
+        plan = _plan(backbone, [delta.spec_of(said, path)], captured)
+        plans[said["set"]] = _restored_plan(said, path, plan)
+        forms[said["set"]] = said["form"]
+        require_name(said["set"], backbone)
+    together([*plans.values()]).room.require(backbone)
+    check_backbone(manifest, backbone, plans.values())
+    shapes = dict(backbone.named_parameters())
+    expected: dict[str, tuple[int, ...]] = {}
+    for name, plan in plans.items():
+        saved = under(plan, below(name)).tensors
+        expected |= {f"deltas.{key}": one.shape for key, one in saved.items()}
+        expected |= {one.path: tuple(shapes[one.path].shape) for one in plan.unfrozen}
+    tensors = delta.read_tensors(path, manifest, expected)
+    return {
+        name: Made(
+            plan,
+            forms[name],
+            values={
+                key: tensors[f"deltas.{one.under('', below(name)).path}"]
+                for key, one in plan.tensors.items()
+            },
+            weights={one.path: tensors[one.path] for one in plan.unfrozen},
+        )
+        for name, plan in plans.items()
+    }
 
 
 def _restored_plan(manifest: Mapping[str, Any], path: Path, plan: Plan) -> Plan:

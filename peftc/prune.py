@@ -63,9 +63,6 @@ def prune(
     is kept: its mask is frozen, so that training goes on within it. Raises PruneError when a delta does not
     fold, or when `keep` is none or more than there is.
     """
-    odd = [name for name, one in model.deltas.values().items() if not torch.isfinite(one).all()]
-    if odd:
-        raise PruneError(f"delta '{odd[0]}' holds numbers that are not finite; train it again")
     free = {one.path for one in model.plan.unfrozen}
     backbone, folding = fold(model, driver.Trace(), as_stored=_difference)
     if folding.edits:

@@ -238,6 +238,7 @@ def planned(name: str, table: object) -> list[Plan]:
     return plans(backbone(name), specs(table))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("model", MODELS)
 def test_weights(model: str) -> None:
     column = MODELS.index(model)
@@ -306,6 +307,7 @@ def formulas(one: Sizes, rank: int, length: int, hidden: int) -> dict[str, int]:
     }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("family", TINY)
 def test_every_family_by_the_formulas(family: str) -> None:
     one, given = TINY[family], {"r": 4, "l": 5, "m": 6}

@@ -58,6 +58,7 @@ def test_a_family_has_its_sites(name: str) -> None:
     assert counts["ffn"] == (4 if name.endswith("_head") else 2)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("method", SPECS)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_family_takes_a_method(name: str, method: str) -> None:

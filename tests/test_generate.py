@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from conftest import batch, stir, tiny
+from methods import spec
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -101,9 +102,38 @@ def test_bart_generates_as_an_independent_rewrite(method: str, mode: str) -> Non
     assert not torch.equal(got, generate(backbone, mode))
 
 
-def test_generation_switches_off_what_it_cannot_do() -> None:
-    model = peftc.compile(tiny("gpt2"), "lora")
-    with pytest.raises(peftc.PeftcError, match="DynamicCache"):
-        model.generate(
-            **batch(model), max_new_tokens=3, cache_implementation="static", pad_token_id=1
-        )
+STATIC = [
+    ("llama", "lora"),
+    ("gpt2", "mam"),
+    ("bart", "mam"),
+    ("t5", "lora"),
+    ("gemma2", "lora"),
+    ("bloom", "dora"),
+    ("llama", "prompt_tuning"),
+    ("bart", "prompt_tuning"),
+    ("whisper", "bitfit"),
+]
+
+
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize(("family", "method"), STATIC)
+def test_a_static_cache_holds_the_same(family: str, method: str) -> None:
+    """Windows, rows in front, relative positions, beams that move, a cache that was used before."""
+    model = stir(peftc.compile(tiny(family), spec(method)), 0.1)
+    inputs, static = batch(model, "left"), {"cache_implementation": "static"}
+    for beams in (1, 2):
+        exact = dict(max_new_tokens=6, pad_token_id=1, do_sample=False, num_beams=beams)
+        want = model.generate(**inputs, **exact)
+        for _ in range(2):
+            assert torch.equal(model.generate(**inputs, **exact, **static), want)
+
+
+@pytest.mark.parametrize(
+    ("kind", "found"),
+    [("static", "StaticSlidingWindowLayer"), ("offloaded_static", "StaticCache that is offloaded")],
+)
+def test_a_cache_is_refused_that_no_graph_holds(kind: str, found: str) -> None:
+    changes = {"sliding_window": 5} if kind == "static" else {}
+    model = peftc.compile(tiny("mixtral", **changes), "lora")
+    with pytest.raises(peftc.PeftcError, match=f"DynamicCache or StaticCache, not {found}; leave"):
+        model.generate(**batch(model), max_new_tokens=3, cache_implementation=kind, pad_token_id=1)

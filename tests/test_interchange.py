@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 import peftc
 from peftc.errors import PeftcError
-from peftc.interchange.read import import_peft
+from peftc.interchange.read import add_peft, import_peft
 from peftc.interchange.settings import COMMON, KINDS
 from peftc.interchange.write import export_peft
 from peftc.language.expr import show
@@ -84,6 +84,25 @@ def test_import(kind: str, family: str, tmp_path: Path) -> None:
     weights = dict(theirs.merge_and_unload().named_parameters())
     for name, value in merged.named_parameters():
         assert (value - weights[name]).abs().max() <= 1e-5 * value.abs().max().clamp(min=1), name
+
+
+@pytest.mark.parametrize("kind", ["lora", "ia3"])
+def test_import_beside_other_deltas(kind: str, tmp_path: Path) -> None:
+    theirs = adapter(kind, "bart", tmp_path)
+    inputs = batch(theirs)
+    model = stir(peftc.compile(tiny("bart"), "mam"), 0.1)
+    want = logits(model, inputs)
+    add_peft(model, tmp_path, "theirs")
+    assert torch.equal(logits(model, inputs), want)
+    model.use("theirs")
+    assert torch.allclose(logits(model, inputs), logits(theirs, inputs), atol=1e-5)
+    model.use("default")
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({**load_file(file), "odd": torch.zeros(1)}, file)
+    with pytest.raises(PeftcError):
+        add_peft(model, tmp_path, "damaged")
+    assert model.delta_sets == ("default", "theirs")
+    assert torch.equal(logits(model, inputs), want)
 
 
 @pytest.mark.parametrize("family", ["bart", "roberta", "gpt2", "neox"])

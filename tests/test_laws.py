@@ -34,7 +34,7 @@ from peftc.rewrite.folding import Report
 
 # float64; some norms (Llama, T5) round to float32 on the way.
 TOLERANCE = 1e-5
-EXAMPLES, MANY = 200, 5000
+EXAMPLES, MANY = 60, 5000
 RARELY = (
     0.1  # how often a model runs in the odd modes that it came with: each takes a graph of its own
 )
@@ -460,6 +460,21 @@ FOUND = {
         "llama",
         "at: attention.q, params: {p: {shape: [in, in], init: normal}}, rewrite: {x: x @ p}}, "
         "{at: attention.v, params: {p: {shape: [d, out], init: normal}}, rewrite: {h: h + input @ p}",
+    ),
+    "a value that a later edit does without": (
+        "mpt",
+        "at: norm, params: {p: {shape: [out], init: normal}}, rewrite: {W: W * p}}, "
+        "{at: ffn, params: {p: {shape: [out, out], init: normal}}, rewrite: {h: residual @ p}",
+    ),
+    "a projection that a later edit does without": (
+        "phi3",
+        "at: attention.q, params: {p: {shape: [out, in], init: normal}}, rewrite: {W: W + p}}, "
+        "{at: attention.q, params: {p: {shape: [d, out], init: normal}}, rewrite: {h: input @ p}",
+    ),
+    "a norm's scale behind one that stays": (
+        "bert",
+        "at: norm, params: {p: {shape: [out], init: normal}}, rewrite: {W: W + p, h: tanh(h)}}, "
+        "{at: norm, rewrite: {W: -2 * W}",
     ),
     "nothing is left of weight and bias": (
         "bert",

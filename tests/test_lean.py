@@ -15,18 +15,9 @@ from passes import LEAN
 NAMES = [one.name for one in LEAN]
 
 
-def cell(place: int, method: str, family: str, name: str) -> object:
-    """In CI each cell is run without one pass, the passes in turn; `-m slow` takes all."""
-    marks = [pytest.mark.xdist_group(family)]
-    if NAMES[place % len(NAMES)] != name:
-        marks.append(pytest.mark.slow)
-    return pytest.param(method, family, name, id=f"{method}-{family}-{name}", marks=marks)
-
-
-CELLS = [cell(i, *one, name) for i, one in enumerate(SAMPLE) for name in NAMES]
-
-
-@pytest.mark.parametrize(("method", "family", "name"), CELLS)
+@pytest.mark.sampled(7)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("method", "family"), SAMPLE)
 def test_the_same_without(method: str, family: str, name: str) -> None:
     variant = Variant.of(method, family)
     found = []

@@ -88,7 +88,11 @@ def _starts_as_promised(
     got = logits(model, inputs)
     if method in EXACT:
         assert apart(model, inputs, got, eager) <= 1e-5  # fp32; the trace may sum in another order
-        assert torch.equal(real(model, inputs, got), real(model, inputs, traced(variant)))
+        want = real(model, inputs, traced(variant))
+        # fp32; a fused product that deltas cut may sum in another order (the pass `slices`), and that alone
+        assert (real(model, inputs, got) - want).abs().max() <= 1e-6 * want.abs().max()
+        whole = peftc.compile(variant.backbone(), spec(method), without=["slices"])
+        assert torch.equal(real(model, inputs, logits(whole, inputs)), want)
     elif method in CLOSE:
         assert apart(model, inputs, got, eager) <= 1e-4  # fp32, two layers
     else:
@@ -158,6 +162,7 @@ def _half_cell(method: str) -> object:
     return pytest.param(method, family, id=f"{method}-{family}", marks=mark)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("method", "family"), [_half_cell(method) for method in shipped()])
 def test_bfloat16(method: str, family: str, tmp_path: Path) -> None:
     """In half precision: exact where exact, trains, comes back, and folds to what float64 says, rounded."""

@@ -69,6 +69,7 @@ def test_certificate_and_files(written) -> None:  # type: ignore[no-untyped-def]
     assert weights < 2 * 4 * tiny("bart").num_parameters() + 4096 * 200
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("family", ["bert", "bart"])
 def test_rows_in_front(family: str, tmp_path: Path) -> None:
     """A prompt is in the graph; whoever runs it sees the tokens alone."""

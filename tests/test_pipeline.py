@@ -11,7 +11,7 @@ from toys import program
 import peftc
 from passes import Normalize
 from peftc.driver import Trace
-from peftc.graph.program import Program
+from peftc.graph.program import Program, aten
 from peftc.merging import merge
 from peftc.rewrite.pipeline import PassError, Pipeline
 from peftc.rewrite.verify import check
@@ -22,23 +22,30 @@ def test_the_verifier_sees_what_is_wrong() -> None:
     assert any("assertion left" in problem for problem in check(one))
     Normalize().run(one)
     assert check(one) == ()
-    one.placeholder("stray", next(iter(one.slots.values())).__class__("delta", "nowhere"))
-    assert check(one) == ("delta that nothing reads: nowhere",)
+    untagged(one)
+    assert check(one) == ("inserted without a tag: stray",)
+
+
+def untagged(one: Program) -> None:
+    """A node of which nothing says where it comes from."""
+    first = next(iter(one.graph.nodes))
+    with one.graph.inserting_after(first):
+        one.graph.create_node("call_function", aten.neg.default, (first,), name="stray")
 
 
 @dataclass(frozen=True)
 class Careless:
-    """A pass that leaves a delta which nothing reads."""
+    """A pass that tags nothing."""
 
     name: str = "careless"
 
     def run(self, one: Program) -> int:
-        one.placeholder("stray", next(iter(one.slots.values())).__class__("delta", "nowhere"))
+        untagged(one)
         return 1
 
 
 def test_a_pass_that_leaves_something_wrong_is_named() -> None:
-    message = "after pass 'careless': delta that nothing reads: nowhere"
+    message = "after pass 'careless': inserted without a tag: stray"
     with pytest.raises(PassError, match=message):
         Pipeline(check).run((Normalize(), Careless()), program())
 

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 # The arguments of an example, and what it must print.
 EXAMPLES = {
     "demo.py": (("--quick", "--sample"), ("accuracy", "ONNX")),
+    "two_sets.py": ((), ("the backbone as it was: True", "loaded by itself: size")),
     "paper_tables.py": ((), ("mam_30_512              27,377,664   6.7      6.7",)),
 }
 needs_bert = pytest.mark.skipif(
@@ -98,7 +99,7 @@ def test_pins_meet_the_ranges() -> None:
 
 
 # Packages that are imported under another name, and those that another one needs.
-MODULES = {"pyyaml": "yaml", "onnx-ir": "onnx_ir", "rouge-score": "rouge_score", "accelerate": ""}
+MODULES = {"pyyaml": "yaml", "onnx-ir": "onnx_ir", "rouge-score": "rouge_score"}
 
 
 def test_what_is_imported_is_declared_and_what_is_declared_imported() -> None:
@@ -125,11 +126,10 @@ def test_every_example_has_its_arguments() -> None:
     assert set(EXAMPLES) == {one.name for one in files if "__main__" in one.read_text()}
 
 
-LONG = pytest.param("demo.py", marks=pytest.mark.slow)  # CI runs it as `make demo`
+LONG = pytest.param("demo.py", marks=[pytest.mark.slow, needs_bert])  # CI runs it as `make demo`
 
 
 @pytest.mark.parametrize("name", [LONG if one == "demo.py" else one for one in EXAMPLES])
-@needs_bert
 def test_example(name: str) -> None:
     arguments, words = EXAMPLES[name]
     done = subprocess.run(

@@ -95,6 +95,7 @@ def test_a_hook_sees_and_changes_what_a_layer_gives() -> None:
     assert torch.allclose(logits(model, inputs), logits(backbone, inputs), atol=1e-5)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("method", ["lora", "mam", "prompt_tuning"])
 def test_layers_computed_twice_save_memory(method: str) -> None:
     """At twelve layers at most a quarter, what checkpoints hold by themselves (the layers' inputs) added."""

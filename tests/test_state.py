@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.cache_utils import DynamicCache
 
 import peftc
+from peftc.driver import Trace
 from peftc.errors import PeftcError
 from peftc.graph.captures import CAPTURES
 from peftc.graph.state import fingerprint
@@ -165,12 +166,13 @@ def test_one_compiled_model_at_a_time() -> None:
 def test_deleting_it_frees_it_at_once() -> None:
     backbone = tiny("bert")
     inputs = batch(backbone)
-    trace = peftc.driver.Trace()
+    trace = Trace()
     model = peftc.compile(backbone, peftc.load_spec("dora", r=2), trace=trace)
     model.train()(**inputs, labels=torch.tensor([0, 1, 2])).loss.backward()
     logits(model.eval(), inputs)
     gone = [weakref.ref(one) for one in (model, backbone, backbone.classifier.weight)]
     gone += [weakref.ref(one) for one in model.deltas.values().values()]
+    gc.collect()  # what transformers left in circles when it built the backbone
     gc.disable()
     try:
         del model, backbone
@@ -513,6 +515,7 @@ DECODERS = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", DECODERS)
 def test_what_keeps_no_cache_generates_without(name: str) -> None:
     torch.manual_seed(0)
@@ -527,6 +530,7 @@ def test_what_keeps_no_cache_generates_without(name: str) -> None:
     assert "past_key_values" not in output(model, **inputs, use_cache=True)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "bart"])
 def test_a_cache_that_is_cut_back(family: str) -> None:
     sizes = dict(sliding_window=6) if family == "gemma2" else {}
@@ -600,22 +604,55 @@ def test_hooks_inside_are_named_and_do_not_run() -> None:
     assert seen == [2]
 
 
-def test_noise_on_embeddings_is_said_not_to_run(tmp_path: Path) -> None:
-    model = compiled()
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_noise_on_embeddings(family: str, tmp_path: Path) -> None:
+    """NEFTune hooks the embedding: the losses are those of the backbone trained as it is, noise for noise."""
+    losses = []
+    for bare in (False, True):
+        backbone = tiny(family)
+        model = backbone if bare else peftc.compile(backbone, "norm_tuning")
+        free = {one.path for one in peftc.plan(tiny(family), "norm_tuning").unfrozen}
+        for path, weight in backbone.named_parameters():
+            weight.requires_grad_(path in free)
+        inputs = batch(backbone)
+        labels = inputs["input_ids"] if backbone.can_generate() else torch.arange(3)
+        rows = [{k: v[i] for k, v in inputs.items()} | {"labels": labels[i]} for i in range(3)]
+        args = TrainingArguments(
+            output_dir=str(tmp_path),
+            neftune_noise_alpha=5.0,
+            use_cpu=True,
+            max_steps=2,
+            report_to=[],
+            disable_tqdm=True,
+        )
+        losses.append(Trainer(model=model, args=args, train_dataset=rows).train().training_loss)
+        assert not model.get_input_embeddings()._forward_hooks
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # float32, two layers
+
+
+@pytest.mark.parametrize("method", ["lora", "prompt_tuning", "mam"])
+def test_hooks_outside_of_layers_run(method: str) -> None:
+    """They see what the module gives, and what they give is read; beside deltas there too, and cached."""
+    backbone = tiny("llama")
+    model = stir(peftc.compile(backbone, peftc.load_spec(method)), 0.1)
     inputs = batch(model)
-    rows = [{k: v[i] for k, v in inputs.items()} | {"labels": i} for i in range(3)]
-    args = TrainingArguments(
-        output_dir=str(tmp_path),
-        neftune_noise_alpha=5.0,
-        use_cpu=True,
-        max_steps=1,
-        report_to=[],
-        disable_tqdm=True,
-    )
-    with pytest.warns(
-        UserWarning, match=r"hooks on 'bert\.embeddings\.word_embeddings' do not run"
-    ):
-        Trainer(model=model, args=args, train_dataset=rows).train()
+    want = logits(model, inputs)
+    seen: list[torch.Tensor] = []
+    embedding, norm = backbone.model.embed_tokens, backbone.model.norm
+    handles = [
+        embedding.register_forward_hook(lambda _, args, out: seen.append(out)),
+        norm.register_forward_hook(lambda _, args, out: out * 2),
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.allclose(logits(model, inputs), 2 * want, atol=1e-5)  # the head is linear
+        assert len(seen) == 1 and torch.equal(seen[0][:, -11:], embedding(inputs["input_ids"]))
+        seen.clear()
+        model.generate(**inputs, max_new_tokens=3, do_sample=False)
+        assert len(seen) == 3
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(logits(model, inputs), want)
 
 
 # Names

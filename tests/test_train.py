@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import logits, tiny
+from methods import spec
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     PreTrainedTokenizerFast,
@@ -105,6 +106,31 @@ def test_checkpoints_resume_exactly(tokenizer: PreTrainedTokenizerFast, tmp_path
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
     for name, value in whole.model.deltas.values().items():
         assert torch.allclose(value, resumed.model.deltas.values()[name], atol=1e-6), name
+
+
+@pytest.mark.parametrize("method", ["lora", "mam"])
+def test_a_trainer_computes_layers_twice(
+    method: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """`gradient_checkpointing` changes nothing but the memory: dropout, prefixes and losses are the same."""
+    losses, learned = [], []
+    for twice in (False, True):
+        torch.manual_seed(0)
+        model = peftc.compile(tiny("llama", attention_dropout=0.1), spec(method))
+        args = TrainingArguments(
+            output_dir=str(tmp_path / str(twice)),
+            report_to=[],
+            disable_tqdm=True,
+            max_steps=3,
+            seed=5,
+            learning_rate=1e-2,
+            gradient_checkpointing=twice,
+        )
+        trainer = Trainer(model=model, args=args, train_dataset=encoded(tokenizer, 16))
+        losses.append(trainer.train().training_loss)
+        learned.append(model.deltas.values())
+    assert losses[0] == losses[1]
+    assert all(torch.equal(one, learned[1][name]) for name, one in learned[0].items())
 
 
 def test_trainer_loss_is_the_models_own(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

@@ -9,10 +9,11 @@ import typer
 from transformers import PreTrainedModel
 
 from peftc import driver
-from peftc.cli import listing, options
+from peftc.cli import listing, options, steps
 from peftc.cli import tables as table
 from peftc.cli.console import console, raw, say, step
 from peftc.language.reader import load_spec
+from peftc.saved import saved
 
 
 def plan(
@@ -32,19 +33,37 @@ def plan(
             "--budget", metavar="6.7%", help="Solve each spec's size for a share, or a number."
         ),
     ] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            "--batch", metavar="ROWS", help="Count what a training step of so many rows saves."
+        ),
+    ] = None,
+    length: Annotated[
+        int | None,
+        typer.Option("--length", metavar="TOKENS", help="Tokens of each row of --batch."),
+    ] = None,
 ) -> None:
     """Show what a spec does to a model, without building weights.
 
-    Prints the design table, the number of parameters, and every site that is left alone with the reason.
+    Prints the design table, the number of parameters, and every site that is left alone with the reason; with
+    --batch the bytes that a training step saves for backward, by site and in all.
 
     \b
     peftc plan mam --model facebook/bart-large --random-weights
     peftc plan lora --set r=16 --model ./my-bert --json
     peftc plan --sites --model ./my-bert
     peftc plan lora mam --budget 1% --model ./my-bert
+    peftc plan lora --batch 8 --length 512 --model ./my-bert
     """
     if not specs and not sites:
         raise options.OptionError("name a spec, or ask for --sites")
+    if length is not None and batch is None:
+        raise options.OptionError("--length is of the rows of a batch: say --batch too")
+    if batch is not None and (not specs or budget is not None):
+        raise options.OptionError(
+            "--batch counts what one step with a spec saves: name a spec, no --budget"
+        )
     loaded = options.specs(specs, sets) if specs and not budget else None
     built = options.backbone(model, random_weights, meta=True, task=task, num_labels=num_labels)
 
@@ -60,11 +79,18 @@ def plan(
         )
     with step("tracing and planning"):
         found = driver.plan(built, loaded)
+    step_of = None
+    if batch is not None:
+        with step("counting what a training step saves"):
+            step_of = saved(built, loaded, batch, length)
     if as_json:
-        return raw(json.dumps(table.data(found), indent=2))
+        more = {} if step_of is None else {"saved": steps.data(step_of)}
+        return raw(json.dumps(table.data(found) | more, indent=2))
     say(table.render(found, console().width))
     if sites:
         say(table.site_list(found))
+    if step_of is not None:
+        say(steps.render(step_of))
 
 
 def _budgets(

@@ -17,6 +17,7 @@ from peftc.export.graph import ExportError, Graph, require_onnx, to_onnx
 from peftc.export.parity import Parity, check
 from peftc.export.tasks import task_of
 from peftc.export.weights import write_models
+from peftc.graph.placement import weights
 from peftc.graph.rows import room_of
 from peftc.language.resolved import digest
 from peftc.merging import merge
@@ -138,7 +139,7 @@ def _about(
         "spec": {"name": plan.spec.name, "digest": digest(plan.spec)} if plan else None,
         "backbone": {
             "class": type(folded).__name__,
-            "fingerprint": fingerprint(model, learned),
+            "fingerprint": fingerprint(weights(model), learned),
         },
         "versions": {p: version(p) for p in ("peftc", "torch", "transformers", "onnx")},
     }

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from peftc.errors import PeftcError
+from peftc.graph.cache import FILLED
 from peftc.graph.entries import ENTRIES, Tensors
 from peftc.graph.facts import ModelFacts
 from peftc.graph.state import readable
@@ -58,6 +59,7 @@ class Argument:
 ARGUMENTS = (
     Argument("past.self.*", "cache", "past", holds=True),
     Argument("past.cross.*", "cache", "source", holds=True),
+    Argument(FILLED, "place", "", holds=True),
     Argument("encoder_hidden_states", "states", holds=True),
     Argument("pixel_values", "samples", ""),
     Argument("input_features", "samples", ""),
@@ -74,6 +76,11 @@ ARGUMENTS = (
     Argument("position_ids", "positions"),
     Argument("*", "states"),
 )  # fmt: skip
+# The mask of what a cache holds, by whether the model is an encoder-decoder.
+OWN_MASK = {
+    several: next(r.pattern for r in ARGUMENTS if r.role == "mask" and r.follows == follows)
+    for several, follows in ((True, "target"), (False, "source"))
+}
 
 
 @functools.lru_cache(1024)
@@ -112,16 +119,20 @@ def _length(row: Argument, entry: str, encoder_decoder: bool, whole: bool = Fals
 def layout(inputs: Tensors, entry: str, encoder_decoder: bool) -> dict[str, tuple[str | None, ...]]:
     """The dynamic axes of every input of one call. A size that is not the batch's is fixed: a mask's axis of one
     for all heads, a position row for all texts, the classes of a multi-label head. So is a step of one token,
-    which sees all that is behind it."""
+    which sees all that is behind it, and a static cache."""
     found = {k: axes(k, v.ndim, entry, encoder_decoder) for k, v in inputs.items()}
-    sizes = _lengths(inputs, found, entry)
+    sizes, still = _lengths(inputs, found, entry), _STILL if ENTRIES[entry].static else ()
     return {
         k: tuple(
-            label if _moves(k, inputs[k], axis, label, sizes) else None
+            label if label not in still and _moves(k, inputs[k], axis, label, sizes) else None
             for axis, label in enumerate(labels)
         )
         for k, labels in found.items()
     }
+
+
+# What has one length in a static cache.
+_STILL = ("past", "total")
 
 
 def _lengths(inputs: Tensors, found: Labels, entry: str) -> dict[str, int]:
@@ -138,7 +149,9 @@ def _lengths(inputs: Tensors, found: Labels, entry: str) -> dict[str, int]:
 
 def unpadded(inputs: Tensors, entry: str, encoder_decoder: bool) -> bool:
     """Whether every token of a call counts: what masks it has are as long as what they mask, and ones. False where
-    values cannot be asked for, as while tracing."""
+    values cannot be asked for, as while tracing, and in a static cache, which has empty places."""
+    if ENTRIES[entry].static:
+        return False
     masks = {k: v for k, v in inputs.items() if argument(k).role == "mask"}
     if not masks:
         return True

@@ -7,8 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    EncoderDecoderCache,
+    StaticLayer,
+)
 
+# The input that says how many places of a static cache are filled: a tensor, so that one graph serves all steps.
+FILLED = "past_length"
 # How the parts of a cache are called in an ONNX graph, as optimum has it.
 _ONNX = {"self": "decoder", "cross": "encoder"}
 
@@ -70,13 +78,39 @@ def pairs(tensors: Mapping[str, Any], part: str) -> Iterator[tuple[torch.Tensor,
         layer += 1
 
 
-def unflatten_cache(tensors: Mapping[str, Any], encoder_decoder: bool) -> Any:
-    """The cache that `flatten_cache` was given, empty where `tensors` have none of it."""
-    parts = [
-        _dynamic(pairs(tensors, part))
-        for part in (("self", "cross") if encoder_decoder else ("self",))
-    ]
-    return EncoderDecoderCache(*parts) if encoder_decoder else parts[0]
+def unflatten_cache(
+    tensors: Mapping[str, Any], encoder_decoder: bool, filled: torch.Tensor | None = None
+) -> Any:
+    """The cache that `flatten_cache` was given, empty where `tensors` have none of it; a static one, if `filled` says
+    how far."""
+    layers = pairs(tensors, "self")
+    own: Any
+    if filled is None:
+        own = _dynamic(layers)
+    else:
+        own = Cache(layers=[_Step(keys, values, filled) for keys, values in layers])
+    return EncoderDecoderCache(own, _dynamic(pairs(tensors, "cross"))) if encoder_decoder else own
+
+
+class _Step(StaticLayer):
+    """A layer of a static cache for one step: it lets attention see the new keys and values in their places, and
+    holds them alone."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, filled: torch.Tensor) -> None:
+        super().__init__(keys.shape[2])
+        self.dtype, self.device = keys.dtype, keys.device
+        self.keys, self.values, self.cumulative_length = keys, values, filled
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        new = torch.arange(key_states.shape[2], device=key_states.device) + self.cumulative_length
+        assert self.keys is not None and self.values is not None  # given when it was made
+        keys = self.keys.index_copy(2, new, key_states)
+        values = self.values.index_copy(2, new, value_states)
+        self.keys, self.values = key_states, value_states
+        return keys, values
 
 
 def _dynamic(layers: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> DynamicCache:

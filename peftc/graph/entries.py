@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from peftc.graph.cache import CacheSlot, flatten_cache, unflatten_cache
+from peftc.graph.cache import FILLED, CacheSlot, flatten_cache, unflatten_cache
 
 Outputs = tuple[type, dict[str, Any]]
 Tensors = Mapping[str, torch.Tensor]
@@ -20,12 +20,14 @@ Tensors = Mapping[str, torch.Tensor]
 class Entry:
     """A way into a model: `call(model, tensors, flags)` gives its output class and output tensors.
 
-    `steps`: it goes on from a cache. `encodes`: a later entry reads what it makes.
+    `steps`: it goes on from a cache. `static`: that cache has one size, and `past_length` says how much of it is
+    filled. `encodes`: a later entry reads what it makes.
     """
 
     name: str
     call: Callable[[PreTrainedModel, Tensors, Mapping[str, Any]], Outputs]
     steps: bool = False
+    static: bool = False
     encodes: bool = False
 
 
@@ -43,11 +45,11 @@ def _encode(model: PreTrainedModel, tensors: Tensors, flags: Mapping[str, Any]) 
 
 
 def _cached(model: PreTrainedModel, tensors: Tensors, flags: Mapping[str, Any]) -> Outputs:
-    """One step with a cache: flat past keys and values in, flat present ones out. A model that keeps none
-    gives its other fields alone."""
+    """One step with a cache: flat past keys and values in, flat present ones out; of a static cache the new ones
+    alone. A model that keeps none gives its other fields alone."""
     inputs = {k: v for k, v in tensors.items() if CacheSlot.read(k) is None}
     seq2seq = bool(model.config.is_encoder_decoder)
-    cache = unflatten_cache(tensors, seq2seq)
+    cache = unflatten_cache(tensors, seq2seq, inputs.pop(FILLED, None))
     hidden = inputs.pop("encoder_hidden_states", None)
     if seq2seq:
         if hidden is None:  # cross keys are cached, so the encoder's output is not read
@@ -87,6 +89,7 @@ ENTRIES = {
         Entry("encode", _encode, encodes=True),
         Entry("prefill", _cached),
         Entry("decode", _cached, steps=True),
+        Entry("decode_static", _cached, steps=True, static=True),
         Entry("encode_cross", _cross, encodes=True),
     )
 }

@@ -47,7 +47,8 @@ class ModelFacts:
     """What a model says of itself. Where a traced graph knows better, the graph wins.
 
     Sizes are counts; a fact that the model does not state is None. `arguments` are those of its forward, in
-    order; `counted` is its own way to number tokens by their ids, where it has one.
+    order; `targets` are the positions of a decoder that has another number of them; `counted` is its own way to
+    number tokens by their ids, where it has one.
     """
 
     name: str
@@ -60,6 +61,7 @@ class ModelFacts:
     end: int | None
     special: frozenset[int]
     positions: int | None
+    targets: int | None
     segments: int
     image: tuple[int, int] | None
     channels: int
@@ -82,6 +84,7 @@ class ModelFacts:
             end=_first(said("eos_token_id")),
             special=_special(config),
             positions=said("max_position_embeddings"),
+            targets=said("max_target_positions"),
             segments=said("type_vocab_size") or 0,
             image=_image(said("image_size")),
             channels=said("num_channels") or 3,
@@ -95,6 +98,15 @@ class ModelFacts:
         """A classifier on an encoder-decoder: the decoder reads the input too, and the head its last state."""
         head = self.has_head and not self.generates
         return self.encoder_decoder and head and self.main_input == "input_ids"
+
+    @property
+    def longest(self) -> int | None:
+        """How many tokens of one text there are positions for; where padding has positions of its own, less these."""
+        said = [one for one in (self.positions, self.targets) if one is not None]
+        if self.counted is None or not said:
+            return min(said, default=None)
+        first = self.counted(torch.tensor([[self.ordinary]]), 0)
+        return min(said) - int(first)
 
     @property
     def flags(self) -> dict[str, bool]:

@@ -6,7 +6,7 @@ order of the nodes stays, and with it every number, dropout's too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import ref
@@ -29,6 +29,27 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+def outside(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
+    """Of the modules at these paths, those without modules of their own that stand in no layer: an embedding, a last
+    norm, a head. As a layer's, their nodes are one region."""
+    layers = layers_of(model)
+    found = {}
+    for path in paths:
+        module = submodule(model, path)
+        inside = any(f"{path}.".startswith(f"{layer}.") for layer in layers)
+        if path and not inside and not module._modules:
+            found[path] = module
+    return found
+
+
+def submodule(root: nn.Module, path: str) -> nn.Module:
+    """As torch's `get_submodule`, for modules of any name: one called `half` is no method."""
+    module = root
+    for name in path.split(".") if path else ():
+        module = module._modules[name]  # type: ignore[assignment]
+    return module
+
+
 class Forward:
     """A layer's forward that runs a region where it is given one, and the layer's own code where it is not."""
 
@@ -49,15 +70,24 @@ class Forward:
 def lend(layers: Mapping[str, nn.Module]) -> None:
     """Let these layers run regions."""
     for layer in layers.values():
-        if not isinstance(vars(layer).get("forward"), Forward):
-            layer.__dict__["forward"] = Forward(layer)
+        name = _inner(layer)
+        if not isinstance(vars(layer).get(name), Forward):
+            layer.__dict__[name] = Forward(layer)
 
 
 def take_back(model: nn.Module) -> None:
     """Leave the layers of a model as they were."""
     for module in model.modules():
-        if isinstance(vars(module).get("forward"), Forward):
-            del module.__dict__["forward"]
+        name = _inner(module)
+        if isinstance(vars(module).get(name), Forward):
+            del module.__dict__[name]
+            if name != "forward":
+                module.__dict__[name] = type(module).forward.__get__(module)
+
+
+def _inner(module: nn.Module) -> str:
+    """The attribute that is a module's own forward: accelerate puts one of its hook's in front."""
+    return "_old_forward" if "_old_forward" in vars(module) else "forward"
 
 
 @dataclass(frozen=True)
@@ -101,7 +131,7 @@ def cut(program: Program, layers: Mapping[str, nn.Module]) -> Cut:
     for layer, part in _parts(program, layers):
         inside = set(part)
         read = [n for n in _operands(part) if n not in inside]
-        own = [n for n in read if layer and _belongs(program, n, layer)]
+        own = [n for n in read if _belongs(program, n, layer)]
         given = [n for n in part if any(user not in inside for user in n.users)]
         # A layer takes its states first, as they are what it reads first, and gives them first, as its last result.
         given.reverse()
@@ -163,13 +193,10 @@ def _operands(part: Sequence[fx.Node]) -> list[fx.Node]:
 
 
 def _belongs(program: Program, node: fx.Node, layer: str) -> bool:
-    """Whether a placeholder is a weight of that layer, which may be there only while the layer runs."""
+    """Whether a placeholder is a weight of that layer, or of none: it may be there only while the region runs."""
     slot = program.slot(node)
-    return (
-        slot is not None
-        and slot.kind in ("parameter", "buffer")
-        and slot.name.startswith(f"{layer}.")
-    )
+    of_backbone = slot is not None and slot.kind in ("parameter", "buffer")
+    return of_backbone and (not layer or slot.name.startswith(f"{layer}."))  # type: ignore[union-attr]
 
 
 def _code(

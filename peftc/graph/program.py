@@ -172,6 +172,18 @@ class Program:
         return fields
 
 
+def behind(node: fx.Node, stop: fx.Node | None = None) -> set[fx.Node]:
+    """A node and all that it is computed from, up to `stop`."""
+    found: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        one = stack.pop()
+        if one not in found:
+            found.add(one)
+            stack += [] if one is stop else one.all_input_nodes
+    return found
+
+
 def scope_of(node: fx.Node) -> str:
     """The path of the innermost module that `node` was traced in."""
     stack = node.meta.get("nn_module_stack")

@@ -16,7 +16,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from peftc.graph.arguments import CaptureError, argument, axes
-from peftc.graph.cache import CacheSlot
+from peftc.graph.cache import FILLED, CacheSlot
 from peftc.graph.entries import ENTRIES, Tensors
 from peftc.graph.facts import ModelFacts
 
@@ -62,7 +62,7 @@ class Room:
 
     def longest(self, positions: int) -> int:
         """How many tokens fit into so many positions."""
-        return positions - max(self.rows.values(), default=0)
+        return positions - max(self.rows.values(), default=0) - self.shift
 
     def wide(self, entry: str, seq2seq: bool) -> frozenset[str]:
         """The ids that get rows in this entry; when decoding from a cache, it holds them."""
@@ -147,10 +147,12 @@ def _given_positions(facts: ModelFacts, tensors: Tensors) -> torch.Tensor:
     ids = tensors.get("input_ids", tensors.get("inputs_embeds"))
     assert ids is not None  # a model that takes position_ids reads tokens
     keys = tensors.get(CacheSlot("self", 0, "key").name)
-    past = 0 if keys is None else keys.shape[2]
+    past: Any = tensors.get(FILLED, 0 if keys is None else keys.shape[2])
     if facts.counted is not None and ids.ndim == 2:
         return facts.counted(ids, past)
-    return torch.arange(past, past + ids.shape[1], device=ids.device).unsqueeze(0)
+    new = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
+    places: torch.Tensor = new + past
+    return places
 
 
 def _padded(facts: ModelFacts, name: str, value: torch.Tensor, rows: int) -> torch.Tensor:

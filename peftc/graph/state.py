@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from peftc.graph.layers import Forward
+from peftc.graph.placement import device_of, is_added, is_placed
 
 # The registries of a module whose hooks a graph cannot run.
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -37,7 +38,7 @@ NOTES = frozenset(
     }
 ) - {"training"}
 # Whether layers are computed twice, which no trace follows.
-_UNTRACED = ("gradient_checkpointing", "_gradient_checkpointing_func")
+UNTRACED = ("gradient_checkpointing", "_gradient_checkpointing_func")
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, type, Enum)
 KIND = operator.attrgetter("dtype", "device", "shape")
 _ORDINARY = {torch.Tensor, nn.Parameter, nn.Buffer}
@@ -78,7 +79,7 @@ class _Reading:
             type(module).forward,
             tuple(self._slot(*one) for one in module._parameters.items()),
             tuple(self._slot(*one) for one in module._buffers.items()),
-            self._attributes(vars(module)),
+            self._attributes({k: v for k, v in vars(module).items() if not is_added(module, k)}),
         )
 
     def _slot(self, name: str, tensor: torch.Tensor | None) -> Hashable:
@@ -94,7 +95,7 @@ class _Reading:
         named = (
             (k, self.value(v))
             for k, v in attributes.items()
-            if k not in NOTES and k not in _UNTRACED and not isinstance(v, Forward)
+            if k not in NOTES and k not in UNTRACED and not isinstance(v, Forward)
         )
         return tuple(sorted(named, key=operator.itemgetter(0)))
 
@@ -173,11 +174,21 @@ def readable(tensors: Iterable[torch.Tensor]) -> bool:
     """Whether the values of `tensors` can be asked for: ordinary tensors, and nobody traces what is done to them."""
     tensors = list(tensors)
     return (
-        not torch.compiler.is_compiling()
+        not traced()
         and set(map(type, tensors)) <= _PLAIN_TENSORS
         and not any(one.is_meta for one in tensors)
-        and not any(torch._C._get_dispatch_mode(one) is not None for one in _TRACERS)
-        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+def traced() -> bool:
+    """Whether somebody traces what is done to tensors now."""
+    return (
+        torch.compiler.is_compiling()
+        or (
+            torch._C._len_torch_dispatch_stack() > 0
+            and any(torch._C._get_dispatch_mode(one) is not None for one in _TRACERS)
+        )
+        or torch._C._functorch.peek_interpreter_stack() is not None
     )
 
 
@@ -220,6 +231,9 @@ def undisturbed(model: PreTrainedModel) -> Iterator[None]:
             if getattr(module, "gradient_checkpointing", False):
                 vars(module)["gradient_checkpointing"] = False
         _whole(model)
+        for module in model.modules():
+            for name in [k for k in vars(module) if is_added(module, k)]:
+                del vars(module)[name]
         yield
     finally:
         for attributes, before, registries in saved:
@@ -229,12 +243,15 @@ def undisturbed(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _whole(model: nn.Module) -> None:
-    """In place of weights that are held in parts by several processes, whole ones without values: tracing reads
-    sizes and types."""
+    """In place of weights that are held in parts by several processes, or elsewhere, whole ones without values:
+    tracing reads sizes and types."""
+    device = device_of(model) if is_placed(model) else None
     for registry in (r for m in model.modules() for r in (m._parameters, m._buffers)):
         for name, one in registry.items():
-            if isinstance(one, DTensor):
-                like = torch.empty(one.shape, dtype=one.dtype, device=one.device)
+            if one is None:
+                continue
+            if isinstance(one, DTensor) or (device is not None and one.device != device):
+                like = torch.empty(one.shape, dtype=one.dtype, device=device or one.device)
                 like.untyped_storage().resize_(0)
                 registry[name] = nn.Parameter(like, one.requires_grad)
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 
-from peftc.graph.state import KIND, NOTES, PLAIN, REGISTRIES, foreign, hooks_of, is_record
+from peftc.graph.state import KIND, NOTES, PLAIN, REGISTRIES, UNTRACED, foreign, hooks_of, is_record
+
+# A plain value of a model: a module's path; the way from there, through attributes (False) and items (True); it.
+Reading = tuple[str, tuple[tuple[bool, Any], ...], Any]
 
 
 class Watch:
@@ -79,6 +82,15 @@ class Watch:
         )
         self._seen = self._sweep()
 
+    def readings(self) -> Iterator[Reading]:
+        """Every plain value of the model that tracing sees, once, by a way to it."""
+        seen: set[int] = set()
+        for path, module in self.model.named_modules():
+            for name, one in vars(module).items():
+                if name not in NOTES and name not in UNTRACED:
+                    for steps, value in _plain(one, ((False, name),), seen):
+                        yield path, steps, value
+
     def _follow(self, attributes: Mapping[str, Any], seen: set[int]) -> None:
         """Containers and configurations change in place, so what they hold is watched too."""
         for one in attributes.values():
@@ -100,3 +112,23 @@ class Watch:
 
 _FORWARD: Callable[[Any], Any] = operator.attrgetter("forward")
 _VERSION: Callable[[Any], Any] = operator.attrgetter("_version")
+
+
+def _plain(one: Any, steps: tuple[tuple[bool, Any], ...], seen: set[int]) -> Iterator[Any]:
+    if isinstance(one, _COMPARED):
+        if one == one:  # no nan
+            yield steps, one
+    elif id(one) not in seen:
+        seen.add(id(one))
+        inside: Any = ()
+        if isinstance(one, dict):
+            inside = ((True, key, value) for key, value in one.items())
+        elif isinstance(one, list | tuple):
+            inside = ((True, key, value) for key, value in enumerate(one))
+        elif is_record(one):
+            inside = ((False, key, value) for key, value in vars(one).items() if key not in NOTES)
+        for item, key, value in inside:
+            yield from _plain(value, (*steps, (item, key)), seen)
+
+
+_COMPARED = (bool, int, float, str, type(None), torch.dtype)

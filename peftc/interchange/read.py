@@ -48,6 +48,35 @@ class Module:
         return (self.path.rpartition(".")[2], self.op, self.formula, shapes)
 
 
+@dataclass(frozen=True)
+class Adapter:
+    """A checkpoint of a PEFT adapter: its specs, and the tensors that fill what is compiled of them."""
+
+    specs: list[Spec]
+    rows: torch.Tensor | None
+    modules: list[Module]
+    whole: Tensors
+
+    @staticmethod
+    def read(directory: str | Path, backbone: PreTrainedModel) -> Adapter:
+        path = Path(directory)
+        config, tensors = settings.read(path), _tensors(path)
+        rows = tensors.pop(ROWS, None)
+        modules, whole = _modules(config, tensors, backbone)
+        specs = [] if rows is None else [peft_rows.spec(config, rows, backbone)]
+        if modules or whole:
+            specs.append(_spec(config, path / CONFIG, modules, whole, backbone))
+        if not specs:
+            raise InterchangeError(f"{path / WEIGHTS} holds no tensor")
+        return Adapter(specs, rows, modules, whole)
+
+    def fill(self, model: CompiledModel) -> None:
+        """Write the tensors to those of the delta set in use."""
+        if self.rows is not None:
+            peft_rows.fill(model, self.rows)
+        _fill(model, self.modules, self.whole)
+
+
 def import_peft(directory: str | Path, backbone: PreTrainedModel) -> CompiledModel:
     """The checkpoint of a PEFT adapter as a compiled model on its backbone, whose weights are shared.
 
@@ -56,24 +85,28 @@ def import_peft(directory: str | Path, backbone: PreTrainedModel) -> CompiledMod
     safetensors alone. `modules_to_save` are copied into the backbone. Raises InterchangeError for a setting,
     a tensor or a pattern that cannot be read exactly; then the backbone is as it was.
     """
-    path = Path(directory)
-    config, tensors = settings.read(path), _tensors(path)
-    rows = tensors.pop(ROWS, None)
-    modules, whole = _modules(config, tensors, backbone)
-    specs = [] if rows is None else [peft_rows.spec(config, rows, backbone)]
-    if modules or whole:
-        specs.append(_spec(config, path / CONFIG, modules, whole, backbone))
-    if not specs:
-        raise InterchangeError(f"{path / WEIGHTS} holds no tensor")
-    model = driver.compile(backbone, specs)
+    adapter = Adapter.read(directory, backbone)
+    model = driver.compile(backbone, adapter.specs)
     try:
-        if rows is not None:
-            peft_rows.fill(model, rows)
-        _fill(model, modules, whole)
+        adapter.fill(model)
     except PeftcError:
         detach(model)
         raise
     return model
+
+
+def add_peft(model: CompiledModel, directory: str | Path, name: str) -> None:
+    """The checkpoint of a PEFT adapter as another delta set of a model, not in use yet; what `import_peft` reads.
+    Raises as it does, and SetError for a name that cannot be; the model is then as it was."""
+    with model.base():
+        adapter = Adapter.read(directory, model.backbone)
+    model.add(adapter.specs, name)
+    try:
+        with model.using(name):
+            adapter.fill(model)
+    except PeftcError:
+        model.remove(name)
+        raise
 
 
 def _tensors(path: Path) -> Tensors:

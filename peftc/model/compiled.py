@@ -5,31 +5,37 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from weakref import ref
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutput
 
 from peftc.graph.arguments import CaptureError
-from peftc.graph.cache import flatten_cache
 from peftc.graph.capture import TRACING
 from peftc.graph.layers import lend, take_back
 from peftc.graph.program import Program
 from peftc.graph.state import Fingerprint
-from peftc.model.caches import fill, prepared
-from peftc.model.programs import Programs, Transform
+from peftc.model.caches import fill, is_empty, is_static, past, prepared, widened
+from peftc.model.programs import Programs
 from peftc.model.running import Runner, run_program
-from peftc.model.saving import save
+from peftc.model.saving import learned, save
+from peftc.model.sets import Compiler, Made, SetError, Sets
 from peftc.model.sharing import ATTACHED, SHARED, Origin, Sharing, is_attached, require_bare
-from peftc.model.tensors import Activations, Deltas, started
+from peftc.model.tensors import Deltas
+from peftc.model.traced import find
 from peftc.plan.plan import Plan
+from peftc.rewrite.evaluate import penalty_value
+from peftc.store.deltas import DEFAULT
 from peftc.store.sparse import unpacked
 
 __all__ = ["CompiledModel", "attach", "bare_copy", "detach", "run_program"]
@@ -70,24 +76,114 @@ class CompiledModel(Sharing):
     are `deltas` (the new tensors), `plan` (what was inserted), `form` ("training", or "stored" once the constants
     of the deltas have been evaluated), its hooks, its graphs, and a `forward` set on it, as accelerate does.
     Copies and pickles hold no graphs: they capture anew.
+
+    It may have several delta sets (`add`, `use`, `remove`), of which `plan` and `form` tell those in use, and
+    `deltas` holds all. Without any in use, and inside `base`, it is the backbone that runs.
     """
 
     plan: Plan
     deltas: Deltas
     form: str
-    example: Mapping[str, torch.Tensor] | None = None
     _programs: Programs
-    _transform: Transform
+    _sets: Sets
     _origin: Origin
     _checkpointing: Checkpointing | None = None
+    _rows: int  # that stand in a cache before the tokens
+    _disabled: tuple[str, ...] = ()
+    _asked: bool = False  # for the penalty
+
+    @property
+    def example(self) -> Mapping[str, torch.Tensor] | None:
+        """The batch that it was captured with, so that no later verb need be told again."""
+        return self._sets.compiler.example
+
+    @property
+    def delta_sets(self) -> tuple[str, ...]:
+        """The names of all delta sets, in the order in which they came."""
+        return tuple(self._sets.all)
+
+    @property
+    def in_use(self) -> tuple[str, ...]:
+        """The names of the delta sets in use, in the order in which they act."""
+        return self._sets.names
+
+    def add(self, spec: Any, name: str) -> None:
+        """Add the deltas of a spec as a set of this name, not in use yet.
+
+        `spec` is all that `peftc.compile` takes, or a directory of deltas that were made for this backbone. Raises
+        SetError for a name that cannot be, PlanError, DeltaError; the model is then as it was.
+        """
+        with TRACING, self.base():
+            self._sets.add(name, self._sets.compiler.made(self.backbone, spec))
+
+    def include(self, name: str, made: Made) -> None:
+        """`add` of what was planned already."""
+        with TRACING:
+            self._sets.add(name, made)
+
+    def parts(self) -> dict[str, Plan]:
+        """The plans of the delta sets in use, each by itself."""
+        return {name: self._sets.all[name].plan for name in self.in_use}
+
+    def use(
+        self, names: str | Sequence[str] | None, *, train: str | Sequence[str] | None = None
+    ) -> None:
+        """Let these delta sets act, in this order, and no others; None is the bare backbone.
+
+        Those in use train, or of them only those in `train`; what trains of all others is frozen. Nothing is traced
+        again, but for another number of rows in front. Raises SetError, and PlanError for sets that cannot act
+        together; the model is then as it was.
+        """
+        chosen = _listed(names)
+        training = chosen if train is None else _listed(train)
+        odd = [name for name in training if name not in chosen]
+        if odd:
+            raise SetError(f"the delta set '{odd[0]}' is to train, but is not in use")
+        with TRACING:
+            self._use(chosen)
+            self._sets.train(training)
+
+    @contextmanager
+    def using(self, names: str | Sequence[str] | None) -> Iterator[None]:
+        """Inside, these delta sets act and no others; what trains is untouched."""
+        before = self._sets.names
+        with TRACING:
+            self._use(_listed(names))
+        try:
+            yield
+        finally:
+            with TRACING:
+                self._use(before)
+
+    def base(self) -> AbstractContextManager[None]:
+        """Inside, the model is its bare backbone, bit for bit."""
+        return self.using(None)
+
+    def remove(self, name: str | Sequence[str]) -> None:
+        """Forget delta sets that are not in use. Raises SetError."""
+        with TRACING:
+            self._sets.remove(_listed(name))
+
+    def _use(self, names: Sequence[str]) -> None:
+        used = self._sets.use(names)
+        own = {"plan": used.plan, "form": used.form, "_programs": used.programs, "_rows": used.rows}
+        self.__dict__.update(own)
+
+    def penalty(self) -> torch.Tensor:
+        """What the deltas in use add to the model's own loss in training, a number of their tensors alone: for a loss
+        that is computed elsewhere, as by label smoothing. 0 where no spec has a `penalty`."""
+        self.__dict__["_asked"] = True
+        return penalty_value(self.plan.edits, self.deltas.values()).to(self.device)
 
     def train(self, mode: bool = True) -> Any:
         """Switch the mode of the deltas and of the backbone; what was computed of parameters is forgotten."""
-        self._programs.forget()
+        self._sets.forget()
         return super().train(mode)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the backbone's own forward: same arguments, same output type."""
+        if not self._sets.names:
+            return self.backbone(*args, **kwargs)
         given = dict(zip(self._programs.facts.arguments, args, strict=False)) | kwargs
         wanted = {k: v for k, v in given.items() if v is not None}
         output = self._cached(wanted) if wanted.get("use_cache") else self._plain(wanted)
@@ -124,9 +220,36 @@ class CompiledModel(Sharing):
     def enable_input_require_grads(self) -> None:
         """Nothing: gradients reach the deltas of a compiled model in any case."""
 
+    def create_masks_for_generate(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        **more: Any,
+    ) -> torch.Tensor | None:
+        """What `generate` gives for a static cache: a mask of two axes, of which the graph makes its own; in all steps
+        one of one size."""
+        if not self._sets.names:
+            make = getattr(self.backbone, "create_masks_for_generate", create_masks_for_generate)
+            given = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, **more}
+            return make(past_key_values=past_key_values, **given)  # type: ignore[no-any-return]
+        if is_empty(past_key_values):
+            return attention_mask
+        if attention_mask is None:
+            rows = inputs_embeds.shape[0]
+            attention_mask = torch.ones(rows, 1, dtype=torch.long, device=inputs_embeds.device)
+            return widened(attention_mask, past_key_values, self._rows, 1)
+        return widened(attention_mask, past_key_values, self._rows)
+
     def get_encoder(self, modality: str | None = None) -> nn.Module:
         """The encoder with its deltas, as `generate` wants it."""
-        return _Encoder(self) if modality is None else super().get_encoder(modality)
+        if modality is not None:
+            other: nn.Module = super().get_encoder(modality)
+            return other
+        if self._sets.names:
+            return _Encoder(self)
+        bare: nn.Module = self.backbone.get_encoder()
+        return bare
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -135,12 +258,13 @@ class CompiledModel(Sharing):
         state_dict: Mapping[str, torch.Tensor] | None = None,
         *,
         stored: bool = False,
+        name: str | Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:
         """Write the deltas alone: spec, fingerprint of the backbone, safetensors. See `peftc.model.saving`.
 
-        `state_dict` gives the tensors where the model's own are parts (FSDP); only the main process writes.
-        Raises TypeError for an argument that would change what is written elsewhere and has no meaning here.
+        They are those of the set `name`, or of several; without it, of the sets in use. `state_dict` gives the
+        tensors where the model's own are parts (FSDP); only the main process writes. Raises TypeError for an argument that would change what is written elsewhere and has no meaning here.
         """
         odd = sorted(k for k, v in kwargs.items() if k not in _HARMLESS and v not in (None, False))
         if odd:
@@ -148,7 +272,8 @@ class CompiledModel(Sharing):
                 f"save_pretrained of a compiled model takes no '{odd[0]}': it writes one small file of deltas"
             )
         if is_main_process:
-            save(self, Path(save_directory), stored=stored, tensors=state_dict)
+            names = self._sets.known(self.in_use if name is None else _listed(name))
+            save(self, Path(save_directory), names, stored=stored, tensors=state_dict)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -160,6 +285,11 @@ class CompiledModel(Sharing):
     def program(self, entry: str, inputs: Mapping[str, Any], flags: Mapping[str, Any]) -> Program:
         """The rewritten graph for an entry and this kind of inputs, captured when first asked for."""
         return self._programs.program(entry, inputs, flags)
+
+    def lean_program(self, inputs: Mapping[str, torch.Tensor]) -> Program:
+        """The graph that a `forward` with these inputs runs in the mode of now."""
+        runner, _ = self._programs.ready("forward", inputs, self._programs.facts.flags)
+        return runner.program
 
     def adopt(
         self,
@@ -174,6 +304,56 @@ class CompiledModel(Sharing):
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "_programs"}
 
+    # What transformers has for adapters of PEFT, for delta sets.
+
+    def add_adapter(self, adapter_config: Any, adapter_name: str | None = None) -> None:
+        """`add` of a spec, and `use`."""
+        name = DEFAULT if adapter_name is None else adapter_name
+        self.add(adapter_config, name)
+        self.use(name)
+
+    def load_adapter(self, peft_model_id: Any, adapter_name: str | None = None, **odd: Any) -> None:  # type: ignore[override]
+        """`add` of a directory of deltas, and `use`."""
+        if odd:
+            raise TypeError(f"load_adapter of a compiled model takes no '{next(iter(odd))}'")
+        self.add_adapter(peft_model_id, adapter_name)
+
+    def set_adapter(self, adapter_name: list[str] | str) -> None:
+        """`use`."""
+        self.use(adapter_name)
+
+    def disable_adapters(self) -> None:
+        """Use none, until `enable_adapters`."""
+        self.__dict__["_disabled"] = self.in_use or self._disabled
+        self._use(())
+
+    def enable_adapters(self) -> None:
+        """Use those again that were in use before `disable_adapters`."""
+        if not self.in_use:
+            self._use(self._disabled)
+
+    def active_adapters(self) -> list[str]:
+        """The names of the delta sets in use."""
+        return list(self.in_use)
+
+    def delete_adapter(self, adapter_names: list[str] | str) -> None:
+        """`remove`; those in use are used no longer."""
+        gone = self._sets.known(_listed(adapter_names))
+        if set(gone) & set(self.in_use):
+            self.use([name for name in self.in_use if name not in gone])
+        self.remove(gone)
+
+    def get_adapter_state_dict(
+        self, adapter_name: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """The tensors of a delta set, or of those in use, by their names in the model."""
+        names = self.in_use if adapter_name is None else self._sets.known([adapter_name])
+        return dict(learned(self, names, state_dict))
+
+    def enable_peft_hotswap(self, *_: Any, **__: Any) -> NoReturn:
+        """Refused: delta sets are switched without it."""
+        raise SetError("a compiled model needs no hotswap: `add` a delta set, and `use` it")
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _blank, (type(self.backbone),), self.__getstate__()
 
@@ -184,14 +364,27 @@ class CompiledModel(Sharing):
     def _run(
         self, entry: str, inputs: Mapping[str, Any], flags: Mapping[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
-        compiling = torch.compiler.is_compiling()
-        ready = _ready if compiling else Programs.ready
-        runner, stored = ready(self._programs, entry, inputs, flags)
-        if not compiling and (self._programs.hooked or self._recomputes()):
+        if torch.compiler.is_compiling():
+            return self._traced(entry, inputs, flags)
+        runner, stored = self._programs.ready(entry, inputs, flags)
+        if self._programs.hooked or self._recomputes():
             fields = self._by_layers(runner, stored, inputs)
         else:
             fields = runner.run(stored, inputs)
         return runner.program.output_type, fields
+
+    def _traced(
+        self, entry: str, inputs: Mapping[str, Any], flags: Mapping[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        """As `_run`, for torch.compile, which shall see all at once, and export, which shall see one graph."""
+        if self._programs.placed:
+            return _unseen(self, entry, inputs, flags)  # type: ignore[no-any-return]
+        if not torch.compiler.is_exporting():
+            one = find(self._programs, entry, self.backbone, inputs, flags)
+            if one is not None:
+                return one.program.output_type, one.run(self, inputs)
+        runner, stored = _ready(self._programs, entry, inputs, flags)
+        return runner.program.output_type, runner.run(stored, inputs)
 
     def _recomputes(self) -> bool:
         """Whether layers are computed again on the way back."""
@@ -201,11 +394,11 @@ class CompiledModel(Sharing):
         self, runner: Runner, stored: Sequence[torch.Tensor], inputs: Mapping[str, torch.Tensor]
     ) -> dict[str, Any]:
         """Run a graph in the backbone's layers, so that what follows these follows it."""
-        layers = self._programs.layers
-        lend(layers)
+        layers, followed = self._programs.layers, self._programs.followed
+        lend(followed)
         chosen = self._checkpointing if self._recomputes() else None
         again = dict.fromkeys([*layers][:: chosen.every], chosen.run) if chosen else {}
-        return runner.run_layers(stored, inputs, layers, again.get)
+        return runner.run_layers(stored, inputs, followed, again.get)
 
     def _plain(self, wanted: Mapping[str, Any]) -> Any:
         tensors, flags = _split(wanted)
@@ -213,14 +406,26 @@ class CompiledModel(Sharing):
             tensors["encoder_hidden_states"] = wanted["encoder_outputs"][0]
         flags |= self._programs.facts.flags
         output_type, fields = self._run("forward", tensors, flags)
+        if "loss" not in fields and self.plan.penalized and not torch.compiler.is_compiling():
+            self._tell_of_penalty()
         return output_type(**fields)
+
+    def _tell_of_penalty(self) -> None:
+        """A loss that is computed elsewhere lacks the penalty, unless who computes it knows."""
+        if self.training and torch.is_grad_enabled() and not self._asked:
+            self.__dict__["_asked"] = True
+            warnings.warn(
+                f"{self.plan.spec.name} adds a penalty to the model's own loss, which was not asked for (no labels): "
+                "add model.penalty() to yours, or train with peftc.training.trainer.Trainer",
+                stacklevel=4,
+            )
 
     def _cached(self, wanted: Mapping[str, Any]) -> Any:
         """One generation step: `prefill` while the cache is empty, `decode` from then on."""
         tensors, flags = _split(wanted)
         seq2seq = self._programs.facts.encoder_decoder
         cache: Any = prepared(wanted.get("past_key_values"), seq2seq)
-        first = cache.get_seq_length() == 0
+        first, static, rows = is_empty(cache), is_static(cache), self._rows
         encoded = {}
         if seq2seq:
             hidden = self._encoded(wanted, tensors)
@@ -229,13 +434,14 @@ class CompiledModel(Sharing):
             encoded = {"encoder_last_hidden_state": hidden}
             if first:
                 tensors["encoder_hidden_states"] = hidden
+        entry = "prefill" if first else "decode_static" if static else "decode"
         if not first:
-            tensors |= flatten_cache(cache)
-        output_type, fields = self._run("prefill" if first else "decode", tensors, flags)
+            tensors |= past(cache, tensors, rows)
+        output_type, fields = self._run(entry, tensors, flags)
         present = {k: fields.pop(k) for k in list(fields) if k.startswith("past.")}
         kept = {}
         if present or not first:
-            fill(cache, present)
+            fill(cache, present, rows)
             kept = {"past_key_values": cache}
         return output_type(**fields, **kept, **encoded)
 
@@ -250,8 +456,9 @@ class CompiledModel(Sharing):
         return first
 
 
-# Finding a graph is bookkeeping: torch.compile sees the graph, and not how it was found.
+# Finding a graph is bookkeeping: torch.compile sees the graph, and not how it was found. Nor how weights are fetched.
 _ready = torch.compiler.disable(Programs.ready)  # type: ignore[no-untyped-call]
+_unseen = torch.compiler.disable(CompiledModel._run)  # type: ignore[no-untyped-call]
 
 
 def _split(wanted: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -283,34 +490,23 @@ class _Encoder(nn.Module):
 
 
 def attach(
-    backbone: PreTrainedModel,
-    plan: Plan,
-    transform: Transform,
-    form: str = "training",
-    activations: Activations | None = None,
-    values: Mapping[str, torch.Tensor] | None = None,
+    backbone: PreTrainedModel, made: Made, compiler: Compiler, name: str = DEFAULT
 ) -> CompiledModel:
-    """A compiled model over `backbone`. Weights are shared, not copied; only deltas require grad.
-
-    Deltas start as `values` where they are known, by path; nothing is drawn then. `activations` gives what deltas
-    start as that start as words. Raises AttachError where `require_bare` does; the backbone is then as it was.
+    """A compiled model over `backbone`, whose first delta set is `made`. Weights are shared, not copied; only what
+    the spec trains requires grad. Raises AttachError where `require_bare` does; the backbone is then as it was.
     """
     require_bare(backbone)
     deltas = Deltas()
-    kind = (backbone.device, backbone.dtype)
-    for parameter, value in started(plan.edits, backbone.get_parameter, *kind, activations, values):
-        deltas.place(parameter.path, value, parameter.trainable)
-    deltas.train(backbone.training)
+    origin = Origin.of(backbone)
+    sets = Sets(backbone, deltas, compiler, name, made)
     model = _blank(type(backbone))
-    own = {"plan": plan, "form": form, "_origin": Origin.of(backbone), "_transform": transform}
-    model.__dict__.update(own, _backbone=backbone)
+    model.__dict__.update(_origin=origin, _sets=sets, _backbone=backbone)
     model.__dict__.update({name: vars(backbone)[name] for name in SHARED})
     model.__dict__["_checkpointing"] = Checkpointing.of(backbone)
     model._modules.update(backbone._modules, deltas=deltas)
+    backbone.requires_grad_(False)
+    sets.train([name])
     _connect(model)
-    free = {one.path for one in plan.unfrozen}
-    for path, weight in backbone.named_parameters():
-        weight.requires_grad_(path in free)
     return model
 
 
@@ -331,12 +527,9 @@ def _blank(cls: Any) -> CompiledModel:
 
 
 def _connect(model: CompiledModel) -> None:
-    backbone = model.backbone
-    model.__dict__["_programs"] = Programs(
-        backbone, model.deltas, model.plan.room, model.__dict__["_transform"]
-    )
-    if not is_attached(backbone):
-        ATTACHED[backbone] = ref(model)
+    model._use(model.in_use)
+    if not is_attached(model.backbone):
+        ATTACHED[model.backbone] = ref(model)
 
 
 @functools.cache
@@ -366,3 +559,9 @@ def detach(model: CompiledModel) -> PreTrainedModel:
         take_back(backbone)
         ATTACHED.pop(backbone, None)
     return backbone
+
+
+def _listed(names: str | Sequence[str] | None) -> tuple[str, ...]:
+    if names is None:
+        return ()
+    return (names,) if isinstance(names, str) else tuple(names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import types
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
@@ -13,15 +14,17 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from peftc.graph.arguments import Labels, layout, unpadded
+from peftc.graph.arguments import SIZES, Labels, axes, layout, unpadded
 from peftc.graph.capture import TRACING, capture, settings, signature
 from peftc.graph.facts import ModelFacts
-from peftc.graph.layers import layers_of
+from peftc.graph.layers import layers_of, outside
+from peftc.graph.placement import is_placed
 from peftc.graph.program import Program
-from peftc.graph.rows import Room
 from peftc.graph.state import Fingerprint, fingerprint
 from peftc.graph.watch import Watch
 from peftc.model.running import Runner
+from peftc.model.traced import Kind, Traced, enrol
+from peftc.plan.plan import Plan
 
 # Rewrites a captured Program in place, for deltas of the given kinds by path; one that runs in torch is made lean.
 Transform = Callable[[Program, Mapping[str, torch.dtype], bool], None]
@@ -46,18 +49,25 @@ class Programs:
         self,
         backbone: PreTrainedModel,
         deltas: nn.Module,
-        room: Room,
+        plan: Plan,
         transform: Transform,
         bound: int = BOUND,
     ) -> None:
         self._backbone, self._deltas = backbone, deltas
-        self._room, self._transform, self._bound = room, transform, bound
+        self._room, self._paths = plan.room, plan.tensors.keys()
+        self._transform, self._bound = transform, bound
         self._watch = Watch(backbone, deltas)
         self._runners: OrderedDict[Hashable, Runner] = OrderedDict()
         self._states: dict[State, int] = {}
         self._numbers = itertools.count()
         self._told: set[str] = set()
         self._count = -1
+        self.number = enrol(self)
+        # What torch.compile sees, each an attribute, which it looks at alone; and their names.
+        self.traced = types.SimpleNamespace()
+        self._names: dict[tuple[int, Kind], str] = {}
+        # The latest sizes of inputs, by name and rank: nothing else tells those of their fixed axes.
+        self._sizes: dict[tuple[str, int], torch.Size] = {}
         with TRACING:
             self._look()
 
@@ -75,9 +85,14 @@ class Programs:
         return self._layers
 
     @property
+    def followed(self) -> Mapping[str, nn.Module]:
+        """The layers, and what is hooked outside of them, by their paths."""
+        return self._layers | self._outside
+
+    @property
     def hooked(self) -> bool:
-        """Whether somebody follows the backbone's layers as they run."""
-        return self._followed
+        """Whether somebody follows these as they run."""
+        return self._followed or self.placed
 
     def program(self, entry: str, inputs: Mapping[str, Any], flags: Mapping[str, Any]) -> Program:
         """The rewritten graph for an entry and this kind of inputs, to be read or exported: with explicit masks, and
@@ -95,6 +110,7 @@ class Programs:
         """Use a graph that was captured when the backbone was as `seen`, instead of capturing it again."""
         with TRACING:
             self._look()
+            self._sizes |= {(k, v.ndim): v.shape for k, v in inputs.items()}
             labels = layout(inputs, program.entry, self._facts.encoder_decoder)
             state = replace(self._state, seen=seen)
             self._keep(self._key(program.entry, inputs, flags, labels, state), program)
@@ -107,6 +123,45 @@ class Programs:
             drop = unpadded(inputs, entry, self._facts.encoder_decoder)
             runner = self._find(entry, inputs, flags, "dropped" if drop else "explicit")
             return runner, runner.fetch(self._count)
+
+    def trace(self, kind: Kind) -> str | None:
+        """The name of the graph, with explicit masks, for who traces a call of this kind; None where sizes of its
+        inputs are not known yet, which a call tells."""
+        with TRACING:
+            self._look()
+            key = self._number, kind
+            if key not in self._names:
+                inputs = self._of_kind(kind)
+                if inputs is None:
+                    return None
+                entry, _, flags = kind
+                runner = self._find(entry, inputs, dict(flags), "explicit")
+                labels = layout(inputs, entry, self._facts.encoder_decoder)
+                self._names[key] = name = f"graph_{next(self._numbers)}"
+                vars(self.traced)[name] = Traced.of(
+                    runner, labels, inputs, [*self._watch.readings()]
+                )
+                while len(self._names) > self._bound:
+                    oldest = next(iter(self._names))
+                    del vars(self.traced)[self._names.pop(oldest)]
+            return self._names[key]
+
+    def _of_kind(self, kind: Kind) -> dict[str, torch.Tensor] | None:
+        """Inputs of a kind of call, of any values."""
+        entry, tensors, _ = kind
+        found = {}
+        for name, dtype, sizes in tensors:
+            rank = len(sizes)
+            known = self._sizes.get((name, rank), (None,) * rank)
+            labels = axes(name, rank, entry, self._facts.encoder_decoder)
+            shape = [
+                given or (SIZES[label] if label else last) or 0
+                for given, label, last in zip(sizes, labels, known, strict=True)
+            ]
+            if 0 in shape:
+                return None
+            found[name] = torch.ones(shape, dtype=dtype, device=self._backbone.device)
+        return found
 
     def forget(self) -> None:
         """Compute constants anew: torch does not count every write to a parameter."""
@@ -144,6 +199,7 @@ class Programs:
             if one in self._runners and (form != "plain" or one[-1] == form):
                 self._runners.move_to_end(one)
                 return self._runners[one]
+        self._sizes |= {(k, v.ndim): v.shape for k, v in inputs.items()}
         seen, drop = self._state.seen, form == "dropped"
         program = capture(self._backbone, entry, inputs, flags, self._room, labels, seen, drop)
         return self._keep(key, program, form)
@@ -186,16 +242,17 @@ class Programs:
         if count == self._count:
             return
         self._facts = ModelFacts.read(self._backbone)
-        dtypes = {**dict(self._deltas.named_parameters()), **dict(self._deltas.named_buffers())}
-        self._state = State(
-            fingerprint(self._backbone), tuple((k, v.dtype) for k, v in dtypes.items())
-        )
+        slots = {**dict(self._deltas.named_parameters()), **dict(self._deltas.named_buffers())}
+        dtypes = tuple((path, slots[path].dtype) for path in self._paths)
+        self._state = State(fingerprint(self._backbone), dtypes)
         self._number = self._numbered(self._state)
         self._count = count
         self._layers = layers_of(self._backbone)
         hooked = set(self._watch.hooked)
-        self._followed = bool(hooked & self._layers.keys())
-        self._tell(hooked - self._layers.keys() - self._told)
+        self._outside = outside(self._backbone, hooked)
+        self._followed = bool(hooked & self.followed.keys())
+        self.placed = is_placed(self._backbone)
+        self._tell(hooked - self.followed.keys() - self._told)
 
     def _tell(self, hooked: set[str]) -> None:
         """A hook is Python that a graph does not hold."""

@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from peftc.graph.capture import TRACING
-from peftc.graph.layers import REGION, Cut, Region, cut
-from peftc.graph.program import Program, Slot
-from peftc.graph.state import readable
-from peftc.model.constants import Split, split
+from peftc.graph.layers import REGION, Cut, Region, cut, submodule
+from peftc.graph.placement import hook_of, present
+from peftc.graph.program import Program
+from peftc.graph.state import readable, traced
+from peftc.rewrite.constants import Split, split
 
 # Where a tensor lives: the dict of a module's parameters or buffers, and its name there.
 Place = tuple[dict[str, Any], str]
@@ -43,27 +44,22 @@ def roots_of(model: nn.Module) -> dict[str, nn.Module]:
 def places(program: Program, roots: Mapping[str, nn.Module]) -> list[Place]:
     """Where the stored slots of a Program are, in order."""
     return [
-        (program.constants, slot.name) if slot.kind == "constant" else place(roots[slot.kind], slot)
+        (program.constants, slot.name)
+        if slot.kind == "constant"
+        else place(roots[slot.kind], slot.name)
         for slot in program.order()
         if slot.kind != "input"
     ]
 
 
-def place(root: nn.Module, slot: Slot) -> Place:
-    owner, _, name = slot.name.rpartition(".")
+def place(root: nn.Module, path: str) -> Place:
+    """Where the tensor at a path is held now."""
+    owner, _, name = path.rpartition(".")
     module = submodule(root, owner)
     for registry in (module._parameters, module._buffers, vars(module)):
         if name in registry:
             return registry, name
     raise AttributeError(f"{type(module).__name__} '{owner}' has no tensor '{name}' any more")
-
-
-def submodule(root: nn.Module, path: str) -> nn.Module:
-    """As torch's `get_submodule`, for modules of any name: one called `half` is no method."""
-    module = root
-    for name in path.split(".") if path else ():
-        module = module._modules[name]  # type: ignore[assignment]
-    return module
 
 
 def _arguments(
@@ -86,14 +82,15 @@ class Runner:
         self.program = program
         self._roots = roots
         self._names = [s.name if s.kind == "input" else None for s in program.order()]
-        self._flat = _flat_fields(program)
+        self.fields = flat_fields(program)
         self._places: list[Place] = []
         self._changes = -1
         self._known: _Known | None = None
-        self._cut: Cut | None = None
+        self._cuts: dict[tuple[str, ...], Cut] = {}
+        self._owners: dict[int, list[nn.Module]] = {}
 
     @cached_property
-    def _whole(self) -> Callable[..., Any]:
+    def whole(self) -> Callable[..., Any]:
         return self.program.code()
 
     @cached_property
@@ -106,6 +103,7 @@ class Runner:
         if self._changes != changes:
             self._places = places(self.program, self._roots)
             self._changes, self._known = changes, None
+            self._owners.clear()
         return [registry[name] for registry, name in self._places]
 
     def forget(self) -> None:
@@ -116,14 +114,14 @@ class Runner:
     ) -> dict[str, Any]:
         """The fields of the output, of what `fetch` gave and the inputs."""
         parts = None if torch.is_grad_enabled() else self._split
-        if parts is not None and _settled(reads := [stored[i] for i in parts.reads]):
+        computed = None if parts is None else self._computed(parts, stored)
+        if parts is not None and computed is not None:
             rest = [stored[i] for i in parts.keeps]
-            computed = self._computed(parts, reads)
             given = [inputs[name] for name in parts.inputs]
             return self._fields(parts.rest(*rest, *given, *computed))
         left = iter(stored)
         arguments = [next(left) if name is None else inputs[name] for name in self._names]
-        return self._fields(self._whole(*arguments))
+        return self._fields(self.whole(*arguments))
 
     def run_layers(
         self,
@@ -134,12 +132,14 @@ class Runner:
     ) -> dict[str, Any]:
         """As `run`, each region as the forward of its layer, whose weights are fetched while it runs. `recompute`
         gives for a layer what runs it twice to save memory, or None."""
-        if self._cut is None:
-            self._cut = cut(self.program, layers)
+        key = tuple(layers)
+        if key not in self._cuts:
+            self._cuts[key] = cut(self.program, layers)
+        pieces = self._cuts[key]
         left = iter(stored)
         first = [next(left) if name is None else inputs[name] for name in self._names]
         values: dict[int, Any] = dict(enumerate(first))
-        for region in self._cut.regions:
+        for region in pieces.regions:
             arguments = [values[n] for n in region.reads]
             code = functools.partial(self._code, region)
             if region.layer:
@@ -152,29 +152,48 @@ class Runner:
             values.update(zip(region.gives, several, strict=True))
             for number in region.drops:
                 del values[number]
-        returned = [values[one] if isinstance(one, int) else one.value for one in self._cut.returns]
+        returned = [values[one] if isinstance(one, int) else one.value for one in pieces.returns]
         return self._fields(returned)
 
     def _code(self, region: Region, *arguments: Any) -> Any:
-        """A region on the values that it is given and its layer's own weights as they are now."""
-        with TRACING:
-            own = [registry[name] for registry, name in (self._places[i] for i in region.own)]
-        return region.code(*arguments, *own)
+        """A region on the values that it is given and its own weights as they are now."""
+        with present(self._placed(region)) as moved:
+            with TRACING:
+                own = [registry[name] for registry, name in (self._places[i] for i in region.own)]
+            return region.code(*moved(arguments), *own)
+
+    def _placed(self, region: Region) -> list[nn.Module]:
+        """The modules whose weights a region reads and accelerate places, but its layer, which is hooked itself."""
+        if id(region) not in self._owners:
+            slots = [slot for slot in self.program.order() if slot.kind != "input"]
+            paths = dict.fromkeys(slots[i].name.rpartition(".")[0] for i in region.own)
+            root = self._roots["parameter"]
+            owners = [submodule(root, path) for path in paths if path != region.layer]
+            self._owners[id(region)] = [one for one in owners if hook_of(one) is not None]
+        return self._owners[id(region)]
 
     def _fields(self, results: Any) -> dict[str, Any]:
-        if self._flat is None:
+        if self.fields is None:
             return self.program.structured(results)
-        return dict(zip(self._flat, results, strict=True))
+        return dict(zip(self.fields, results, strict=True))
 
-    def _computed(self, parts: Split, reads: list[torch.Tensor]) -> Sequence[torch.Tensor]:
-        known, now = self._known, _Known.of(reads)
-        if known is None or not known.same(now):
-            now.values = parts.head(*reads)
-            self._known = known = now
+    def _computed(
+        self, parts: Split, stored: Sequence[torch.Tensor]
+    ) -> Sequence[torch.Tensor] | None:
+        """What the head computes; None where it may not be kept."""
+        if traced():
+            return None
+        reads, known = [stored[i] for i in parts.reads], self._known
+        if known is not None and known.holds(reads):  # these were settled then
+            return known.values
+        if not _settled(reads):
+            return None
+        known = _Known.of(parts, reads)
+        self._known = known  # whole, for another thread may read it at once
         return known.values
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Known:
     """What was computed, and of which tensors in which version under which rule of precision."""
 
@@ -182,35 +201,42 @@ class _Known:
     versions: list[int]
     pointers: list[int]
     rule: tuple[Any, ...]
-    values: Sequence[torch.Tensor] = ()
+    values: Sequence[torch.Tensor]
 
     @staticmethod
-    def of(tensors: list[torch.Tensor]) -> _Known:
-        kind = tensors[0].device.type
-        cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    def of(parts: Split, tensors: list[torch.Tensor]) -> _Known:
         return _Known(
             tensors,
-            list(map(_VERSION, tensors)),
+            list(
+                map(_VERSION, tensors)
+            ),  # before they are read: a write meanwhile makes it another version
             list(map(torch.Tensor.data_ptr, tensors)),
-            (cast, torch.is_inference_mode_enabled()),
+            _rule(tensors[0].device.type),
+            parts.head(*tensors),
         )
 
-    def same(self, now: _Known) -> bool:
+    def holds(self, tensors: list[torch.Tensor]) -> bool:
+        """Whether the same would be computed of `tensors` now."""
         return (
-            self.versions == now.versions
-            and self.pointers == now.pointers
-            and self.rule == now.rule
-            and all(map(operator.is_, self.tensors, now.tensors))
+            all(map(operator.is_, self.tensors, tensors))
+            and self.versions == list(map(_VERSION, tensors))
+            and self.pointers == list(map(torch.Tensor.data_ptr, tensors))
+            and self.rule == _rule(tensors[0].device.type)
         )
+
+
+def _rule(device: str) -> tuple[Any, ...]:
+    """The types that results have now."""
+    cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return cast, torch.is_inference_mode_enabled()
 
 
 def _settled(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether what is computed of `tensors` now may be kept: no gradient, nobody tracing, torch counts writes."""
-    grad = torch.is_grad_enabled()
-    return not grad and readable(tensors) and not any(one.is_inference() for one in tensors)
+    """Whether what is computed of `tensors` may be kept: they are ordinary, and torch counts writes to them."""
+    return readable(tensors) and not any(one.is_inference() for one in tensors)
 
 
-def _flat_fields(program: Program) -> list[str] | None:
+def flat_fields(program: Program) -> list[str] | None:
     """The names of the output's fields where each is one tensor."""
     spec = program.out_spec
     leaves = spec.type is dict and all(child.is_leaf() for child in spec.children())

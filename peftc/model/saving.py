@@ -3,68 +3,93 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from peftc.graph.placement import weights
 from peftc.language import resolved
+from peftc.model.sets import SetError
 from peftc.plan.algebra import constant_form
 from peftc.plan.plan import Plan
 from peftc.rewrite.evaluate import constant_values
-from peftc.store.deltas import write
+from peftc.store.deltas import DEFAULT, write
 from peftc.store.directory import FORMAT, DeltaError
 from peftc.store.fingerprint import fingerprint
 
 
 def save(
-    model: Any, path: Path, stored: bool = False, tensors: Mapping[str, torch.Tensor] | None = None
+    model: Any,
+    path: Path,
+    names: Sequence[str],
+    stored: bool = False,
+    tensors: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write the deltas of a compiled model: `peftc.json` and `model.safetensors`.
+    """Write these delta sets of a compiled model: `peftc.json` and `model.safetensors`.
 
     `tensors` are those of its state dict, where its own are parts of them; without it, its own.
 
     With `stored`, what is constant after training is evaluated first (the prefix without its MLP); such
-    deltas serve and fold, but a reparametrisation can no longer be trained further.
+    deltas serve and fold, but a reparametrisation can no longer be trained further. Raises SetError without a set.
     """
-    plan: Plan = model.plan
-    given = _given(model, tensors)
-    written = {f"deltas.{k}": v for k, v in stored_values(model, stored, given).items()}
-    written |= {one.path: given[one.path].detach() for one in plan.unfrozen}
-    form = "stored" if stored else model.form
+    if not names:
+        raise SetError("no delta set is in use; say which to save, by its name")
+    given = learned(model, names, tensors)
+    sets = {name: model._sets.all[name] for name in names}
+    written: dict[str, torch.Tensor] = {}
+    for one in sets.values():
+        written |= stored_values(one.plan, stored, given)
+        written |= {own.path: given[own.path].detach() for own in one.plan.unfrozen}
+    first, *others = [
+        {
+            "form": "stored" if stored else one.form,
+            "spec": resolved.write(one.plan.spec),
+            "spec_digest": resolved.digest(one.plan.spec),
+            "edits": [edit.name for edit in one.plan.edits],
+            "left": [edit.key for edit in one.plan.edits],
+            **({} if name == DEFAULT else {"set": name}),
+        }
+        for name, one in sets.items()
+    ]
+    free = [own.path for one in sets.values() for own in one.plan.unfrozen]
     manifest = {
         "format": FORMAT,
-        "form": form,
-        "spec": resolved.write(plan.spec),
-        "spec_digest": resolved.digest(plan.spec),
-        "edits": [edit.name for edit in plan.edits],
-        "left": [edit.key for edit in plan.edits],
+        **first,
+        **({"others": others} if others else {}),
         "backbone": {
             "name": model.config.name_or_path,
             "class": type(model).__name__,
             "labels": _labels(model),
-            "fingerprint": fingerprint(model, frozenset(one.path for one in plan.unfrozen), given),
+            "fingerprint": fingerprint(
+                weights(model, {**(tensors or {}), **model._sets.base}), frozenset(free)
+            ),
         },
     }
     write(path, manifest, written)
 
 
-def _given(model: Any, tensors: Mapping[str, torch.Tensor] | None) -> Mapping[str, torch.Tensor]:
-    """Every tensor of the model by its path, those of a state dict first. Raises DeltaError when it lacks a
-    delta."""
-    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+def learned(
+    model: Any, names: Sequence[str], tensors: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
+    """What these delta sets train or hold, by the names of a state dict; `tensors` are those of one. Raises
+    DeltaError when that lacks one."""
+    slots = model.deltas.values()
+    found: dict[str, torch.Tensor] = {}
+    for name in names:
+        one = model._sets.all[name]
+        found |= {f"deltas.{path}": slots[path] for path in one.plan.tensors}
+        found |= one.weights
     if tensors is None:
-        return own
-    learned = {f"deltas.{path}" for path in model.deltas.values()}
-    learned |= {one.path for one in model.plan.unfrozen}
-    lacking = sorted(learned - tensors.keys())
+        return found
+    lacking = sorted(found.keys() - tensors.keys())
     if lacking:
         raise DeltaError(
             f"the state_dict lacks '{lacking[0]}' ({len(lacking)} missing); give that of the compiled model"
         )
-    return {**own, **tensors}
+    return {key: tensors[key] for key in found}
 
 
 def _labels(model: Any) -> dict[str, Any]:
@@ -74,26 +99,26 @@ def _labels(model: Any) -> dict[str, Any]:
 
 
 def stored_values(
-    model: Any, stored: bool, given: Mapping[str, torch.Tensor]
+    plan: Plan, stored: bool, given: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """The delta tensors by path, constants evaluated when `stored`; `given` has them by their path in the model."""
-    values = {path: given[f"deltas.{path}"] for path in model.deltas.values()}
-    if not stored:
-        return values
-    found: dict[str, torch.Tensor] = {}
-    for edit in model.plan.edits:
-        computed = constant_values(edit, values)
-        found |= {
-            p.path: computed[p.path] if p.path in computed else values[p.path]
-            for p in constant_form(edit).parameters
-        }
-    return found
+    """The delta tensors of a plan, constants evaluated when `stored`; by their names in the model, as `given`."""
+    values = {path: given[f"deltas.{path}"] for path in plan.tensors}
+    if stored:
+        found: dict[str, torch.Tensor] = {}
+        for edit in plan.edits:
+            known = values | constant_values(edit, values)
+            found |= {one.path: known[one.path] for one in constant_form(edit).parameters}
+        values = found
+    return {f"deltas.{path}": value for path, value in values.items()}
 
 
-def check_backbone(manifest: Mapping[str, Any], model: PreTrainedModel, plan: Plan) -> None:
+def check_backbone(
+    manifest: Mapping[str, Any], model: PreTrainedModel, plans: Iterable[Plan]
+) -> None:
     """Raise DeltaError unless `model` is the backbone that the deltas were made for."""
     want = manifest["backbone"]["fingerprint"]
-    got = fingerprint(model, frozenset(one.path for one in plan.unfrozen))
+    free = frozenset(one.path for plan in plans for one in plan.unfrozen)
+    got = fingerprint(weights(model), free)
     name = manifest["backbone"]["name"] or manifest["backbone"]["class"]
     if want["layout"] != got["layout"]:
         raise DeltaError(f"these deltas belong to another backbone ({name}): its parameters differ")

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from peftc.errors import PeftcError
 from peftc.graph.arguments import CaptureError
-from peftc.model.running import submodule
+from peftc.graph.layers import submodule
+from peftc.graph.placement import is_added
 
 # What a compiled model has for itself, whatever its backbone has.
 _OWN = frozenset({*vars(nn.Module()), "forward", "plan", "deltas", "form"}) - {"training"}
@@ -146,7 +147,9 @@ def require_bare(model: PreTrainedModel) -> None:
                 "peftc.compile returns instead"
             )
     own = [
-        k for k, v in vars(model).items() if callable(v) and callable(getattr(type(model), k, None))
+        k
+        for k, v in vars(model).items()
+        if callable(v) and callable(getattr(type(model), k, None)) and not is_added(model, k)
     ]
     if own:
         raise AttachError(

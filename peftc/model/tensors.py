@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from peftc.graph.layers import submodule
 from peftc.language.expr import names
 from peftc.language.ports import SITES, STORED
 from peftc.plan.edit import Edit, Parameter
@@ -33,8 +34,19 @@ class Deltas(nn.Module):
         else:
             owner._buffers[last] = value
 
+    def remove(self, path: str) -> None:
+        """Take the tensor at a path away, and the modules that hold nothing then."""
+        owner, _, last = path.rpartition(".")
+        module = submodule(self, owner)
+        module._parameters.pop(last, None)
+        module._buffers.pop(last, None)
+        while owner and not any((module._parameters, module._buffers, module._modules)):
+            owner, _, name = owner.rpartition(".")
+            module = submodule(self, owner)
+            del module._modules[name]
+
     def values(self) -> dict[str, torch.Tensor]:
-        """Every delta tensor by its path, frozen ones too."""
+        """Every delta tensor by its path, frozen ones and those of sets that are not in use too."""
         return {**dict(self.named_parameters()), **dict(self.named_buffers())}
 
 

@@ -42,6 +42,12 @@ def inlined(edit: Edit) -> tuple[dict[str, Expr], dict[str, Expr]]:
     return edit.entry.inlined
 
 
+def penalty_of(edit: Edit) -> Expr | None:
+    """What an edit adds to the loss in training, its `let` names replaced."""
+    penalty = edit.entry.penalty
+    return None if penalty is None else substitute(penalty, inlined(edit)[0])
+
+
 def grown(expression: Expr, edit: Edit) -> int:
     """How many rows an expression puts before those of its port."""
     if not isinstance(expression, Call) or expression.op != "prepend":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from peftc.language.expr import Expr
@@ -25,6 +25,10 @@ class Parameter:
     trainable: bool
     formula: Expr | None = None
 
+    def under(self, old: str, new: str) -> Parameter:
+        """The same tensor, of the delta set `old` until now, in `new`."""
+        return replace(self, path=_moved(self.path, old, new))
+
     @property
     def rows(self) -> int:
         """The length of a prefix [heads, l, head_dim] or a prompt [l, d]."""
@@ -38,13 +42,25 @@ class Parameter:
 @dataclass(frozen=True)
 class Edit:
     """One delta at one site. `path` is where its own tensors live among the deltas; `index` counts the
-    entries of the spec, and stays when the entry is rewritten."""
+    entries of the spec, and stays when the entry is rewritten. `of` names the delta set that it is of, where that
+    is not the one without a name, and starts all its paths."""
 
     site: Site
     entry: Entry
     path: str
     parameters: tuple[Parameter, ...]
     index: int = 0
+    of: str = ""
+
+    def under(self, name: str, first: int = 0) -> Edit:
+        """The same edit in a set of this name; its spec's entries are counted from `first` on."""
+        return replace(
+            self,
+            path=_moved(self.path, self.of, name),
+            parameters=tuple(one.under(self.of, name) for one in self.parameters),
+            index=first + self.index,
+            of=name,
+        )
 
     @property
     def key(self) -> tuple[int, str]:
@@ -54,3 +70,9 @@ class Edit:
     @property
     def name(self) -> str:
         return f"{self.site.name}:{self.entry.method}"
+
+
+def _moved(path: str, old: str, new: str) -> str:
+    """A path that starts with the name `old`, with `new` in its place; each may be none."""
+    bare = path[len(old) + 1 :] if old else path
+    return f"{new}.{bare}" if new else bare

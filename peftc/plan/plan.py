@@ -65,6 +65,16 @@ class Plan:
         return {kind: len(scopes) for kind, scopes in counts.items()}
 
     @cached_property
+    def penalized(self) -> bool:
+        """Whether an edit adds to the loss in training."""
+        return any(edit.entry.penalty is not None for edit in self.edits)
+
+    @property
+    def tensors(self) -> dict[str, Parameter]:
+        """The tensors of the deltas by their paths, shared ones once."""
+        return {one.path: one for edit in self.edits for one in edit.parameters}
+
+    @cached_property
     def room(self) -> Room:
         """What the edits put in front of sequences."""
         rows: dict[str, int] = {}

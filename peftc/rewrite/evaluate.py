@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 
 from peftc.language.expr import Expr, names
-from peftc.plan.algebra import constants, numbers
+from peftc.plan.algebra import constants, numbers, penalty_of
 from peftc.plan.edit import Edit
 from peftc.rewrite.lower import Values
 
@@ -35,3 +36,17 @@ def constant_values(edit: Edit, tensors: Tensors) -> dict[str, torch.Tensor]:
         parameter.path: evaluate(part, env, numbers(edit)).to(next(iter(env.values())).dtype)
         for part, parameter in constants(edit).items()
     }
+
+
+def penalty_value(edits: Iterable[Edit], tensors: Tensors) -> torch.Tensor:
+    """What the edits add to the loss in training, in the type of their tensors, with its gradient; 0 without any."""
+    found: Any = torch.zeros(())
+    lowering = Values()
+    lowering.training = True
+    for edit in edits:
+        penalty = penalty_of(edit)
+        if penalty is not None:
+            env = {one.name: tensors[one.path] for one in edit.parameters}
+            found = found + lowering.lower(penalty, {**numbers(edit), **env}, "penalty")
+    value: torch.Tensor = found
+    return value

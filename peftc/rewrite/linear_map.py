@@ -25,26 +25,30 @@ _STORED = {"W", "b"}
 
 @dataclass(frozen=True)
 class Change:
-    """An edit in the words of the linear that it changes: `assign` and `reads` name x, W, b and h there."""
+    """An edit in the words of the linear that it changes: `assign` and `reads` name x, W, b and h there. `stays` says
+    why it cannot be in the weight whatever its values are, or is ""."""
 
     edit: Edit
     assign: Mapping[str, Expr]
     reads: frozenset[str]
     names: Mapping[str, str]
     columns: Columns | None
+    stays: str = ""
 
     @staticmethod
     def of(edit: Edit) -> Change:
-        """Raises NotAffine where the edit changes something that is no linear's."""
+        """Raises NotAffine where the edit changes nothing of a linear."""
         folds, assigned = KINDS[edit.site.at].folds, inlined(edit)[1]
         roles = folds.ports if folds is not None else {}
-        if folds is None or "W" not in edit.site.weights or not assigned.keys() <= roles.keys():
-            op = next((one.op for one in assigned.values() if hasattr(one, "op")), "it")
-            raise NotAffine(f"'{op}' rewrites '{', '.join(assigned)}', which is no linear's result")
+        op = next((one.op for one in assigned.values() if hasattr(one, "op")), "it")
+        reason = f"'{op}' rewrites '{', '.join(assigned)}', which is no linear's result"
+        if folds is None or "W" not in edit.site.weights or not assigned.keys() & roles.keys():
+            raise NotAffine(reason)
         read = {roles[name] for one in assigned.values() for name in names(one) if name in roles}
-        assign = {roles[port]: one for port, one in assigned.items()}
+        assign = {roles[port]: one for port, one in assigned.items() if port in roles}
+        stays = "" if assigned.keys() <= roles.keys() else reason
         columns = edit.site.weights["W"].view.columns
-        return Change(edit, assign, frozenset(read), roles, columns)
+        return Change(edit, assign, frozenset(read), roles, columns, stays)
 
     @property
     def folds(self) -> Folds:

@@ -28,13 +28,6 @@ def _valueless(program: Program) -> Iterator[str]:
             yield node.name
 
 
-def _idle_deltas(program: Program) -> Iterator[str]:
-    for node in program.graph.nodes:
-        slot = program.slot(node)
-        if slot is not None and slot.kind == "delta" and not node.users:
-            yield slot.name
-
-
 def _asserts(program: Program) -> Iterator[str]:
     for node in program.graph.nodes:
         if node.target is aten._assert_tensor_metadata.default:
@@ -57,7 +50,6 @@ PROGRAM: tuple[Row, ...] = (
     ("assertion left by export", _asserts),
     ("inserted without a tag", _untagged),
     ("inserted without a value", _valueless),
-    ("delta that nothing reads", _idle_deltas),
     ("size that became a number", _fixed),
 )
 

@@ -10,7 +10,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from peftc.graph.aten import ACTIVATION, CUT, DROPOUT, MOVE, features, hint
-from peftc.graph.program import aten, is_call
+from peftc.graph.program import aten, behind, is_call
 from peftc.sites.view import Columns
 
 # What only moves values: a label that goes in comes out, somewhere.
@@ -21,7 +21,7 @@ _CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.type_as.defa
 
 def columns(node: fx.Node, linear: fx.Node) -> Columns | None:
     """The features of `linear` that `node` is computed from; None when it is all of them, or no pattern."""
-    between = _ancestors(node, linear)
+    between = behind(node, linear)
     if not any(is_call(one, *CUT) for one in between):
         return None
     width = features(linear)[1]
@@ -43,7 +43,7 @@ def gated_halves(down: fx.Node, linear: fx.Node) -> tuple[Columns, Columns] | No
     if len(found) != 2 or None in found:
         return None
     first, second = found
-    activated = any(is_call(one, *ACTIVATION) for one in _ancestors(sides[0], linear))
+    activated = any(is_call(one, *ACTIVATION) for one in behind(sides[0], linear))
     return (second, first) if activated else (first, second)  # type: ignore[return-value]
 
 
@@ -63,17 +63,6 @@ def _reaching(
             yield moved
         else:
             labels[one] = moved
-
-
-def _ancestors(node: fx.Node, stop: fx.Node) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    stack = [node]
-    while stack:
-        one = stack.pop()
-        if one not in found:
-            found.add(one)
-            stack += [] if one is stop else one.all_input_nodes
-    return found
 
 
 def _labels(linear: fx.Node, width: int) -> torch.Tensor:

@@ -37,6 +37,8 @@ def write(path: Path, manifest: Mapping[str, Any], tensors: Mapping[str, torch.T
 
 
 FORMS = ("training", "stored")
+# The set that a model is compiled with, unless it is given a name.
+DEFAULT = "default"
 
 
 def manifest_of(path: Path) -> dict[str, Any]:
@@ -44,18 +46,38 @@ def manifest_of(path: Path) -> dict[str, Any]:
     manifest = read_manifest(path)
     backbone = manifest["backbone"] if isinstance(manifest["backbone"], dict) else {}
     prints = backbone.get("fingerprint")
+    others = manifest.get("others", [])
+    names = [one.get("set", DEFAULT) for one in [manifest, *others]] if _dicts(others) else []
     holds = {
-        "form": manifest["form"] in FORMS,
-        "edits": isinstance(manifest["edits"], list),
-        "left": isinstance(manifest.get("left", []), list),
+        "set": all(isinstance(one, str) for one in names) and len({*map(str, names)}) == len(names),
+        "others": _dicts(others),
         "backbone": all(isinstance(backbone.get(key), str) for key in ("name", "class")),
         "fingerprint": isinstance(prints, dict)
         and all(isinstance(prints.get(key), str) for key in ("layout", "content")),
     }
+    for one in sets_of(manifest) if holds["others"] else ():
+        holds |= {
+            "form": one.get("form") in FORMS,
+            "edits": isinstance(one.get("edits"), list),
+            "left": isinstance(one.get("left", []), list),
+        }
+        if not all(holds.values()):
+            break
     odd = [key for key, held in holds.items() if not held]
     if odd:
         raise DeltaError(f"{path / MANIFEST} is damaged: '{odd[0]}' is not what it must be")
     return manifest
+
+
+def _dicts(others: object) -> bool:
+    return isinstance(others, list) and all(isinstance(one, dict) for one in others)
+
+
+def sets_of(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a manifest says of each set that its directory holds."""
+    first = {key: value for key, value in manifest.items() if key != "others"}
+    every = [first, *manifest.get("others", [])]
+    return [{"format": manifest["format"], "set": DEFAULT, **one} for one in every]
 
 
 def spec_of(manifest: Mapping[str, Any], path: Path) -> Spec:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import transformers
 from torch.utils.data import Dataset
 from transformers import (
     DataCollatorForSeq2Seq,
@@ -20,9 +21,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
-    Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
-    Trainer,
     TrainingArguments,
     set_seed,
 )
@@ -30,6 +29,7 @@ from transformers import (
 from peftc.errors import PeftcError
 from peftc.graph.facts import ModelFacts
 from peftc.graph.rows import room_of
+from peftc.training.trainer import Seq2SeqTrainer, Trainer
 
 MAX_DATA_BYTES = 4 << 30
 Row = Mapping[str, Any]
@@ -102,10 +102,10 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[Row]:
 
 def _fitting(recipe: Recipe, model: PreTrainedModel) -> Recipe:
     """The recipe with texts no longer than there are positions for, besides rows in front of them."""
-    positions = ModelFacts.read(model).positions
-    if positions is None:
+    longest = ModelFacts.read(model).longest
+    if longest is None:
         return recipe
-    return replace(recipe, max_length=min(recipe.max_length, room_of(model).longest(positions)))
+    return replace(recipe, max_length=min(recipe.max_length, room_of(model).longest(longest)))
 
 
 def encode_classes(
@@ -171,13 +171,13 @@ def train_classifier(
     )
 
 
-def _run(trainer: Trainer) -> Any:
+def _run(trainer: transformers.Trainer) -> Any:
     """Train without the dicts that Trainer prints where there is no progress bar."""
     trainer.remove_callback(PrinterCallback)
     return trainer.train()
 
 
-def _in_order(trainer: Trainer) -> None:
+def _in_order(trainer: transformers.Trainer) -> None:
     """Trainer groups by length in `predict` too, and returns the rows in that order."""
     trainer.args.train_sampling_strategy = "random"
 

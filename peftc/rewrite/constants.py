@@ -29,17 +29,17 @@ class Split:
 
 def split(program: Program) -> Split | None:
     """The maximal subgraphs of inserted nodes that read parameters and deltas alone, apart; None without any."""
-    alone = _alone(program)
+    free = alone(program)
     ends = [
         node
-        for node in alone
-        if node.op == "call_function" and any(user not in alone for user in node.users)
+        for node in free
+        if node.op == "call_function" and any(user not in free for user in node.users)
     ]
     if not ends:
         return None
     stored = [n for n in program.graph.nodes if n.op == "placeholder" and _kind(program, n)]
     inputs = [n for n in program.graph.nodes if n.op == "placeholder" and not _kind(program, n)]
-    inner = {n for n in alone if n.op == "call_function"}
+    inner = {n for n in free if n.op == "call_function"}
     reads = [n for n in stored if any(user in inner for user in n.users)]
     keeps = [n for n in stored if any(user not in inner for user in n.users)]
     head, rest = fx.Graph(), fx.Graph()
@@ -68,7 +68,7 @@ def _kind(program: Program, node: fx.Node) -> str:
     return "" if kind == "input" else kind
 
 
-def _alone(program: Program) -> dict[fx.Node, None]:
+def alone(program: Program) -> dict[fx.Node, None]:
     """Learned placeholders, and the inserted nodes that read nothing else and always give the same."""
     found: dict[fx.Node, None] = {}
     for node in program.graph.nodes:
