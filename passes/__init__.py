@@ -10,6 +10,7 @@ import torch
 from passes.factors import Factors
 from passes.fold_affine import FoldAffine
 from passes.fold_constants import FoldConstants
+from passes.held import HeldRows
 from passes.insert import Insert
 from passes.joined import Joined
 from passes.masks import Masks
@@ -21,7 +22,7 @@ from peftc.plan.edit import Edit
 
 FOLD = (FoldConstants(), FoldAffine())
 # Makes a graph that runs in torch no heavier than its algebra; an exported one is left to its runtime.
-LEAN = (Factors(), Slices(), Products(), Joined(), Masks())
+LEAN = (Factors(), Slices(), Products(), Joined(), Masks(), HeldRows())
 
 
 def train(
@@ -38,6 +39,7 @@ __all__ = [
     "Factors",
     "FoldAffine",
     "FoldConstants",
+    "HeldRows",
     "Insert",
     "Joined",
     "Masks",

@@ -67,12 +67,25 @@ class Output:
         return value
 
 
+@dataclass(frozen=True)
+class Held:
+    """A prefix of so many `rows` in front of what a cache has: `wide` puts it before `keys`, which are those of the
+    input `name`, `past`, and of now. `prefix` is that of one row of a batch."""
+
+    name: str
+    wide: fx.Node
+    past: fx.Node
+    keys: fx.Node
+    prefix: fx.Node
+    rows: int
+
+
 @dataclass
 class Program:
     """A captured entry. `slots` maps each placeholder to what fills it; the graph holds no state, and what it calls
     is in `root`. `wide` are the inputs of ids whose sequences it was traced with rows in front of. `masks` are
     "explicit" or, for batches in which every token counts, "dropped", where the model makes that difference; else
-    "any"."""
+    "any". `held` are the prefixes that a cache can hold."""
 
     entry: str
     graph: fx.Graph
@@ -85,6 +98,7 @@ class Program:
     wide: frozenset[str] = frozenset()
     bounds: tuple[Bound, ...] = ()
     masks: str = "any"
+    held: tuple[Held, ...] = ()
     replaced: dict[fx.Node, fx.Node] = field(default_factory=dict)
     _filled: dict[Slot, fx.Node] = field(default_factory=dict, init=False)
 

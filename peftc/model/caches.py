@@ -19,7 +19,7 @@ from transformers.cache_utils import (
 )
 
 from peftc.graph.arguments import OWN_MASK, CaptureError
-from peftc.graph.cache import FILLED, flatten_cache, hold, pairs, parts_of
+from peftc.graph.cache import FILLED, CacheSlot, flatten_cache, hold, pairs, parts_of
 
 
 def prepared(cache: Cache | None, encoder_decoder: bool) -> Cache:
@@ -117,12 +117,24 @@ def fill(cache: Any, fields: Mapping[str, Any], rows: int) -> None:
                 if part == "cross":
                     cache.is_updated[i] = True
             continue
-        for i, (keys, values) in enumerate(pairs(fields, part)):
+        found = _sides(fields, part)
+        for i, sides in sorted(found.items()):
             while len(one.layers) <= i:
                 one.layers.append(DynamicLayer())
-            hold(one.layers[i], keys, values)
+            layer: Any = one.layers[i]
+            hold(layer, sides.get("key", layer.keys), sides.get("value", layer.values))
             if part == "cross":
                 cache.is_updated[i] = True
+
+
+def _sides(fields: Mapping[str, Any], part: str) -> dict[int, dict[str, torch.Tensor]]:
+    """The keys and values of a part that a step gave, by layer; where only one of them changed, that."""
+    found: dict[int, dict[str, torch.Tensor]] = {}
+    for name, value in fields.items():
+        slot = CacheSlot.read(name)
+        if slot is not None and slot.part == part:
+            found.setdefault(slot.layer, {})[slot.side] = value
+    return found
 
 
 def _append(layer: Any, keys: torch.Tensor, values: torch.Tensor, rows: int | None) -> None:

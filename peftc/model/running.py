@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from peftc.graph.capture import TRACING
 from peftc.graph.layers import REGION, Cut, Region, cut, submodule
 from peftc.graph.placement import hook_of, present
-from peftc.graph.program import Program
+from peftc.graph.program import Program, behind
 from peftc.graph.state import readable, traced
 from peftc.rewrite.constants import Split, split
+from peftc.rewrite.held import filling, holding
 
 # Where a tensor lives: the dict of a module's parameters or buffers, and its name there.
 Place = tuple[dict[str, Any], str]
@@ -109,10 +111,17 @@ class Runner:
     def forget(self) -> None:
         self._known = None
 
+    @cached_property
+    def _steps(self) -> Steps | None:
+        """The graphs of steps whose prefix a cache holds."""
+        return Steps(self.program, self._roots) if self.program.held else None
+
     def run(
         self, stored: Sequence[torch.Tensor], inputs: Mapping[str, torch.Tensor]
     ) -> dict[str, Any]:
         """The fields of the output, of what `fetch` gave and the inputs."""
+        if not torch.is_grad_enabled() and self._steps is not None and not traced():
+            return self._steps.run(stored, inputs)
         parts = None if torch.is_grad_enabled() else self._split
         computed = None if parts is None else self._computed(parts, stored)
         if parts is not None and computed is not None:
@@ -184,7 +193,7 @@ class Runner:
         if traced():
             return None
         reads, known = [stored[i] for i in parts.reads], self._known
-        if known is not None and known.holds(reads):  # these were settled then
+        if known is not None and known.seen.holds(reads):  # these were settled then
             return known.values
         if not _settled(reads):
             return None
@@ -194,35 +203,87 @@ class Runner:
 
 
 @dataclass(frozen=True)
-class _Known:
-    """What was computed, and of which tensors in which version under which rule of precision."""
+class _Seen:
+    """Tensors in a version, under a rule of precision: of equal ones the same is computed."""
 
     tensors: list[torch.Tensor]
     versions: list[int]
     pointers: list[int]
     rule: tuple[Any, ...]
-    values: Sequence[torch.Tensor]
 
     @staticmethod
-    def of(parts: Split, tensors: list[torch.Tensor]) -> _Known:
-        return _Known(
+    def of(tensors: list[torch.Tensor]) -> _Seen:
+        return _Seen(
             tensors,
-            list(
-                map(_VERSION, tensors)
-            ),  # before they are read: a write meanwhile makes it another version
+            list(map(_VERSION, tensors)),
             list(map(torch.Tensor.data_ptr, tensors)),
             _rule(tensors[0].device.type),
-            parts.head(*tensors),
         )
 
     def holds(self, tensors: list[torch.Tensor]) -> bool:
-        """Whether the same would be computed of `tensors` now."""
+        """Whether `tensors` are these, as they were."""
         return (
             all(map(operator.is_, self.tensors, tensors))
             and self.versions == list(map(_VERSION, tensors))
             and self.pointers == list(map(torch.Tensor.data_ptr, tensors))
             and self.rule == _rule(tensors[0].device.type)
         )
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What was computed, and of what."""
+
+    seen: _Seen
+    values: Sequence[torch.Tensor]
+
+    @staticmethod
+    def of(parts: Split, tensors: list[torch.Tensor]) -> _Known:
+        # Seen before they are read: a write meanwhile makes it another version.
+        return _Known(_Seen.of(tensors), parts.head(*tensors))
+
+
+class Steps:
+    """A step with a cache in two graphs: the first puts a prefix in front of the keys and values that it is given, the
+    other goes on from those that it gave.
+
+    What a cache gets are views of the tokens behind the prefix, so that whoever reads, reorders or cuts a cache sees
+    tokens alone; of a view that comes back as it was, the whole is known. It is used while the prefix is the same.
+    """
+
+    def __init__(self, program: Program, roots: Mapping[str, nn.Module]) -> None:
+        self._first, self._next = Runner(filling(program), roots), Runner(holding(program), roots)
+        self._rows = {one.name: one.rows for one in program.held}
+        stored = [slot for slot in program.order() if slot.kind != "input"]
+        at = {slot: i for i, slot in enumerate(stored)}
+        self._takes = [
+            [at[slot] for slot in one.program.order() if slot.kind != "input"]
+            for one in (self._first, self._next)
+        ]
+        made_of = {node for one in program.held for node in behind(one.prefix)}
+        self._reads = sorted(at[program.slots[n.name]] for n in made_of if n.op == "placeholder")
+        self._wholes: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    def run(
+        self, stored: Sequence[torch.Tensor], inputs: Mapping[str, torch.Tensor]
+    ) -> dict[str, Any]:
+        """The fields of the output."""
+        prefix = [stored[i] for i in self._reads]
+        known = [self._wholes.get(inputs[name]) for name in self._rows]  # type: ignore[no-untyped-call]
+        seen: _Seen | None = known[0][1] if known[0] is not None else None
+        held = seen is not None and all(one is not None and one[1] is seen for one in known)
+        if held and seen is not None and seen.holds(prefix):
+            given = dict(inputs) | {n: one[0] for n, one in zip(self._rows, known, strict=True)}
+            fields = self._next.run([stored[i] for i in self._takes[1]], given)
+        else:
+            seen = _Seen.of(prefix) if _settled(prefix) else None
+            fields = self._first.run([stored[i] for i in self._takes[0]], inputs)
+        for name, rows in self._rows.items():
+            whole = fields[name]
+            fields[name] = tokens = whole[:, :, rows:]
+            if seen is not None:
+                self._wholes[tokens] = whole, seen
+        return fields
 
 
 def _rule(device: str) -> tuple[Any, ...]:
