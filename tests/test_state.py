@@ -47,7 +47,7 @@ def output(model: PreTrainedModel, **inputs: object) -> object:
 # The compiled model and its backbone
 
 
-def test_the_backbone_is_shared() -> None:
+def test_tensors_and_configuration_are_shared() -> None:
     backbone = tiny("bart")
     model = peftc.compile(backbone, LORA)
     assert model.backbone is backbone and model.config is backbone.config
@@ -55,16 +55,54 @@ def test_the_backbone_is_shared() -> None:
     assert model.final_logits_bias is backbone.final_logits_bias
     assert backbone.final_logits_bias.dtype == torch.bfloat16
     assert model(**batch(model)).logits.dtype == torch.bfloat16
-    backbone.train()
-    assert model.training
+    backbone.lm_head.weight = nn.Parameter(torch.zeros(120, 32, dtype=torch.bfloat16))
+    assert model.lm_head.weight is backbone.lm_head.weight
+    assert (model(**batch(model)).logits == model.final_logits_bias).all()
+
+
+def test_modules_and_their_attributes_are_not() -> None:
+    backbone = tiny("bart")
+    before = {path: dict(vars(module)) for path, module in backbone.named_modules()}
+    model = peftc.compile(backbone, LORA)
+    model.train()
+    model.name_or_path, model.mark = "here", 1  # what its body has is set there
+    assert vars(model.body)["name_or_path"] == "here" and "mark" not in vars(model.body)
+    model.lm_head = nn.Linear(32, 120, bias=False)
+    assert model.body.lm_head is model.lm_head
+    model.model.encoder.layers[0].register_forward_hook(lambda *_: None)
+    model.model.decoder.layers[0].extra = nn.Linear(2, 2)
+    logits(model, batch(model))
+    model.loss_function = lambda *_, **__: 0
+    for path, module in backbone.named_modules():
+        after = vars(module)
+        assert before[path].keys() == after.keys()
+        assert all(before[path][name] is after[name] for name in after)
+        assert not any(after[name] for name in after if "hooks" in name)
+    assert not set(backbone.modules()) & set(model.modules())
+
+
+def test_a_backbone_is_a_reference_while_the_model_trains() -> None:
+    """As DPO has it: in evaluation, whatever the mode of the model, and without its deltas."""
+    backbone = tiny("llama", attention_dropout=0.5)
+    model = stir(peftc.compile(backbone, LORA))
+    inputs = batch(model)
+    want = logits(tiny("llama", attention_dropout=0.5), inputs)
+    reference = model.backbone
+    for first, then in ((reference, model), (model, reference)):
+        for one in (first, then):
+            one.train(one is model)
+        assert model.training and all(m.training for m in model.modules())
+        assert not any(m.training for m in reference.modules())
+        loss = model(**inputs, labels=inputs["input_ids"]).loss
+        assert torch.equal(logits(reference, inputs), want)
+        loss.backward()
+        assert not torch.equal(logits(model, inputs), logits(model, inputs))
+    assert all(p.grad is None for p in reference.parameters())
+    reference.train()
     model.eval()
-    assert not any(m.training for m in (*backbone.modules(), *model.modules()))
-    model.name_or_path = "here"  # an attribute of its backbone's is set there
-    assert vars(backbone)["name_or_path"] == "here" and "name_or_path" not in vars(model)
-    model.lm_head = nn.Linear(32, 120, bias=False, dtype=torch.bfloat16)
-    assert model.backbone.lm_head is model.lm_head
-    model.mark = 1
-    assert not hasattr(backbone, "mark")
+    assert torch.equal(logits(model, inputs), logits(model, inputs))
+    assert not torch.equal(logits(reference, inputs), logits(reference, inputs))
+    assert peftc.detach(model) is reference and reference.training
 
 
 @pytest.mark.parametrize("change", ["forward", "generate", "compile", "inner compile"])
@@ -90,7 +128,7 @@ def test_a_patched_part_is_traced_as_it_is() -> None:
     model = peftc.compile(backbone, LORA)
     inputs = batch(model)
     assert torch.allclose(logits(model, inputs), logits(tiny("bert"), inputs) * 2, atol=1e-5)
-    del head.forward
+    del model.classifier.forward
     assert torch.allclose(logits(model, inputs), logits(tiny("bert"), inputs), atol=1e-5)
 
 
@@ -196,7 +234,8 @@ def test_a_copy_is_its_own(how: str) -> None:
         file.seek(0)
         other = torch.load(file, weights_only=False)
     assert type(other) is type(model) and other.backbone is not model.backbone
-    assert other.model is other.backbone.model and held(other) == 0
+    assert other.model is other.body.model and held(other) == 0
+    assert other.lm_head.weight is other.backbone.lm_head.weight is not model.lm_head.weight
     assert torch.equal(logits(other, inputs), want)
     stir(other, seed=5)
     assert not torch.equal(logits(other, inputs), want)
@@ -240,15 +279,6 @@ def test_modes_and_dropout_of_each_module() -> None:
     for module in model.children():
         module.eval()
     assert model.training and torch.equal(logits(model, inputs), logits(model, inputs))
-
-
-def test_a_backbone_in_another_mode() -> None:
-    model = compiled("bert", hidden_dropout_prob=0.5)
-    model.backbone.train()
-    inputs = batch(model)
-    assert not torch.equal(logits(model, inputs), logits(model, inputs))
-    model.eval()
-    assert torch.equal(logits(model, inputs), logits(model, inputs))
 
 
 def switches() -> Iterator[tuple[str, Callable[[PreTrainedModel], None]]]:
@@ -582,9 +612,7 @@ def test_hooks_inside_are_named_and_do_not_run() -> None:
     model = peftc.compile(backbone, LORA)
     inputs = batch(model)
     want = logits(model, inputs)
-    handle = backbone.bert.encoder.layer[0].attention.register_forward_hook(
-        lambda *_: seen.append(1)
-    )
+    handle = model.bert.encoder.layer[0].attention.register_forward_hook(lambda *_: seen.append(1))
     with pytest.warns(
         UserWarning, match=r"hooks on 'bert\.encoder\.layer\.0\.attention' do not run"
     ):
@@ -638,7 +666,7 @@ def test_hooks_outside_of_layers_run(method: str) -> None:
     inputs = batch(model)
     want = logits(model, inputs)
     seen: list[torch.Tensor] = []
-    embedding, norm = backbone.model.embed_tokens, backbone.model.norm
+    embedding, norm = model.model.embed_tokens, model.model.norm
     handles = [
         embedding.register_forward_hook(lambda _, args, out: seen.append(out)),
         norm.register_forward_hook(lambda _, args, out: out * 2),

@@ -40,6 +40,11 @@ def _forward(model: PreTrainedModel, tensors: Tensors, flags: Mapping[str, Any])
     return _plain(model(**tensors, **encoded, **flags, return_dict=True))
 
 
+def _base(model: PreTrainedModel, tensors: Tensors, flags: Mapping[str, Any]) -> Outputs:
+    """The model below the head."""
+    return _forward(model.base_model, tensors, flags)  # type: ignore[arg-type]
+
+
 def _encode(model: PreTrainedModel, tensors: Tensors, flags: Mapping[str, Any]) -> Outputs:
     return _plain(model.get_encoder()(**tensors, **flags, return_dict=True))
 
@@ -86,6 +91,7 @@ ENTRIES = {
     e.name: e
     for e in (
         Entry("forward", _forward),
+        Entry("base", _base),
         Entry("encode", _encode, encodes=True),
         Entry("prefill", _cached),
         Entry("decode", _cached, steps=True),

@@ -18,14 +18,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
-from transformers.modeling_outputs import BaseModelOutput
 
-from peftc.graph.arguments import CaptureError
 from peftc.graph.capture import TRACING
 from peftc.graph.layers import lend, take_back
 from peftc.graph.program import Program
 from peftc.graph.state import Fingerprint
 from peftc.model.caches import fill, is_empty, is_static, past, prepared, widened
+from peftc.model.double import double
+from peftc.model.inner import Base, Encoder, base_of, connect, split
 from peftc.model.programs import Programs
 from peftc.model.running import Runner, run_program
 from peftc.model.saving import learned, save
@@ -40,8 +40,6 @@ from peftc.store.sparse import unpacked
 
 __all__ = ["CompiledModel", "attach", "bare_copy", "detach", "run_program"]
 
-# Arguments that ask for a cache or name the output type; the entries decide both themselves.
-_CONTROL = ("use_cache", "return_dict", "past_key_values", "encoder_outputs")
 # Arguments of Hugging Face's `save_pretrained` that have no meaning for one small file.
 _HARMLESS = frozenset(
     {
@@ -71,11 +69,12 @@ class Checkpointing:
 class CompiledModel(Sharing):
     """Mixed in front of a Hugging Face class by `attach`; never built directly.
 
-    It has parameters, buffers, modules, mode, configuration and loss in common with `backbone`: they are the same
-    objects, seen and set from both sides. Any other attribute that the backbone has is read and set there. Its own
-    are `deltas` (the new tensors), `plan` (what was inserted), `form` ("training", or "stored" once the constants
-    of the deltas have been evaluated), its hooks, its graphs, and a `forward` set on it, as accelerate does.
-    Copies and pickles hold no graphs: they capture anew.
+    It has parameters, buffers and configuration in common with `backbone`: they are the same objects, seen and set
+    from both sides. Its modules, with their modes, hooks and attributes, and its loss are its own, so that the
+    backbone stays what it was, and may be a reference while the model trains. Its own are also `deltas` (the new
+    tensors), `plan` (what was inserted), `form` ("training", or "stored" once the constants of the deltas have been
+    evaluated), its graphs, and a `forward` set on it, as accelerate does. Copies and pickles hold no graphs: they
+    capture anew.
 
     It may have several delta sets (`add`, `use`, `remove`), of which `plan` and `form` tell those in use, and
     `deltas` holds all. Without any in use, and inside `base`, it is the backbone that runs.
@@ -114,7 +113,7 @@ class CompiledModel(Sharing):
         SetError for a name that cannot be, PlanError, DeltaError; the model is then as it was.
         """
         with TRACING, self.base():
-            self._sets.add(name, self._sets.compiler.made(self.backbone, spec))
+            self._sets.add(name, self._sets.compiler.made(self.body, spec))
 
     def include(self, name: str, made: Made) -> None:
         """`add` of what was planned already."""
@@ -176,14 +175,14 @@ class CompiledModel(Sharing):
         return penalty_value(self.plan.edits, self.deltas.values()).to(self.device)
 
     def train(self, mode: bool = True) -> Any:
-        """Switch the mode of the deltas and of the backbone; what was computed of parameters is forgotten."""
+        """Switch the mode; what was computed of parameters is forgotten."""
         self._sets.forget()
         return super().train(mode)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the backbone's own forward: same arguments, same output type."""
         if not self._sets.names:
-            return self.backbone(*args, **kwargs)
+            return self.body(*args, **kwargs)
         given = dict(zip(self._programs.facts.arguments, args, strict=False)) | kwargs
         wanted = {k: v for k, v in given.items() if v is not None}
         output = self._cached(wanted) if wanted.get("use_cache") else self._plain(wanted)
@@ -230,7 +229,7 @@ class CompiledModel(Sharing):
         """What `generate` gives for a static cache: a mask of two axes, of which the graph makes its own; in all steps
         one of one size."""
         if not self._sets.names:
-            make = getattr(self.backbone, "create_masks_for_generate", create_masks_for_generate)
+            make = getattr(self.body, "create_masks_for_generate", create_masks_for_generate)
             given = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, **more}
             return make(past_key_values=past_key_values, **given)  # type: ignore[no-any-return]
         if is_empty(past_key_values):
@@ -247,8 +246,8 @@ class CompiledModel(Sharing):
             other: nn.Module = super().get_encoder(modality)
             return other
         if self._sets.names:
-            return _Encoder(self)
-        bare: nn.Module = self.backbone.get_encoder()
+            return Encoder(self)
+        bare: nn.Module = self.body.get_encoder()
         return bare
 
     def save_pretrained(  # type: ignore[override]
@@ -361,9 +360,10 @@ class CompiledModel(Sharing):
         self.__dict__.update(state)
         _connect(self)
 
-    def _run(
+    def run(
         self, entry: str, inputs: Mapping[str, Any], flags: Mapping[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
+        """The class of the output, and its fields, of an entry with the deltas in use."""
         if torch.compiler.is_compiling():
             return self._traced(entry, inputs, flags)
         runner, stored = self._programs.ready(entry, inputs, flags)
@@ -376,11 +376,11 @@ class CompiledModel(Sharing):
     def _traced(
         self, entry: str, inputs: Mapping[str, Any], flags: Mapping[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
-        """As `_run`, for torch.compile, which shall see all at once, and export, which shall see one graph."""
+        """As `run`, for torch.compile, which shall see all at once, and export, which shall see one graph."""
         if self._programs.placed:
             return _unseen(self, entry, inputs, flags)  # type: ignore[no-any-return]
         if not torch.compiler.is_exporting():
-            one = find(self._programs, entry, self.backbone, inputs, flags)
+            one = find(self._programs, entry, self.body, inputs, flags)
             if one is not None:
                 return one.program.output_type, one.run(self, inputs)
         runner, stored = _ready(self._programs, entry, inputs, flags)
@@ -400,12 +400,15 @@ class CompiledModel(Sharing):
         again = dict.fromkeys([*layers][:: chosen.every], chosen.run) if chosen else {}
         return runner.run_layers(stored, inputs, followed, again.get)
 
-    def _plain(self, wanted: Mapping[str, Any]) -> Any:
-        tensors, flags = _split(wanted)
+    def uncached(self, entry: str, wanted: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """As `run`, of arguments as they are given."""
+        tensors, flags = split(wanted)
         if "encoder_outputs" in wanted:
             tensors["encoder_hidden_states"] = wanted["encoder_outputs"][0]
-        flags |= self._programs.facts.flags
-        output_type, fields = self._run("forward", tensors, flags)
+        return self.run(entry, tensors, flags | self._programs.facts.flags)
+
+    def _plain(self, wanted: Mapping[str, Any]) -> Any:
+        output_type, fields = self.uncached("forward", wanted)
         if "loss" not in fields and self.plan.penalized and not torch.compiler.is_compiling():
             self._tell_of_penalty()
         return output_type(**fields)
@@ -422,7 +425,7 @@ class CompiledModel(Sharing):
 
     def _cached(self, wanted: Mapping[str, Any]) -> Any:
         """One generation step: `prefill` while the cache is empty, `decode` from then on."""
-        tensors, flags = _split(wanted)
+        tensors, flags = split(wanted)
         seq2seq = self._programs.facts.encoder_decoder
         cache: Any = prepared(wanted.get("past_key_values"), seq2seq)
         first, static, rows = is_empty(cache), is_static(cache), self._rows
@@ -437,7 +440,7 @@ class CompiledModel(Sharing):
         entry = "prefill" if first else "decode_static" if static else "decode"
         if not first:
             tensors |= past(cache, tensors, rows)
-        output_type, fields = self._run(entry, tensors, flags)
+        output_type, fields = self.run(entry, tensors, flags)
         present = {k: fields.pop(k) for k in list(fields) if k.startswith("past.")}
         kept = {}
         if present or not first:
@@ -458,35 +461,7 @@ class CompiledModel(Sharing):
 
 # Finding a graph is bookkeeping: torch.compile sees the graph, and not how it was found. Nor how weights are fetched.
 _ready = torch.compiler.disable(Programs.ready)  # type: ignore[no-untyped-call]
-_unseen = torch.compiler.disable(CompiledModel._run)  # type: ignore[no-untyped-call]
-
-
-def _split(wanted: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Tensors become inputs of the graph; switches and numbers are fixed in it."""
-    tensors = {k: v for k, v in wanted.items() if isinstance(v, torch.Tensor)}
-    flags = {k: v for k, v in wanted.items() if k not in tensors and k not in _CONTROL}
-    odd = [k for k, v in flags.items() if not isinstance(v, bool | int | float | str)]
-    if odd:
-        raise CaptureError(
-            f"argument '{odd[0]}' is a {type(flags[odd[0]]).__name__}; a compiled model takes tensors, "
-            "numbers and switches"
-        )
-    return tensors, flags
-
-
-class _Encoder(nn.Module):
-    def __init__(self, model: CompiledModel) -> None:
-        super().__init__()
-        self.__dict__["model"] = model  # not a submodule: its parameters are the model's
-        self.main_input_name = model.main_input_name
-
-    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutput:
-        model: CompiledModel = self.__dict__["model"]
-        given = dict(zip((self.main_input_name, "attention_mask"), args, strict=False)) | kwargs
-        tensors, flags = _split({k: v for k, v in given.items() if v is not None})
-        output_type, fields = model._run("encode", tensors, flags)
-        output: BaseModelOutput = output_type(**fields)
-        return output
+_unseen = torch.compiler.disable(CompiledModel.run)  # type: ignore[no-untyped-call]
 
 
 def attach(
@@ -496,26 +471,26 @@ def attach(
     the spec trains requires grad. Raises AttachError where `require_bare` does; the backbone is then as it was.
     """
     require_bare(backbone)
-    deltas = Deltas()
+    deltas, body = Deltas(), double(backbone)
     origin = Origin.of(backbone)
-    sets = Sets(backbone, deltas, compiler, name, made)
+    sets = Sets(body, deltas, compiler, name, made)
     model = _blank(type(backbone))
-    model.__dict__.update(_origin=origin, _sets=sets, _backbone=backbone)
-    model.__dict__.update({name: vars(backbone)[name] for name in SHARED})
-    model.__dict__["_checkpointing"] = Checkpointing.of(backbone)
-    model._modules.update(backbone._modules, deltas=deltas)
-    backbone.requires_grad_(False)
+    model.__dict__.update(_origin=origin, _sets=sets, _backbone=backbone, _body=body)
+    model.__dict__.update({name: vars(body)[name] for name in SHARED})
+    model.__dict__["_checkpointing"] = Checkpointing.of(body)
+    model._modules.update(body._modules, **base_of(body), deltas=deltas)
+    body.requires_grad_(False)
     sets.train([name])
     _connect(model)
     return model
 
 
 def bare_copy(model: CompiledModel) -> PreTrainedModel:
-    """A copy of the backbone, with the `requires_grad` flags that it came with."""
-    backbone = copy.deepcopy(model.backbone)
-    model.__dict__["_origin"].restore_flags(backbone)
-    take_back(backbone)
-    return backbone
+    """A copy of the model without its deltas, with the `requires_grad` flags that its backbone came with."""
+    copied = copy.deepcopy(model.body)
+    model.__dict__["_origin"].restore(copied)
+    take_back(copied)
+    return copied
 
 
 def _blank(cls: Any) -> CompiledModel:
@@ -528,6 +503,9 @@ def _blank(cls: Any) -> CompiledModel:
 
 def _connect(model: CompiledModel) -> None:
     model._use(model.in_use)
+    for module in model._modules.values():
+        if isinstance(module, Base):
+            connect(module, model)
     if not is_attached(model.backbone):
         ATTACHED[model.backbone] = ref(model)
 
@@ -549,14 +527,13 @@ def _compiled_class(cls: Any) -> Any:
 
 
 def detach(model: CompiledModel) -> PreTrainedModel:
-    """The backbone as it was: no deltas, the `requires_grad` flags, modes and loss that it came with.
+    """The backbone as it was: no deltas, the `requires_grad` flags that it came with.
 
     Parameters that the spec unfroze keep what they learned.
     """
     backbone = model.backbone
     with TRACING:
         model.__dict__["_origin"].restore(backbone)
-        take_back(backbone)
         ATTACHED.pop(backbone, None)
     return backbone
 

@@ -15,9 +15,9 @@ from peftc.graph.arguments import CaptureError
 from peftc.graph.layers import submodule
 from peftc.graph.placement import is_added
 
-# What a compiled model has for itself, whatever its backbone has.
+# What a compiled model has for itself, whatever its body has.
 _OWN = frozenset({*vars(nn.Module()), "forward", "plan", "deltas", "form"}) - {"training"}
-# Of the backbone's own, read and written through the compiled model.
+# Of the body's own, and the backbone's, read and written through the compiled model.
 SHARED = ("_parameters", "_buffers", "_non_persistent_buffers_set")
 
 
@@ -27,29 +27,15 @@ class AttachError(PeftcError):
 
 @dataclass(frozen=True)
 class Origin:
-    """How a backbone came: what required grad, each module's mode, and the loss that was set."""
+    """How a backbone came: what required grad."""
 
     required_grad: Mapping[str, bool]
-    modes: Mapping[str, bool]
-    loss: tuple[Any, ...]
 
     @staticmethod
     def of(backbone: PreTrainedModel) -> Origin:
-        return Origin(
-            {path: p.requires_grad for path, p in backbone.named_parameters()},
-            {path: module.training for path, module in backbone.named_modules()},
-            (vars(backbone)["_loss_function"],) if "_loss_function" in vars(backbone) else (),
-        )
+        return Origin({path: p.requires_grad for path, p in backbone.named_parameters()})
 
     def restore(self, backbone: PreTrainedModel) -> None:
-        self.restore_flags(backbone)
-        for path, module in backbone.named_modules():
-            module.training = self.modes.get(path, module.training)
-        vars(backbone).pop("_loss_function", None)
-        for loss in self.loss:
-            backbone.loss_function = loss
-
-    def restore_flags(self, backbone: PreTrainedModel) -> None:
         for path, weight in backbone.named_parameters():
             weight.requires_grad_(self.required_grad.get(path, weight.requires_grad))
 
@@ -59,52 +45,60 @@ ATTACHED: WeakKeyDictionary[PreTrainedModel, ref[Sharing]] = WeakKeyDictionary()
 
 
 class Sharing(PreTrainedModel):
-    """A model that has parameters, buffers, modules, mode, configuration and loss in common with its `backbone`.
+    """A model that has parameters, buffers and configuration in common with its `backbone`: they are the same objects,
+    seen and set from both sides.
 
-    They are the same objects, seen and set from both sides; any other attribute that the backbone has is read and
-    set there. Hooks and a `forward` set on the instance are its own.
+    Modules, their modes, hooks and attributes, and the loss are its own: those of `body`, a double of the backbone, as
+    which it began. Any other attribute that the body has is read and set there. Its hooks and a `forward` set on the
+    instance are nobody else's.
     """
 
     @property
     def backbone(self) -> PreTrainedModel:
-        """The model whose forward is traced. It computes without the deltas."""
+        """The model that was compiled. It computes without the deltas, in a mode of its own: a reference."""
         backbone: PreTrainedModel = self.__dict__["_backbone"]
         return backbone
 
     @property
+    def body(self) -> PreTrainedModel:
+        """The model whose forward is traced: the bare one in the mode of this."""
+        body: PreTrainedModel = self.__dict__["_body"]
+        return body
+
+    @property
     def training(self) -> bool:
-        """The mode, which is the backbone's too."""
-        return bool(self.backbone.training)
+        """The mode."""
+        return bool(self.body.training)
 
     @training.setter
     def training(self, mode: bool) -> None:
-        if "_backbone" in self.__dict__:  # nn.Module sets it before there is one
-            self.backbone.training = mode
+        if "_body" in self.__dict__:  # nn.Module sets it before there is one
+            self.body.training = mode
 
     @property
     def loss_function(self) -> Any:
-        """The backbone's, which its forward calls."""
-        return self.backbone.loss_function
+        """The body's, which its forward calls."""
+        return self.body.loss_function
 
     @loss_function.setter
     def loss_function(self, loss: Any) -> None:
-        self.backbone.loss_function = loss
+        self.body.loss_function = loss
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in _OWN or name.startswith("__") or "_backbone" not in self.__dict__:
+            if name in _OWN or name.startswith("__") or "_body" not in self.__dict__:
                 raise
-            return getattr(self.backbone, name)
+            return getattr(self.body, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in _OWN and not isinstance(getattr(type(self), name, None), property):
             own = name in self.__dict__
-            if isinstance(value, nn.Module) or name in self.backbone._modules:
-                setattr(self.backbone, name, value)
-            elif name in vars(self.backbone) and not own:
-                setattr(self.backbone, name, value)
+            if isinstance(value, nn.Module) or name in self.body._modules:
+                setattr(self.body, name, value)
+            elif name in vars(self.body) and not own:
+                setattr(self.body, name, value)
                 return
         super().__setattr__(name, value)
 

@@ -1,0 +1,64 @@
+"""trl's trainers on a compiled model, beside PEFT's model of the same weights: the same numbers at each step.
+
+trl is no dependency, so it runs in an environment of its own, over this one (trl_oracle.py). The environment is made
+anew unless PEFTC_TRL_PYTHON names a Python that has it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What each trainer logged, of each model."""
+    python = os.environ.get("PEFTC_TRL_PYTHON") or _environment(tmp_path_factory.mktemp("trl"))
+    script, folder = HERE / "trl_oracle.py", tmp_path_factory.mktemp("runs")
+    path = {"PYTHONPATH": str(HERE.parent), "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run(
+        [python, "-W", "ignore", script, folder],
+        env=os.environ | path,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+    return found
+
+
+def _environment(folder: Path) -> str:
+    """trl over the packages of this environment."""
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    python = folder / "bin" / "python"
+    packages = next((folder / "lib").glob("python*")) / "site-packages"
+    (packages / "below.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    install = [python, "-m", "pip", "install", "--quiet", "-c", HERE.parent / "constraints.txt"]
+    subprocess.run([*install, "--no-deps", "trl==1.16.0"], check=True)
+    subprocess.run([*install, "datasets"], check=True)
+    return str(python)
+
+
+@pytest.mark.parametrize("trainer", ["sft", "dpo"])
+def test_as_peft(said: dict[str, Any], trainer: str) -> None:
+    """Losses, norms, entropies, rewards: dropout too. Sums in another order move the last bit of some."""
+    theirs, ours = (said[trainer][side] for side in ("peft", "ours"))
+    assert len(theirs) == len(ours) > 6
+    for one, other in zip(theirs, ours, strict=True):
+        assert other == pytest.approx(one, rel=1e-6, abs=1e-6)
+    assert len({one["loss"] for one in ours if "loss" in one}) == 6
+
+
+def test_a_reference_has_a_mode_of_its_own(said: dict[str, Any]) -> None:
+    assert said["modes"] == {"model": True, "reference": False}
