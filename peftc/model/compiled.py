@@ -409,7 +409,7 @@ class CompiledModel(Sharing):
 
     def _plain(self, wanted: Mapping[str, Any]) -> Any:
         output_type, fields = self.uncached("forward", wanted)
-        if "loss" not in fields and self.plan.penalized and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and "loss" not in fields and self.plan.penalized:
             self._tell_of_penalty()
         return output_type(**fields)
 
