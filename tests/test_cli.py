@@ -102,7 +102,7 @@ def test_compile_prints_graphs(run: Run, folder: Path) -> None:
     code, _, err = run("compile", "lora", "-m", folder, "--no-save", "--print-after", "inline")
     assert (code, err.splitlines()[-1]) == (
         1,
-        "error: compile runs no pass 'inline'; it runs normalize, insert, penalize, factors, slices, products, joined, masks",
+        "error: compile runs no pass 'inline'; it runs normalize, insert, penalize, factors, slices, products, joined, masks, held",
     )
 
 
@@ -113,7 +113,7 @@ def test_compile_leaves_passes_out(run: Run, folder: Path) -> None:
     code, _, err = run(*wanted, "--without", "insert")
     assert (code, err.splitlines()[-1]) == (
         1,
-        "error: --without: 'insert' cannot be left out; these passes can: factors, slices, products, joined, masks",
+        "error: --without: 'insert' cannot be left out; these passes can: factors, slices, products, joined, masks, held",
     )
 
 
