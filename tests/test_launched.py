@@ -17,7 +17,15 @@ import peftc
 
 SCRIPT = Path(__file__).parent / "launched.py"
 # Without `--cpu`, which starts one process; the script says that it uses none but CPUs.
-TWO = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+TWO = [
+    "-m",
+    "accelerate.commands.launch",
+    "--multi_gpu",
+    "--num_processes",
+    "2",
+    "--num_machines",
+    "1",
+]
 
 
 def ran(folder: Path, how: str, *more: str) -> list[dict[str, Any]]:

@@ -22,20 +22,30 @@ HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def python(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A Python that has trl."""
+    return os.environ.get("PEFTC_TRL_PYTHON") or _environment(tmp_path_factory.mktemp("trl"))
+
+
+@pytest.fixture(scope="module")
+def said(python: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What each trainer logged, of each model."""
-    python = os.environ.get("PEFTC_TRL_PYTHON") or _environment(tmp_path_factory.mktemp("trl"))
-    script, folder = HERE / "trl_oracle.py", tmp_path_factory.mktemp("runs")
+    last = ran(python, HERE / "trl_oracle.py", tmp_path_factory.mktemp("runs"))
+    found: dict[str, Any] = json.loads(last)
+    return found
+
+
+def ran(python: str, *command: Path) -> str:
+    """The last line that a script prints."""
     path = {"PYTHONPATH": str(HERE.parent), "HF_HUB_OFFLINE": "1"}
     run = subprocess.run(
-        [python, "-W", "ignore", script, folder],
+        [python, "-W", "ignore", *command],
         env=os.environ | path,
         check=True,
         capture_output=True,
         text=True,
     )
-    found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
-    return found
+    return run.stdout.splitlines()[-1]
 
 
 def _environment(folder: Path) -> str:
@@ -62,3 +72,7 @@ def test_as_peft(said: dict[str, Any], trainer: str) -> None:
 
 def test_a_reference_has_a_mode_of_its_own(said: dict[str, Any]) -> None:
     assert said["modes"] == {"model": True, "reference": False}
+
+
+def test_the_example(python: str) -> None:
+    assert ran(python, HERE.parent / "examples" / "dpo.py").endswith("accuracy 1.00")
