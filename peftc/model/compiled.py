@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -14,6 +15,7 @@ from typing import Any, NoReturn
 from weakref import ref
 
 import torch
+from huggingface_hub import HfApi
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -24,6 +26,7 @@ from peftc.graph.layers import lend, take_back
 from peftc.graph.program import Program
 from peftc.graph.state import Fingerprint
 from peftc.model.caches import fill, is_empty, is_static, past, prepared, widened
+from peftc.model.card import card
 from peftc.model.double import double
 from peftc.model.inner import Base, Encoder, base_of, connect, split
 from peftc.model.programs import Programs
@@ -273,6 +276,26 @@ class CompiledModel(Sharing):
         if is_main_process:
             names = self._sets.known(self.in_use if name is None else _listed(name))
             save(self, Path(save_directory), names, stored=stored, tensors=state_dict)
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        tags: list[str] | None = None,
+        max_shard_size: Any = None,
+        **commit: Any,
+    ) -> Any:
+        """Put what `save_pretrained` writes, and a model card, into a repository of a hub; `commit` is what
+        `huggingface_hub.HfApi.upload_folder` takes of one. Gives what that does."""
+        api = HfApi(token=token)
+        name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            backbone = self.config.name_or_path or type(self).__name__
+            card(name, self.plan, backbone, tags).save(Path(folder) / "README.md")
+            return api.upload_folder(repo_id=name, folder_path=folder, **commit)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
