@@ -1,6 +1,6 @@
 """A Trainer on one or more processes: what `test_launched.py` starts, alone or by `accelerate launch`.
 
-python tests/launched.py FOLDER alone|ddp|fsdp [--resume]
+python tests/launched.py FOLDER alone|ddp|fsdp|zero [--resume]
 
 Each process writes losses, and a sum of the deltas as it holds them, to FOLDER/RANK.json; Trainer saves the rest.
 """
@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
 
 import peftc
+from peftc.graph.layers import layers_of
 
 LAYERS, ROWS, STEPS = 4, 8, 4
 SHARDED: dict[str, Any] = dict(
@@ -32,6 +33,20 @@ SHARDED: dict[str, Any] = dict(
         cpu_ram_efficient_loading=False,
     ),
 )
+# ZeRO of DeepSpeed, stage 3: every weight in parts, gathered by the hooks on its layer.
+ZERO: dict[str, Any] = dict(
+    deepspeed={
+        "zero_optimization": {
+            "stage": 3,
+            "stage3_param_persistence_threshold": 0,
+            "stage3_gather_16bit_weights_on_model_save": True,
+        },
+        "train_micro_batch_size_per_gpu": ROWS // 2,
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 1.0,
+    }
+)
+MORE = {"fsdp": SHARDED, "zero": ZERO}
 
 
 def let_cpus_share() -> None:
@@ -60,6 +75,18 @@ class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return {k: v[index] for k, v in self.inputs.items()}
 
 
+def gathered(one: torch.Tensor) -> torch.Tensor:
+    """A tensor of which each process may have a part."""
+    if isinstance(one, DTensor):
+        return one.full_tensor()
+    if hasattr(one, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([one]):
+            return one.detach().clone()
+    return one
+
+
 def main() -> None:
     folder, how, resume = Path(sys.argv[1]), sys.argv[2], "--resume" in sys.argv
     if how == "fsdp":
@@ -76,22 +103,23 @@ def main() -> None:
         save_steps=STEPS // 2,
         report_to=[],
         disable_tqdm=True,
-        **(SHARDED if how == "fsdp" else {}),
+        **MORE.get(how, {}),
     )
+    if how == "zero":
+        from deepspeed.utils import set_z3_leaf_modules
+
+        set_z3_leaf_modules(model, [type(one) for one in layers_of(model).values()][:1])
     trainer = Trainer(model, arguments, train_dataset=Rows(model))
     trainer.train(resume_from_checkpoint=resume or None)
     if how == "fsdp":  # checkpoints are in parts, and so would these be
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(folder / "deltas"))
-    whole = {
-        k: v.full_tensor() if isinstance(v, DTensor) else v
-        for k, v in model.deltas.named_parameters()
-    }
+    whole = {k: gathered(v) for k, v in model.deltas.named_parameters()}
     found = {
         "losses": [one["loss"] for one in trainer.state.log_history if "loss" in one],
         "norms": [one["grad_norm"] for one in trainer.state.log_history if "loss" in one],
         "deltas": {k: v.double().sum().item() for k, v in whole.items()},
-        "sharded": sum(isinstance(p, DTensor) for p in model.parameters()),
+        "sharded": sum(isinstance(p, DTensor) or p.numel() == 0 for p in model.parameters()),
         "processes": arguments.world_size,
     }
     (folder / f"{arguments.process_index}.json").write_text(json.dumps(found))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import tiny
+from conftest import overlay, tiny
 from safetensors.torch import load_file
 
 import peftc
@@ -28,11 +28,20 @@ TWO = [
 ]
 
 
-def ran(folder: Path, how: str, *more: str) -> list[dict[str, Any]]:
+@pytest.fixture(scope="module")
+def deepspeed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A Python that has DeepSpeed; made anew unless PEFTC_DEEPSPEED_PYTHON names one."""
+    given = os.environ.get("PEFTC_DEEPSPEED_PYTHON")
+    needs = ["hjson", "py-cpuinfo", "msgpack", "ninja", "einops", "psutil", "pydantic"]
+    folder = tmp_path_factory.mktemp("deepspeed")
+    return given or overlay(folder, "deepspeed==0.19.8", needs=needs)
+
+
+def ran(folder: Path, how: str, *more: str, python: str = sys.executable) -> list[dict[str, Any]]:
     """What each process says."""
     launch = [] if how == "alone" else [*TWO, "--mixed_precision", "no", "--dynamo_backend", "no"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, *launch, str(SCRIPT), str(folder), how, *more]
+    command = [python, *launch, str(SCRIPT), str(folder), how, *more]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr[-3000:]
     return [json.loads(path.read_text()) for path in sorted(folder.glob("?.json"))]
@@ -45,13 +54,14 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+@pytest.mark.parametrize("how", ["ddp", "fsdp", "zero"])
 def test_two_processes_learn_what_one_learns(
-    how: str, alone: dict[str, Any], tmp_path: Path
+    how: str, alone: dict[str, Any], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    first, second = ran(tmp_path, how)
+    python = request.getfixturevalue("deepspeed") if how == "zero" else sys.executable
+    first, second = ran(tmp_path, how, python=python)
     assert first["processes"] == 2 and first["deltas"] == second["deltas"]
-    assert (first["sharded"] > 0) is (how == "fsdp")
+    assert (first["sharded"] > 0) is (how != "ddp")
     for key in ("losses", "norms"):  # float32: the batch's halves are summed apart
         assert first[key] == pytest.approx(alone[key], rel=1e-4)
     assert alone["losses"][-1] < alone["losses"][0]
@@ -62,6 +72,6 @@ def test_two_processes_learn_what_one_learns(
     # Again from the half, as after a stop.
     for path in (tmp_path / "run").glob("checkpoint-4"):
         path.rename(tmp_path / "gone")
-    again = ran(tmp_path, how, "--resume")
+    again = ran(tmp_path, how, "--resume", python=python)
     assert again[0]["losses"][-2:] == pytest.approx(first["losses"][-2:], rel=1e-6)
     assert again[0]["deltas"] == pytest.approx(first["deltas"], rel=1e-6, abs=1e-7)

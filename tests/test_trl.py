@@ -9,12 +9,11 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
-import sysconfig
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import overlay
 
 pytestmark = pytest.mark.slow
 
@@ -24,7 +23,8 @@ HERE = Path(__file__).parent
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A Python that has trl."""
-    return os.environ.get("PEFTC_TRL_PYTHON") or _environment(tmp_path_factory.mktemp("trl"))
+    given = os.environ.get("PEFTC_TRL_PYTHON")
+    return given or overlay(tmp_path_factory.mktemp("trl"), "trl==1.16.0", needs=["datasets"])
 
 
 @pytest.fixture(scope="module")
@@ -46,18 +46,6 @@ def ran(python: str, *command: Path) -> str:
         text=True,
     )
     return run.stdout.splitlines()[-1]
-
-
-def _environment(folder: Path) -> str:
-    """trl over the packages of this environment."""
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    python = folder / "bin" / "python"
-    packages = next((folder / "lib").glob("python*")) / "site-packages"
-    (packages / "below.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    install = [python, "-m", "pip", "install", "--quiet", "-c", HERE.parent / "constraints.txt"]
-    subprocess.run([*install, "--no-deps", "trl==1.16.0"], check=True)
-    subprocess.run([*install, "datasets"], check=True)
-    return str(python)
 
 
 @pytest.mark.parametrize("trainer", ["sft", "dpo"])
