@@ -23,6 +23,9 @@ def merge(
     deltas: Annotated[Path, typer.Argument(metavar="DIR", help="A directory of deltas.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="A new directory.")],
     model: options.Backbone = None,
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", help="Make ordinary weights of quantised ones.")
+    ] = False,
 ) -> None:
     """Fold deltas into their backbone and write an ordinary Hugging Face checkpoint.
 
@@ -35,7 +38,7 @@ def merge(
     compiled = directories.load(deltas, model)
 
     with step("folding"):
-        merged, report = fold(compiled)
+        merged, report = fold(compiled, dequantize=dequantize)
     say(report_text(report))
     tokenizer = directories.tokenizer(deltas, compiled)
 
@@ -67,6 +70,9 @@ def report_text(report: Report) -> str:
         f"max |folded - unfolded|  {report.error:.3g}  (outputs are up to {report.scale:.3g})",
         f"max |unfolded - base|    {report.changed:.3g}",
     ]
+    before, after = report.held
+    if before != after:
+        lines.append(f"bytes of the backbone    {before:,} -> {after:,}")
     if report.changed == 0:
         lines.append("the deltas change nothing: were they trained?")
     return "\n".join(lines)
