@@ -14,8 +14,8 @@ from peftc.rewrite.nodes import made
 
 @dataclass(frozen=True)
 class Quantized:
-    """Last, as the passes before it know a linear by its op. A product with the columns of a fused weight or with a
-    weight that a delta rewrites (DoRA) is none of the stored weight, and computes with the whole matrix."""
+    """Last, as the passes before it know a linear by its op. The product with a weight that a delta rewrites (DoRA), or
+    with the columns of a fused one, is none with the stored weight: it computes with the whole matrix."""
 
     name: str = "quantized"
 
@@ -24,17 +24,24 @@ class Quantized:
         count = 0
         for weight in program.graph.find_nodes(op="placeholder"):
             if program.parameter(weight) in program.quantized:
-                for user in list(weight.users):
-                    count += _read(program, weight, user, known)
+                count += _read(program, weight, known)
         return count
 
 
-def _read(program: Program, weight: fx.Node, user: fx.Node, known: Known) -> int:
-    place, run = READERS.get(user.target, (-1, None))
-    if run is not None and [i for i, one in enumerate(user.args) if one is weight] == [place]:
-        user.target = run
-    elif user.op == "call_function":
-        with program.graph.inserting_before(user):
-            whole = made(program, user, dequantized, (weight,), known=known)
-        user.replace_input_with(weight, whole)
-    return user.op == "call_function"
+def _read(program: Program, weight: fx.Node, known: Known) -> int:
+    """Give one weight to its readers."""
+    readers = [user for user in weight.users if user.op == "call_function"]
+    others = []
+    for user in readers:
+        place, run = READERS.get(user.target, (-1, None))
+        if run is not None and [i for i, one in enumerate(user.args) if one is weight] == [place]:
+            user.target = run
+        else:
+            others.append(user)
+    if others:
+        first = min(others)
+        with program.graph.inserting_before(first):
+            whole = made(program, first, dequantized, (weight,), known=known)
+        for user in others:
+            user.replace_input_with(weight, whole)
+    return len(readers)

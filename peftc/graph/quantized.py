@@ -7,6 +7,7 @@ for to any other reader.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Container, Mapping
 from typing import Any
 
@@ -41,12 +42,47 @@ def dequantized(one: torch.Tensor) -> torch.Tensor:
     """What a weight stands for, as an ordinary tensor, without gradient; an ordinary one is itself."""
     if not is_quantized(one):
         return one
+    names, _ = one.__tensor_flatten__()  # type: ignore[attr-defined]
     with torch.no_grad():
         if type(one).dequantize is not torch.Tensor.dequantize:
             return one.dequantize()
-        # A format that only its kernel reads: each row of the product is one number of the weight a column.
+        if type(one).__name__ == "Int4OpaqueTensor" and names == ["qdata", "scale_and_zero"]:
+            return _int4(one)
+        # A format that only its kernel reads: the product with the unit matrix is the weight, turned.
         units = torch.eye(one.shape[-1], dtype=one.dtype, device=one.device)
         return kernel(units, one).t().contiguous()
+
+
+ROWS = 64  # torch packs int4 for the CPU in blocks of so many rows, one after the other
+
+
+def _int4(one: Any) -> torch.Tensor:
+    """What torchao's int4 weight of the CPU stands for; torch packs such and does not unpack them."""
+    rows, columns = one.shape
+    numbers, whole = _halves(one.qdata), rows - rows % ROWS
+    blocks = numbers[: whole * columns].view(-1, ROWS * columns)[:, _order(ROWS, columns)]
+    rest = numbers[whole * columns :][_order(rows - whole, columns)]
+    groups = torch.cat([blocks.flatten(), rest]).view(rows, -1, one.block_size[-1])
+    scale, zero = one.scale_and_zero.transpose(0, 1)[..., None, :].unbind(-1)
+    return ((groups.to(one.dtype) - 8) * scale + zero).view(rows, columns)
+
+
+@functools.lru_cache(maxsize=8)
+def _order(rows: int, columns: int) -> torch.Tensor:
+    """Where the numbers of a block stand once they are packed, which depends on the machine: what packs them is given
+    the place of each, four bits at a time."""
+    places = torch.arange(rows * columns, dtype=torch.int32)
+    found = torch.zeros_like(places)
+    for bits in range(0, max(rows * columns - 1, 0).bit_length(), 4):
+        digits = (places >> bits & 15).view(rows, columns)
+        packed = aten._convert_weight_to_int4pack_for_cpu(digits, 1)
+        found |= _halves(packed).to(torch.int32) << bits
+    return found.argsort()
+
+
+def _halves(packed: torch.Tensor) -> torch.Tensor:
+    """The two numbers of each byte, the lower first."""
+    return torch.stack((packed & 15, packed >> 4), -1).flatten()
 
 
 def open_up(model: nn.Module, paths: Container[str] | None = None) -> None:
@@ -96,9 +132,7 @@ class _Linear(torch.autograd.Function):
         )
 
 
-def linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
-) -> torch.Tensor:
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """As torch's linear, of a weight that may be quantised."""
     if not is_quantized(weight):
         return kernel(x, weight, bias)

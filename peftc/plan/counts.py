@@ -45,6 +45,9 @@ class Quantized:
         return 8 * self.bytes / self.numel if self.numel else 0.0
 
 
+NONE = Quantized()
+
+
 def numel(edits: Iterable[Edit]) -> int:
     unique = {p.path: p.numel for edit in edits for p in edit.parameters if p.trainable}
     return sum(unique.values())

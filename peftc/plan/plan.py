@@ -17,7 +17,7 @@ from peftc.language.ports import INPUT, SITES, STORED
 from peftc.language.spec import FORMULA, Entry, Param, Spec
 from peftc.plan.algebra import growth
 from peftc.plan.checks import behind_rows, check
-from peftc.plan.counts import Counts, Quantized, Unfrozen, count, numel
+from peftc.plan.counts import NONE, Counts, Quantized, Unfrozen, count, numel
 from peftc.plan.edit import Edit, Parameter
 from peftc.sites.kinds import Survey
 from peftc.sites.site import NoSite, Site
@@ -56,7 +56,7 @@ class Plan:
     matches: tuple[Match, ...]
     parameters: Counts
     sites: tuple[Site, ...] = field(repr=False)
-    quantized: Quantized = Quantized()
+    quantized: Quantized = NONE
 
     @property
     def site_counts(self) -> dict[str, int]:
