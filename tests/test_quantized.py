@@ -145,6 +145,18 @@ def test_the_bytes_of_the_backbone(kind: str, dtype: torch.dtype) -> None:
     assert trained and all(path.startswith("deltas.") for path in trained)
 
 
+@pytest.mark.parametrize("rows", [16, 48, 64, 208])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_numbers_are_read_as_the_kernel_reads_them(dtype: torch.dtype, rows: int) -> None:
+    """A product with the unit matrix is the weight; the kernel rounds once more than the sum of its terms."""
+    module = nn.Linear(128, rows, bias=False).to(dtype)
+    quantize_(module, FORMATS["int4"])
+    with torch.no_grad():
+        want = module(torch.eye(128, dtype=dtype)).t()
+    got = dequantized(module.weight)
+    assert (got - want).abs().max() <= 8 * torch.finfo(dtype).eps * want.abs().max()
+
+
 @formats
 def test_saved_and_loaded(kind: str, tmp_path: Path) -> None:
     model = stir(peftc.compile(small("llama", kind), "lora"), 0.1)
