@@ -76,7 +76,7 @@ class Rewrite:
     without: frozenset[str] = frozenset()
 
     def __call__(self, program: Program, dtypes: Mapping[str, torch.dtype], lean: bool) -> None:
-        more = [one for one in passes.LEAN if lean and one.name not in self.without]
+        more: list[Any] = [one for one in passes.LEAN if lean and one.name not in self.without]
         more += [passes.Quantized()] if program.quantized else []
         self.trace.run((*passes.train(self.edits, dtypes), *more), program)
 

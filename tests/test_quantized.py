@@ -1,6 +1,6 @@
 """Quantised backbones: torchao's int8 and int4 weights under deltas compute, train, save and merge as what they stand for.
 
-int8 multiplies by whole numbers and scales the sum, and int4 adds in another order: both move the last bits of a float32.
+int8 multiplies by whole numbers and scales the sum, which moves the last bits of a float32.
 """
 
 from __future__ import annotations
@@ -66,8 +66,12 @@ def twin(model: PreTrainedModel) -> PreTrainedModel:
     return plain
 
 
+# Of the largest value: sums of up to 64 float32 terms in another order, over two layers and back; 1.3e-6 was seen.
+ROUNDING = 1e-5
+
+
 def near(one: torch.Tensor, other: torch.Tensor, scale: torch.Tensor) -> bool:
-    return bool((one - other).abs().max() <= tolerance(scale.abs().max().item()))
+    return bool((one - other).abs().max() <= ROUNDING * scale.abs().max())
 
 
 def step(
@@ -148,13 +152,13 @@ def test_the_bytes_of_the_backbone(kind: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("rows", [16, 48, 64, 208])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_numbers_are_read_as_the_kernel_reads_them(dtype: torch.dtype, rows: int) -> None:
-    """A product with the unit matrix is the weight; the kernel rounds once more than the sum of its terms."""
+    """A product with the unit matrix is the weight; of two roundings, of a product and a sum, the kernel may leave one out."""
     module = nn.Linear(128, rows, bias=False).to(dtype)
     quantize_(module, FORMATS["int4"])
     with torch.no_grad():
         want = module(torch.eye(128, dtype=dtype)).t()
     got = dequantized(module.weight)
-    assert (got - want).abs().max() <= 8 * torch.finfo(dtype).eps * want.abs().max()
+    assert (got - want).abs().max() <= 2 * torch.finfo(dtype).eps * want.abs().max()
 
 
 @formats

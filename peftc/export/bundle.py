@@ -97,9 +97,9 @@ def _require(model: PreTrainedModel, path: Path) -> None:
         raise ExportError(
             f"{path} holds deltas, which a bundle would replace; choose another directory"
         )
-    for path, one in quantized(model).items():
+    for name, one in quantized(model).items():
         raise ExportError(
-            f"'{path}' of this {type(model).__name__} is quantised ({type(one).__name__}), and export writes ordinary "
+            f"'{name}' of this {type(model).__name__} is quantised ({type(one).__name__}), and export writes ordinary "
             "weights: merge(dequantize=True) first, or quantise what was exported with ONNX Runtime"
         )
     if model.dtype != torch.float32 or model.device.type != "cpu":

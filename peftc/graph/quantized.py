@@ -45,12 +45,14 @@ def dequantized(one: torch.Tensor) -> torch.Tensor:
     names, _ = one.__tensor_flatten__()  # type: ignore[attr-defined]
     with torch.no_grad():
         if type(one).dequantize is not torch.Tensor.dequantize:
-            return one.dequantize()
+            whole: torch.Tensor = one.dequantize()
+            return whole
         if type(one).__name__ == "Int4OpaqueTensor" and names == ["qdata", "scale_and_zero"]:
             return _int4(one)
         # A format that only its kernel reads: the product with the unit matrix is the weight, turned.
         units = torch.eye(one.shape[-1], dtype=one.dtype, device=one.device)
-        return kernel(units, one).t().contiguous()
+        turned: torch.Tensor = kernel(units, one).t()
+        return turned.contiguous()
 
 
 ROWS = 64  # torch packs int4 for the CPU in blocks of so many rows, one after the other
@@ -59,12 +61,13 @@ ROWS = 64  # torch packs int4 for the CPU in blocks of so many rows, one after t
 def _int4(one: Any) -> torch.Tensor:
     """What torchao's int4 weight of the CPU stands for; torch packs such and does not unpack them."""
     rows, columns = one.shape
-    numbers, whole = _halves(one.qdata), rows - rows % ROWS
-    blocks = numbers[: whole * columns].view(-1, ROWS * columns)[:, _order(ROWS, columns)]
-    rest = numbers[whole * columns :][_order(rows - whole, columns)]
+    numbers, last = _halves(one.qdata), rows - rows % ROWS
+    blocks = numbers[: last * columns].view(-1, ROWS * columns)[:, _order(ROWS, columns)]
+    rest = numbers[last * columns :][_order(rows - last, columns)]
     groups = torch.cat([blocks.flatten(), rest]).view(rows, -1, one.block_size[-1])
     scale, zero = one.scale_and_zero.transpose(0, 1)[..., None, :].unbind(-1)
-    return ((groups.to(one.dtype) - 8) * scale + zero).view(rows, columns)
+    whole: torch.Tensor = ((groups.to(one.dtype) - 8) * scale + zero).view(rows, columns)
+    return whole
 
 
 @functools.lru_cache(maxsize=8)
@@ -119,10 +122,13 @@ class _Linear(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         ctx.weight = weight
-        return kernel(x, weight, bias)
+        # Of its own type, whatever autocast makes of x; without gradient, as torch.compile looks for one in here.
+        added = None if bias is None else bias.detach().to(weight.dtype)
+        result: torch.Tensor = kernel(x.detach().to(weight.dtype), weight, added).to(x.dtype)
+        return result
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
         of_x, _, of_bias = ctx.needs_input_grad
         weight = dequantized(ctx.weight).to(grad.dtype) if of_x else None
         return (
