@@ -6,11 +6,12 @@ int8 multiplies by whole numbers and scales the sum, which moves the last bits o
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import batch, logits, stir, tiny
+from conftest import Run, batch, logits, stir, tiny
 from methods import spec
 from torch import nn
 from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
@@ -261,6 +262,23 @@ def test_loaded_by_transformers_and_trained_by_its_trainer(tmp_path: Path) -> No
     assert torch.equal(logits(again, inputs), logits(merged, inputs))
 
 
+def test_the_commands(run: Run, tmp_path: Path) -> None:
+    """A quantised checkpoint is a backbone like any other, and a merge of it is asked for."""
+    tiny("llama").save_pretrained(tmp_path / "whole")
+    LlamaForCausalLM.from_pretrained(
+        tmp_path / "whole", quantization_config=TorchAoConfig(FORMATS["int8"])
+    ).save_pretrained(tmp_path / "held")
+    code, out, err = run("compile", "lora", "-m", tmp_path / "held", "-o", tmp_path / "d")
+    assert code == 0, err
+    assert re.search(r"of it +18,432 .*quantised, in 20,992 bytes: 9.11 bits each", out)
+    assert run("verify", tmp_path / "d")[0] == 0
+    code, _, err = run("merge", tmp_path / "d", "-o", tmp_path / "m")
+    assert code == 1 and "--dequantize" in err
+    code, out, _ = run("merge", tmp_path / "d", "-o", tmp_path / "m", "--dequantize")
+    assert code == 0 and re.search(r"bytes of the backbone +[\d,]+ -> [\d,]+", out)
+    assert len(quantized(LlamaForCausalLM.from_pretrained(tmp_path / "m"))) == 10
+
+
 def test_the_graph_is_the_one_for_the_weights_of_now() -> None:
     """A backbone may be quantised, and made whole, after it was compiled."""
     model = stir(peftc.compile(tiny("llama"), "lora"), 0.1)
@@ -276,14 +294,35 @@ def test_the_graph_is_the_one_for_the_weights_of_now() -> None:
     assert near(logits(model, inputs), logits(there, inputs), before)
 
 
-def test_torch_compile_and_layers_computed_twice() -> None:
-    model = stir(peftc.compile(small("llama", "int4"), "lora"), 0.1)
+@formats
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_torch_compile_and_layers_computed_twice(method: str, kind: str) -> None:
+    """To the bit, with gradients: the kernel, and the product with what the weight stands for."""
+    model = stir(peftc.compile(small("llama", kind), method), 0.1)
     inputs = batch(model, "left")
     want, (gradients, _) = logits(model, inputs), step(model, inputs)
-    assert torch.equal(logits(torch.compile(model, backend="eager"), inputs), want)
+    traced = torch.compile(model, backend="aot_eager")
+    assert torch.equal(logits(traced, inputs), want)
+    output = traced.train()(**inputs).logits
+    learned = [one for one in model.parameters() if one.requires_grad]
+    found = torch.autograd.grad(output.square().mean(), learned)
+    assert torch.equal(torch.cat([one.flatten() for one in found]), gradients)
     torch._dynamo.reset()
     model.activation_checkpointing_enable()
     assert torch.equal(step(model, inputs)[0], gradients)
+
+
+@formats
+def test_autocast(kind: str) -> None:
+    """Kernels compute in the type of their weight, and give that of their input, with gradients."""
+    model = stir(peftc.compile(small("llama", kind), "lora"), 0.1)
+    inputs = batch(model)
+    want = step(model, inputs)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        got = step(model, inputs)[0]
+    # The roundings of bfloat16, 2**-8 each, of a dozen products on the way to a gradient and back.
+    assert (got - want).abs().max() <= 0.1 * want.abs().max()
+    assert not torch.equal(got, want)
 
 
 def test_a_weight_that_would_train_is_refused() -> None:

@@ -61,9 +61,10 @@ ROWS = 64  # torch packs int4 for the CPU in blocks of so many rows, one after t
 def _int4(one: Any) -> torch.Tensor:
     """What torchao's int4 weight of the CPU stands for; torch packs such and does not unpack them."""
     rows, columns = one.shape
+    order = _order if type(one.qdata) is torch.Tensor else _order.__wrapped__  # no tracer's is kept
     numbers, last = _halves(one.qdata), rows - rows % ROWS
-    blocks = numbers[: last * columns].view(-1, ROWS * columns)[:, _order(ROWS, columns)]
-    rest = numbers[last * columns :][_order(rows - last, columns)]
+    blocks = numbers[: last * columns].view(-1, ROWS * columns)[:, order(ROWS, columns)]
+    rest = numbers[last * columns :][order(rows - last, columns)]
     groups = torch.cat([blocks.flatten(), rest]).view(rows, -1, one.block_size[-1])
     scale, zero = one.scale_and_zero.transpose(0, 1)[..., None, :].unbind(-1)
     whole: torch.Tensor = ((groups.to(one.dtype) - 8) * scale + zero).view(rows, columns)
@@ -145,6 +146,10 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     result: torch.Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
     return result
 
+
+# torch.compile calls these as they are: it would look for a derivative inside.
+torch.compiler.allow_in_graph(dequantized)  # type: ignore[no-untyped-call]
+torch.compiler.allow_in_graph(linear)  # type: ignore[no-untyped-call]
 
 # What runs in the place of an op that reads a quantised weight, and where the weight stands among its arguments; any
 # other op reads what the weight stands for.
