@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from peftc.cli import directories, options
 from peftc.cli.console import say, step
+from peftc.graph.quantized import quantized
 from peftc.merging import merge as fold
 from peftc.model.compiled import CompiledModel
 from peftc.rewrite.folding import Report
@@ -47,7 +48,8 @@ def merge(
         if isinstance(merged, CompiledModel):
             _save_rest(merged, directory / REST, output)
             plain = merged.backbone
-        plain.save_pretrained(directory)
+        # transformers does not turn back what it read a quantised checkpoint by.
+        plain.save_pretrained(directory, save_original_format=not quantized(compiled.backbone))
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
 
