@@ -195,7 +195,7 @@ def test_an_embedding_of_51_million_has_a_fingerprint() -> None:
     """BART-large's; more elements than float32 can count."""
     model = torch.nn.Module()
     model.weight = torch.nn.Parameter(torch.zeros(1).expand(50_265 * 1024))
-    assert fingerprint(dict(model.named_parameters()))["content"]
+    assert fingerprint(model.named_parameters())["content"]
 
 
 def test_merge_writes_a_plain_checkpoint(run: Run, lora: Path, tmp_path: Path) -> None:

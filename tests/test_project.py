@@ -23,6 +23,10 @@ EXAMPLES = {
     "demo.py": (("--quick", "--sample"), ("accuracy", "ONNX")),
     "causal_lm.py": ((), ("a byte", "is in")),
     "dpo.py": ((), ("accuracy 1.00",)),
+    "quantized.py": (
+        (),
+        ("int8                3,725,312", "int4                2,696,192", "14/14"),
+    ),
     "two_processes.py": ((), ("2 processes, loss",)),
     "two_sets.py": ((), ("the backbone as it was: True", "loaded by itself: size")),
     "paper_tables.py": ((), ("mam_30_512              27,377,664   6.7      6.7",)),

@@ -25,6 +25,7 @@ from peftc.graph.captures import CAPTURES
 from peftc.graph.entries import ENTRIES, Tensors
 from peftc.graph.masks import deciding, proven
 from peftc.graph.program import Bound, Program, Slot
+from peftc.graph.quantized import quantized, require_open
 from peftc.graph.rows import NONE, Room
 from peftc.graph.state import Fingerprint, fingerprint, undisturbed
 
@@ -129,6 +130,7 @@ def _traced(
             f"{type(model).__name__}: its graph for such inputs ({entry}) would be captured while another trace is "
             "being made; run the model once on them before, with a mask that has a zero if it has a mask"
         )
+    require_open(model)
     seq2seq = bool(model.config.is_encoder_decoder)
     new = _new_tokens(inputs, labels, entry, seq2seq)
     tensors = {
@@ -161,6 +163,7 @@ def _traced(
             traced.forget()
     wide = room.wide(entry, seq2seq)
     program = _program(exported, entry, model, labels, wide, output_types[-1])
+    program.quantized = frozenset(quantized(model))
     if not proven(program):
         explicit = _traced(model, entry, inputs, flags, room, labels, drop=False)
         return replace(explicit, masks="any")

@@ -83,6 +83,9 @@ class CompiledModel(Sharing):
     `deltas` holds all. Without any in use, and inside `base`, it is the backbone that runs.
     """
 
+    # What transformers asks before it trains a quantised model: whether something is there that trains.
+    _hf_peft_config_loaded = True
+
     plan: Plan
     deltas: Deltas
     form: str
