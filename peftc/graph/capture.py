@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers import PreTrainedModel
 
 from peftc.graph.arguments import SIZES, CaptureError, Labels, axes, layout, resized
+from peftc.graph.cache import keys_of
 from peftc.graph.captures import CAPTURES
 from peftc.graph.entries import ENTRIES, Tensors
 from peftc.graph.masks import deciding, proven
@@ -180,7 +181,7 @@ def _sizes(inputs: Tensors, flags: Mapping[str, Any], held: int, new: int) -> di
         **sizes,
         "seq": sizes["seq"] + held,
         "past": past + held,
-        "total": past + new,
+        "total": new + (0 if keys_of(inputs) is None else past),
     }
 
 
