@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
+import sympy
 import torch
 from torch import fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
@@ -296,12 +297,47 @@ def _bounds(exported: Any, slots: Mapping[str, Slot], labels: Labels) -> Iterato
             if labels[slot.name][axis] is None:
                 continue
             fixed = size if isinstance(size, int) else size.node.maybe_as_int()
-            one = None if fixed is not None else ranges.get(size.node.expr)
-            if fixed is not None:
-                yield Bound(slot.name, axis, fixed, fixed)
-            elif one is not None and (one.lower > 2 or one.upper < sys.maxsize):
-                least = int(one.lower) if one.lower > 2 else 0
-                yield Bound(slot.name, axis, least, int(min(one.upper, sys.maxsize)))
+            least, most = (fixed, fixed) if fixed is not None else _range(size.node, ranges)
+            if least > 0 or most < sys.maxsize:
+                yield Bound(slot.name, axis, least, most)
+
+
+def _range(size: Any, ranges: Mapping[Any, Any]) -> tuple[int, int]:
+    """The sizes that the graph holds for, of an axis whose size is a symbol."""
+    least, most, one = 0, sys.maxsize, ranges.get(size.expr)
+    if one is not None:
+        least = int(one.lower) if one.lower > 2 else 0
+        most = int(min(one.upper, sys.maxsize))
+    for guard in size.shape_env.guards:
+        low, high = _counted(size.shape_env.replace(guard.expr), size.expr, int(size.hint))
+        least, most = max(least, low), min(most, high)
+    return least, most
+
+
+def _counted(guard: Any, symbol: Any, traced: int) -> tuple[int, int]:
+    """The sizes around the `traced` one of which the model's code counted as many: a loop over the chunks of a sequence
+    runs as often in the graph as it ran then. What shall be 0 is a rest, which the op that asked for it sees itself."""
+    count = isinstance(guard, sympy.Eq) and any(s.is_Integer and s != 0 for s in guard.args)
+    if not count or symbol not in guard.free_symbols:
+        return 0, sys.maxsize
+    if len(guard.free_symbols) > 1:
+        return traced, traced
+    least = most = traced
+    while least > 0 and _true(guard, symbol, least - 1):
+        least -= 1
+    while most < _FAR and _true(guard, symbol, most + 1):
+        most += 1
+    return least, most
+
+
+_FAR = 4096  # tokens; longer sequences get graphs of their own
+
+
+def _true(guard: Any, symbol: Any, size: int) -> bool:
+    try:
+        return bool(guard.xreplace({symbol: sympy.Integer(size)}) == sympy.true)
+    except ZeroDivisionError:  # no size that the model takes
+        return False
 
 
 def _explain(model: PreTrainedModel, entry: str, error: Exception) -> str:
