@@ -104,6 +104,12 @@ def by_layer(tensors: Mapping[str, Any], part: str) -> dict[int, dict[CacheSlot,
     }
 
 
+def pair(found: Mapping[CacheSlot, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The keys and the values of a layer."""
+    sides = {slot.side: one for slot, one in found.items()}
+    return sides["key"], sides["value"]
+
+
 def keys_of(tensors: Mapping[str, Any]) -> torch.Tensor | None:
     """The first keys of the tokens so far; None where a cache has states alone."""
     for name, one in tensors.items():
@@ -133,7 +139,7 @@ def unflatten_cache(
     own: Cache = fresh(config)
     for i, found in by_layer(tensors, "self").items():
         if filled is not None and isinstance(own.layers[i], CacheLayerMixin):
-            own.layers[i] = _Step(*found.values(), filled)
+            own.layers[i] = _Step(*pair(found), filled)
         else:
             states = {k: v.clone() for k, v in found.items() if k.side in STATES}
             hold(own.layers[i], found | states)

@@ -84,31 +84,38 @@ def capture(
     labels: Labels | None = None,
     seen: Fingerprint | None = None,
     drop: bool = False,
+    exact: frozenset[str] = frozenset(),
 ) -> Program:
     """One entry of `model` in its current mode as a graph, with every batch and length axis dynamic.
 
     `inputs` are real or meta tensors by argument name; only their dtype, device, rank and the sizes of fixed axes
     matter. The model runs on them with `room` for rows in front. `labels` names their dynamic axes (by default
     `layout`), `seen` is the model's fingerprint where it is known. With `drop` the graph is one for inputs whose
-    masks are ones (`arguments.unpadded`), and has no attention mask where eager code has none then. A graph that was traced before of a model that
-    is the same to tracing is used again. Where the model's code depends on a size, the graph's `bounds` say for
+    masks are ones (`arguments.unpadded`), and has no attention mask where eager code has none then. Axes in `exact` are traced as long
+    as they are. A graph that was traced before of a model that is the same to tracing is used again. Where the model's code depends on a size, the graph's `bounds` say for
     which it holds. Raises CaptureError when the model cannot be traced.
     """
     labels = labels or layout(inputs, entry, bool(model.config.is_encoder_decoder))
     flags = flags or {}
     with TRACING:
         seen = seen or fingerprint(model)
-        trace = functools.partial(_traced, model, entry, inputs, flags, room, labels, drop)
+        trace = functools.partial(_traced, model, entry, inputs, flags, room, labels, drop, exact)
         if not seen.shared:
             return trace()
-        key = (seen.value, entry, signature(inputs, labels), settings(flags), room.key, drop)
+        sizes = signature(inputs, labels, exact)
+        key = (seen.value, entry, sizes, settings(flags), room.key, drop)
         return CAPTURES.get(key, trace)
 
 
-def signature(inputs: Tensors, labels: Labels) -> tuple[Hashable, ...]:
-    """What a graph depends on of its inputs: names, kinds, and the sizes of the axes that are fixed."""
+def signature(
+    inputs: Tensors, labels: Labels, exact: frozenset[str] = frozenset()
+) -> tuple[Hashable, ...]:
+    """What a graph depends on of its inputs: names, kinds, and the sizes of the axes that are fixed or `exact`."""
     return tuple(
-        (k, v.dtype, v.device, *[n if a is None else a for n, a in zip(v.shape, labels[k])])
+        (
+            *(k, v.dtype, v.device),
+            *[n if a is None or a in exact else a for n, a in zip(v.shape, labels[k])],
+        )
         for k, v in sorted(inputs.items())
     )
 
@@ -125,6 +132,7 @@ def _traced(
     room: Room,
     labels: Labels,
     drop: bool,
+    exact: frozenset[str],
 ) -> Program:
     if _get_current_dispatch_mode() is not None:
         raise CaptureError(
@@ -133,8 +141,9 @@ def _traced(
         )
     seq2seq = bool(model.config.is_encoder_decoder)
     new = _new_tokens(inputs, labels, entry, seq2seq)
+    now = {a: n for k, v in inputs.items() for a, n in zip(labels[k], v.shape) if a in exact}
     tensors = {
-        k: resized(v, labels[k], _sizes(inputs, flags, room.held(k, seq2seq), new))
+        k: resized(v, labels[k], _sizes(inputs, flags, room.held(k, seq2seq), new) | now)
         for k, v in inputs.items()
     }
     auto = torch.export.Dim.AUTO
@@ -164,7 +173,7 @@ def _traced(
     wide = room.wide(entry, seq2seq)
     program = _program(exported, entry, model, labels, wide, output_types[-1])
     if not proven(program):
-        explicit = _traced(model, entry, inputs, flags, room, labels, drop=False)
+        explicit = _traced(model, entry, inputs, flags, room, labels, False, exact)
         return replace(explicit, masks="any")
     if decision.met:
         program.masks = "dropped" if drop else "explicit"

@@ -24,7 +24,7 @@ from transformers.cache_utils import (
 )
 
 from peftc.graph.arguments import OWN_MASK, CaptureError
-from peftc.graph.cache import FILLED, by_layer, flatten_cache, fresh, hold, parts_of
+from peftc.graph.cache import FILLED, by_layer, flatten_cache, fresh, hold, pair, parts_of
 
 # Layers that are used as they are: of a dynamic cache, and of a static one.
 _AS_IT_IS = (DynamicLayer, LinearAttentionLayer, LinearAttentionAndFullAttentionLayer, DummyLayer)
@@ -158,7 +158,7 @@ def fill(cache: Any, fields: Mapping[str, Any], rows: int) -> None:
                 one.layers.append(DynamicLayer())
             layer: Any = one.layers[i]
             if isinstance(layer, StaticLayer):
-                _append(layer, *found.values(), rows if part == "self" else None)
+                _append(layer, *pair(found), rows if part == "self" else None)
             else:
                 hold(layer, found)
             if part == "cross":

@@ -6,7 +6,7 @@ import itertools
 import types
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from peftc.graph.capture import TRACING, capture, settings, signature
 from peftc.graph.facts import ModelFacts
 from peftc.graph.layers import layers_of, outside
 from peftc.graph.placement import is_placed
-from peftc.graph.program import Program
+from peftc.graph.program import Bound, Program
 from peftc.graph.state import Fingerprint, fingerprint
 from peftc.graph.watch import Watch
 from peftc.model.running import Runner
@@ -177,12 +177,7 @@ class Programs:
         runner = self._kept(entry, inputs, flags, labels, form)
         outside = [one for one in runner.program.bounds if not _holds(one, inputs)]
         if outside:
-            fixed = {(one.name, one.axis) for one in outside}
-            labels = {
-                k: tuple(None if (k, i) in fixed else a for i, a in enumerate(axes))
-                for k, axes in labels.items()
-            }
-            runner = self._kept(entry, inputs, flags, labels, form)
+            runner = self._kept(entry, inputs, flags, labels, form, _exact(outside, labels))
         return runner
 
     def _kept(
@@ -192,16 +187,20 @@ class Programs:
         flags: Mapping[str, Any],
         labels: Labels,
         form: str,
+        exact: frozenset[str] = frozenset(),
     ) -> Runner:
-        """A graph whose masks are "explicit" or "dropped", or one that serves both; or a "plain" one, as traced."""
-        key = self._key(entry, inputs, flags, labels, self._state)
+        """A graph whose masks are "explicit" or "dropped", or one that serves both; or a "plain" one, as traced. It was
+        traced with the sizes of now on axes in `exact`."""
+        key = self._key(entry, inputs, flags, labels, self._state, exact)
         for one in ((*key, form), (*key, "any")):
             if one in self._runners and (form != "plain" or one[-1] == form):
                 self._runners.move_to_end(one)
                 return self._runners[one]
         self._sizes |= {(k, v.ndim): v.shape for k, v in inputs.items()}
         seen, drop = self._state.seen, form == "dropped"
-        program = capture(self._backbone, entry, inputs, flags, self._room, labels, seen, drop)
+        program = capture(
+            self._backbone, entry, inputs, flags, self._room, labels, seen, drop, exact
+        )
         return self._keep(key, program, form)
 
     def _keep(self, key: tuple[Hashable, ...], program: Program, form: str = "") -> Runner:
@@ -227,9 +226,10 @@ class Programs:
         flags: Mapping[str, Any],
         labels: Labels,
         state: State,
+        exact: frozenset[str] = frozenset(),
     ) -> tuple[Hashable, ...]:
         number = self._number if state is self._state else self._numbered(state)
-        return (number, entry, signature(inputs, labels), settings(flags))
+        return (number, entry, signature(inputs, labels, exact), settings(flags))
 
     def _numbered(self, state: State) -> int:
         if state not in self._states:
@@ -268,6 +268,16 @@ class Programs:
         )
 
 
-def _holds(bound: Any, inputs: Mapping[str, Any]) -> bool:
+# Of a step's axes no one is as long as it is alone.
+_OF_A_STEP = frozenset({"past", "query", "total"})
+
+
+def _exact(outside: Sequence[Bound], labels: Labels) -> frozenset[str]:
+    """What the axes that a graph does not hold for are named for."""
+    named = {label for one in outside if (label := labels[one.name][one.axis]) is not None}
+    return frozenset(named | _OF_A_STEP if named & _OF_A_STEP else named)
+
+
+def _holds(bound: Bound, inputs: Mapping[str, Any]) -> bool:
     size: int = inputs[bound.name].shape[bound.axis]
     return bool(bound.least <= size <= bound.most)
