@@ -102,21 +102,25 @@ def capture(
         trace = functools.partial(_traced, model, entry, inputs, flags, room, labels, drop, exact)
         if not seen.shared:
             return trace()
-        sizes = signature(inputs, labels, exact)
-        key = (seen.value, entry, sizes, settings(flags), room.key, drop)
+        given = signature(inputs, labels), sizes_of(inputs, labels, exact)
+        key = (seen.value, entry, given, settings(flags), room.key, drop)
         return CAPTURES.get(key, trace)
 
 
-def signature(
-    inputs: Tensors, labels: Labels, exact: frozenset[str] = frozenset()
-) -> tuple[Hashable, ...]:
-    """What a graph depends on of its inputs: names, kinds, and the sizes of the axes that are fixed or `exact`."""
+def signature(inputs: Tensors, labels: Labels) -> tuple[Hashable, ...]:
+    """What a graph depends on of its inputs: names, kinds, and the sizes of the axes that are fixed."""
     return tuple(
-        (
-            *(k, v.dtype, v.device),
-            *[n if a is None or a in exact else a for n, a in zip(v.shape, labels[k])],
-        )
+        (k, v.dtype, v.device, *[n if a is None else a for n, a in zip(v.shape, labels[k])])
         for k, v in sorted(inputs.items())
+    )
+
+
+def sizes_of(inputs: Tensors, labels: Labels, named: frozenset[str]) -> tuple[tuple[str, int], ...]:
+    """How long the axes are that go by these names."""
+    return tuple(
+        sorted(
+            {(a, n) for k, v in inputs.items() for a, n in zip(labels[k], v.shape) if a in named}
+        )
     )
 
 
@@ -141,7 +145,7 @@ def _traced(
         )
     seq2seq = bool(model.config.is_encoder_decoder)
     new = _new_tokens(inputs, labels, entry, seq2seq)
-    now = {a: n for k, v in inputs.items() for a, n in zip(labels[k], v.shape) if a in exact}
+    now = dict(sizes_of(inputs, labels, exact))
     tensors = {
         k: resized(v, labels[k], _sizes(inputs, flags, room.held(k, seq2seq), new) | now)
         for k, v in inputs.items()

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peftc.graph.arguments import SIZES, Labels, axes, layout, unpadded
-from peftc.graph.capture import TRACING, capture, settings, signature
+from peftc.graph.capture import TRACING, capture, settings, signature, sizes_of
 from peftc.graph.facts import ModelFacts
 from peftc.graph.layers import layers_of, outside
 from peftc.graph.placement import is_placed
@@ -113,7 +113,7 @@ class Programs:
             self._sizes |= {(k, v.ndim): v.shape for k, v in inputs.items()}
             labels = layout(inputs, program.entry, self._facts.encoder_decoder)
             state = replace(self._state, seen=seen)
-            self._keep(self._key(program.entry, inputs, flags, labels, state), program)
+            self._keep((*self._key(program.entry, inputs, flags, labels, state), ()), program)
 
     def ready(
         self, entry: str, inputs: Mapping[str, Any], flags: Mapping[str, Any]
@@ -175,10 +175,15 @@ class Programs:
         self._look()
         labels = layout(inputs, entry, self._facts.encoder_decoder)
         runner = self._kept(entry, inputs, flags, labels, form)
-        outside = [one for one in runner.program.bounds if not _holds(one, inputs)]
-        if outside:
-            runner = self._kept(entry, inputs, flags, labels, form, _exact(outside, labels))
-        return runner
+        outside = _outside(runner, inputs)
+        if not outside:
+            return runner
+        key = self._key(entry, inputs, flags, labels, self._state)
+        for one, other in self._runners.items():
+            if one[:-2] == key and one[-1] in (form, "any") and not _outside(other, inputs):  # type: ignore[index]
+                self._runners.move_to_end(one)
+                return other
+        return self._kept(entry, inputs, flags, labels, form, _exact(outside, labels))
 
     def _kept(
         self,
@@ -191,7 +196,8 @@ class Programs:
     ) -> Runner:
         """A graph whose masks are "explicit" or "dropped", or one that serves both; or a "plain" one, as traced. It was
         traced with the sizes of now on axes in `exact`."""
-        key = self._key(entry, inputs, flags, labels, self._state, exact)
+        key = self._key(entry, inputs, flags, labels, self._state)
+        key = (*key, sizes_of(inputs, labels, exact))
         for one in ((*key, form), (*key, "any")):
             if one in self._runners and (form != "plain" or one[-1] == form):
                 self._runners.move_to_end(one)
@@ -226,10 +232,9 @@ class Programs:
         flags: Mapping[str, Any],
         labels: Labels,
         state: State,
-        exact: frozenset[str] = frozenset(),
     ) -> tuple[Hashable, ...]:
         number = self._number if state is self._state else self._numbered(state)
-        return (number, entry, signature(inputs, labels, exact), settings(flags))
+        return (number, entry, signature(inputs, labels), settings(flags))
 
     def _numbered(self, state: State) -> int:
         if state not in self._states:
@@ -276,6 +281,11 @@ def _exact(outside: Sequence[Bound], labels: Labels) -> frozenset[str]:
     """What the axes that a graph does not hold for are named for."""
     named = {label for one in outside if (label := labels[one.name][one.axis]) is not None}
     return frozenset(named | _OF_A_STEP if named & _OF_A_STEP else named)
+
+
+def _outside(runner: Runner, inputs: Mapping[str, Any]) -> list[Bound]:
+    """The axes that a graph does not hold for."""
+    return [one for one in runner.program.bounds if not _holds(one, inputs)]
 
 
 def _holds(bound: Bound, inputs: Mapping[str, Any]) -> bool:
