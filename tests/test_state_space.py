@@ -12,10 +12,11 @@ import torch
 import transformers
 from conftest import FAMILIES, GROUPED, batch, logits, stir, wide
 from methods import spec
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import peftc
 from peftc.graph.cache import flatten_cache
+from peftc.model.caches import prepared
 
 STATE = dict(vocab_size=120, hidden_size=32, num_hidden_layers=2, state_size=4)
 LINEAR = dict(
@@ -41,6 +42,33 @@ MODELS: dict[str, tuple[str, str, dict[str, object]]] = {
         ),
     ),
     "qwen3_5": ("Qwen3_5TextConfig", "Qwen3_5ForCausalLM", dict(**GROUPED, **LINEAR, head_dim=8)),
+    # no recurrent states
+    "lfm2": (
+        "Lfm2Config",
+        "Lfm2ForCausalLM",
+        dict(**GROUPED, layer_types=["conv", "full_attention"]),
+    ),
+    # keys, values and states in one layer
+    "falcon_h1": (
+        "FalconH1Config",
+        "FalconH1ForCausalLM",
+        dict(**GROUPED, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=4),
+    ),
+    # layers that keep nothing
+    "nemotron_h": (
+        "NemotronHConfig",
+        "NemotronHForCausalLM",
+        dict(
+            **{k: v for k, v in GROUPED.items() if k != "num_hidden_layers"},
+            layers_block_type=["mlp", "mamba", "attention"],
+            mamba_num_heads=4,
+            mamba_head_dim=8,
+            ssm_state_size=4,
+            n_groups=1,
+            chunk_size=CHUNK,
+            head_dim=8,
+        ),
+    ),
 }
 # What the cache of each holds, a layer a row.
 HOLDS = {
@@ -48,6 +76,9 @@ HOLDS = {
     "falcon_mamba": ("conv recurrent", "conv recurrent"),
     "bamba": ("conv recurrent", "key value"),
     "qwen3_5": ("conv recurrent", "key value"),
+    "lfm2": ("conv", "key value"),
+    "falcon_h1": ("key value conv recurrent", "key value conv recurrent"),
+    "nemotron_h": ("", "conv recurrent", "key value"),
 }
 MODES: dict[str, dict[str, object]] = {
     "greedy": dict(do_sample=False),
@@ -64,7 +95,13 @@ def built(name: str) -> PreTrainedModel:
 
 
 def compiled(name: str, method: str) -> PreTrainedModel:
-    return stir(peftc.compile(built(name), spec(method)), 0.2)
+    """With deltas, and weights that train in their own place, of some value."""
+    model = stir(peftc.compile(built(name), spec(method)), 0.2)
+    with torch.no_grad():
+        for one in model.plan.unfrozen:
+            weight = model.get_parameter(one.path)
+            weight.add_(torch.randn_like(weight) * 0.2)
+    return model
 
 
 def generated(model: PreTrainedModel, mode: str = "greedy", size: int = 3, **more: Any) -> Any:
@@ -106,7 +143,13 @@ def slow(*case: str) -> Any:
     return pytest.param(*case, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("name", ["mamba", "falcon_mamba", "bamba", slow("qwen3_5")])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("mamba", "falcon_mamba", "bamba", "lfm2"),
+        *(slow(one) for one in ("qwen3_5", "falcon_h1", "nemotron_h")),
+    ],
+)
 def test_zero_deltas_generate_as_the_backbone(name: str) -> None:
     """Beams move the states as transformers moves them."""
     model = peftc.compile(built(name), spec("norm_tuning"))
@@ -131,7 +174,7 @@ def test_a_step_reads_one_token_and_gives_what_all_at_once_give(
     name: str, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = compiled(name, method)
-    bare, bare_at_once = stepwise(model.backbone)
+    bare, bare_at_once = stepwise(built(name))
     seen = entries(model, monkeypatch)
     got, want = stepwise(model)
     assert seen[:NEW] == [("prefill", 11), *[("decode", 1)] * (NEW - 1)]
@@ -150,7 +193,8 @@ def test_a_step_leaves_the_tensors_that_it_was_given(name: str) -> None:
         cache = model(**inputs, use_cache=True)[cached]
         before = flatten_cache(cache)
         held = [
-            [n.split(".")[3] for n in before if n.startswith(f"past.self.{i}.")] for i in (0, 1)
+            [n.split(".")[3] for n in before if n.startswith(f"past.self.{i}.")]
+            for i in range(model.config.num_hidden_layers)
         ]
         assert tuple(" ".join(one) for one in held) == HOLDS[name]
         copies = {k: v.clone() for k, v in before.items()}
@@ -195,10 +239,11 @@ def test_what_cannot_go_on_is_refused() -> None:
             generated(one, size=1, prompt_lookup_num_tokens=2)
     with pytest.raises(peftc.PeftcError, match="one token at a time behind the first call"):
         generated(model, cache_implementation="static", prefill_chunk_size=4)
-    cache = DynamicCache(config=model.config)
-    cache.activate_past_recording()
     with pytest.raises(peftc.PeftcError, match="not LinearAttentionLayer that can be cropped"):
-        model(**batch(model), past_key_values=cache, use_cache=True)
+        generated(compiled("lfm2", "norm_tuning"), size=1, prompt_lookup_num_tokens=2)
+    with pytest.raises(peftc.PeftcError, match="not LinearAttentionAndStaticFullAttentionLayer"):
+        config = built("falcon_h1").config
+        prepared(StaticCache(config, max_cache_len=8), config)
 
 
 class Told:

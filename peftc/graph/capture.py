@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import linecache
 import logging
 import sys
@@ -91,9 +92,9 @@ def capture(
     `inputs` are real or meta tensors by argument name; only their dtype, device, rank and the sizes of fixed axes
     matter. The model runs on them with `room` for rows in front. `labels` names their dynamic axes (by default
     `layout`), `seen` is the model's fingerprint where it is known. With `drop` the graph is one for inputs whose
-    masks are ones (`arguments.unpadded`), and has no attention mask where eager code has none then. Axes in `exact` are traced as long
-    as they are. A graph that was traced before of a model that is the same to tracing is used again. Where the model's code depends on a size, the graph's `bounds` say for
-    which it holds. Raises CaptureError when the model cannot be traced.
+    masks are ones (`arguments.unpadded`), and has no attention mask where eager code has none then. Axes in `exact` are
+    traced as long as they are. A graph that was traced before of a model that is the same to tracing is used again.
+    Where the model's code depends on a size, the graph's `bounds` say for which it holds. Raises CaptureError when the model cannot be traced.
     """
     labels = labels or layout(inputs, entry, bool(model.config.is_encoder_decoder))
     flags = flags or {}
@@ -147,7 +148,7 @@ def _traced(
     new = _new_tokens(inputs, labels, entry, seq2seq)
     now = dict(sizes_of(inputs, labels, exact))
     tensors = {
-        k: resized(v, labels[k], _sizes(inputs, flags, room.held(k, seq2seq), new) | now)
+        k: resized(v, labels[k], _at(_sizes(inputs, flags, room.held(k, seq2seq), new), now))
         for k, v in inputs.items()
     }
     auto = torch.export.Dim.AUTO
@@ -197,6 +198,15 @@ def _sizes(inputs: Tensors, flags: Mapping[str, Any], held: int, new: int) -> di
         "past": past + held,
         "total": new + (0 if keys_of(inputs) is None else past),
     }
+
+
+def _at(sizes: Mapping[str, int], now: Mapping[str, int]) -> dict[str, int]:
+    """`sizes` with those of now, and no other that is one of these: axes of one size are taken for one."""
+    taken, found = set(now.values()), dict(now)
+    for label, size in sizes.items():
+        if label not in now:
+            found[label] = next(n for n in itertools.count(size) if n not in taken)
+    return found
 
 
 def _new_tokens(inputs: Tensors, labels: Labels, entry: str, seq2seq: bool) -> int:
@@ -301,7 +311,7 @@ def _parts(traced: fx.GraphModule) -> nn.Module:
 def _bounds(exported: Any, slots: Mapping[str, Slot], labels: Labels) -> Iterator[Bound]:
     """Axes that the graph holds for in a range, because the model's code compared their sizes, or for one size,
     because it counted by them. Export itself assumes 2 at least, and its graphs run with 0 and 1 all the same."""
-    ranges = exported.range_constraints
+    known: dict[Any, tuple[int, int]] = {}
     for node in exported.graph_module.graph.find_nodes(op="placeholder"):
         slot = slots[node.name]
         if slot.kind != "input" or not node.users:
@@ -310,43 +320,45 @@ def _bounds(exported: Any, slots: Mapping[str, Slot], labels: Labels) -> Iterato
             if labels[slot.name][axis] is None:
                 continue
             fixed = size if isinstance(size, int) else size.node.maybe_as_int()
-            least, most = (fixed, fixed) if fixed is not None else _range(size.node, ranges)
+            if fixed is not None:
+                yield Bound(slot.name, axis, fixed, fixed)
+                continue
+            symbol = size.node.expr
+            if symbol not in known:
+                known[symbol] = _range(size.node, exported.range_constraints.get(symbol))
+            least, most = known[symbol]
             if least > 0 or most < sys.maxsize:
                 yield Bound(slot.name, axis, least, most)
 
 
-def _range(size: Any, ranges: Mapping[Any, Any]) -> tuple[int, int]:
-    """The sizes that the graph holds for, of an axis whose size is a symbol."""
-    least, most, one = 0, sys.maxsize, ranges.get(size.expr)
-    if one is not None:
-        least = int(one.lower) if one.lower > 2 else 0
-        most = int(min(one.upper, sys.maxsize))
-    for guard in size.shape_env.guards:
-        low, high = _counted(size.shape_env.replace(guard.expr), size.expr, int(size.hint))
-        least, most = max(least, low), min(most, high)
-    return least, most
-
-
-def _counted(guard: Any, symbol: Any, traced: int) -> tuple[int, int]:
-    """The sizes around the `traced` one of which the model's code counted as many: a loop over the chunks of a sequence
-    runs as often in the graph as it ran then. What shall be 0 is a rest, which the op that asked for it sees itself."""
-    count = isinstance(guard, sympy.Eq) and any(s.is_Integer and s != 0 for s in guard.args)
-    if not count or symbol not in guard.free_symbols:
-        return 0, sys.maxsize
-    if len(guard.free_symbols) > 1:
-        return traced, traced
-    least = most = traced
-    while least > 0 and _true(guard, symbol, least - 1):
-        least -= 1
-    while most < _FAR and _true(guard, symbol, most + 1):
-        most += 1
-    return least, most
+def _range(size: Any, compared: Any) -> tuple[int, int]:
+    """The sizes that a graph holds for, of an axis whose size is a symbol: where it was `compared`, and where as many
+    are counted of it as of the traced one. A loop over the chunks of a sequence runs as often in a graph as it ran."""
+    least = int(compared.lower) if compared is not None and compared.lower > 2 else 0
+    most = sys.maxsize if compared is None else int(min(compared.upper, sys.maxsize))
+    guards = dict.fromkeys(size.shape_env.replace(guard.expr) for guard in size.shape_env.guards)
+    counts = [guard for guard in guards if size.expr in guard.free_symbols and _is_count(guard)]
+    if not counts:
+        return least, most
+    low = high = int(size.hint)
+    if any(len(guard.free_symbols) > 1 for guard in counts):
+        return low, high
+    while low > least and all(_holds(guard, size.expr, low - 1) for guard in counts):
+        low -= 1
+    while high < min(most, _FAR) and all(_holds(guard, size.expr, high + 1) for guard in counts):
+        high += 1
+    return low, high
 
 
 _FAR = 4096  # tokens; longer sequences get graphs of their own
 
 
-def _true(guard: Any, symbol: Any, size: int) -> bool:
+def _is_count(guard: Any) -> bool:
+    """Whether code asked for a number. A 0 is a rest, which the op that asked for it sees itself."""
+    return isinstance(guard, sympy.Eq) and any(s.is_Integer and s != 0 for s in guard.args)
+
+
+def _holds(guard: Any, symbol: Any, size: int) -> bool:
     try:
         return bool(guard.xreplace({symbol: sympy.Integer(size)}) == sympy.true)
     except ZeroDivisionError:  # no size that the model takes

@@ -57,7 +57,7 @@ class Programs:
         self._room, self._paths = plan.room, plan.tensors.keys()
         self._transform, self._bound = transform, bound
         self._watch = Watch(backbone, deltas)
-        self._runners: OrderedDict[Hashable, Runner] = OrderedDict()
+        self._runners: OrderedDict[tuple[Hashable, ...], Runner] = OrderedDict()
         self._states: dict[State, int] = {}
         self._numbers = itertools.count()
         self._told: set[str] = set()
@@ -179,9 +179,8 @@ class Programs:
         if not outside:
             return runner
         key = self._key(entry, inputs, flags, labels, self._state)
-        for one, other in self._runners.items():
-            if one[:-2] == key and one[-1] in (form, "any") and not _outside(other, inputs):  # type: ignore[index]
-                self._runners.move_to_end(one)
+        for (*kind, _, last), other in self._runners.items():
+            if tuple(kind) == key and last in _FORMS[form] and not _outside(other, inputs):
                 return other
         return self._kept(entry, inputs, flags, labels, form, _exact(outside, labels))
 
@@ -198,8 +197,8 @@ class Programs:
         traced with the sizes of now on axes in `exact`."""
         key = self._key(entry, inputs, flags, labels, self._state)
         key = (*key, sizes_of(inputs, labels, exact))
-        for one in ((*key, form), (*key, "any")):
-            if one in self._runners and (form != "plain" or one[-1] == form):
+        for one in ((*key, last) for last in _FORMS[form]):
+            if one in self._runners:
                 self._runners.move_to_end(one)
                 return self._runners[one]
         self._sizes |= {(k, v.ndim): v.shape for k, v in inputs.items()}
@@ -221,7 +220,7 @@ class Programs:
         self._runners[key] = runner = Runner(program, roots)
         while len(self._runners) > self._bound:
             self._runners.popitem(last=False)
-        used = {self._number, *(one[0] for one in self._runners)}  # type: ignore[index]
+        used = {self._number, *(one[0] for one in self._runners)}
         self._states = {state: i for state, i in self._states.items() if i in used}
         return runner
 
@@ -273,6 +272,8 @@ class Programs:
         )
 
 
+# The forms of masks that serve where one is asked for.
+_FORMS = {"plain": ("plain",), "dropped": ("dropped", "any"), "explicit": ("explicit", "any")}
 # Of a step's axes no one is as long as it is alone.
 _OF_A_STEP = frozenset({"past", "query", "total"})
 
