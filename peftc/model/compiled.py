@@ -238,7 +238,7 @@ class CompiledModel(Sharing):
             make = getattr(self.body, "create_masks_for_generate", create_masks_for_generate)
             given = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, **more}
             return make(past_key_values=past_key_values, **given)  # type: ignore[no-any-return]
-        if is_empty(past_key_values):
+        if is_empty(past_key_values) or not is_static(past_key_values):
             return attention_mask
         if attention_mask is None:
             rows = inputs_embeds.shape[0]
@@ -452,11 +452,11 @@ class CompiledModel(Sharing):
     def _cached(self, wanted: Mapping[str, Any]) -> Any:
         """One generation step: `prefill` while the cache is empty, `decode` from then on."""
         tensors, flags = split(wanted)
-        seq2seq = self._programs.facts.encoder_decoder
-        cache: Any = prepared(wanted.get("past_key_values"), seq2seq)
+        facts = self._programs.facts
+        cache: Any = prepared(wanted.get(facts.cache), self.config)
         first, static, rows = is_empty(cache), is_static(cache), self._rows
         encoded = {}
-        if seq2seq:
+        if facts.encoder_decoder:
             hidden = self._encoded(wanted, tensors)
             source = (self.main_input_name, "inputs_embeds")
             tensors = {k: v for k, v in tensors.items() if k not in source}
@@ -471,7 +471,7 @@ class CompiledModel(Sharing):
         kept = {}
         if present or not first:
             fill(cache, present, rows)
-            kept = {"past_key_values": cache}
+            kept = {facts.cache: cache}
         return output_type(**fields, **kept, **encoded)
 
     def _encoded(self, wanted: Mapping[str, Any], tensors: Mapping[str, Any]) -> torch.Tensor:
