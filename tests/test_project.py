@@ -25,7 +25,7 @@ EXAMPLES = {
     "dpo.py": ((), ("accuracy 1.00",)),
     "quantized.py": (
         (),
-        ("int8                3,725,312", "int4                2,696,192", "14/14"),
+        ("int8                 3,725,312", "int4                 2,696,192", "14/14"),
     ),
     "two_processes.py": ((), ("2 processes, loss",)),
     "two_sets.py": ((), ("the backbone as it was: True", "loaded by itself: size")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -62,9 +63,15 @@ peftc run bundle "some text"
 """
 
 
+# What transformers loads with itself where torchao is there, and what warns of that.
+_TALKERS = ("torchao", "torch.utils._pytree")
+
+
 def command(name: str) -> Callable[..., None]:
     """The function behind a command; loads its module, which on a terminal says so while torch loads."""
     module, _, function = COMMANDS[name][0].partition(":")
+    for talker in _TALKERS:
+        logging.getLogger(talker).setLevel(logging.ERROR)
     with waiting("loading"):
         home = importlib.import_module(f"peftc.cli.{module}")
     found: Callable[..., None] = getattr(home, function)
