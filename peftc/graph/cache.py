@@ -103,7 +103,7 @@ def by_layer(tensors: Mapping[str, Any], part: str) -> dict[int, Held]:
         slot = CacheSlot.read(name)
         if slot is not None and slot.part == part:
             found.setdefault(slot.layer, {})[slot.side, slot.number] = one
-    return dict(sorted(found.items()))
+    return {i: found[i] for i in sorted(found)}
 
 
 def pair(found: Held) -> tuple[torch.Tensor, torch.Tensor]:
