@@ -14,7 +14,7 @@ import passes
 from peftc.driver import outputs
 from peftc.export.graph import Case, ExportError, Graph, Tensors
 from peftc.graph.arguments import forward_flags, reads_its_end
-from peftc.graph.cache import flatten_cache
+from peftc.graph.cache import CacheSlot, flatten_cache
 from peftc.graph.capture import capture, exclusive
 from peftc.graph.program import Program
 from peftc.graph.rows import room_of
@@ -197,9 +197,9 @@ def _is_cross(name: str) -> bool:
 
 
 def _onnx_name(name: str, prefix: str) -> str:
-    """`past.self.0.key` as optimum and others name it: `present.0.decoder.key`."""
-    _, part, layer, side = name.split(".")
-    return f"{prefix}.{layer}.{'decoder' if part == 'self' else 'encoder'}.{side}"
+    slot = CacheSlot.read(name)
+    assert slot is not None  # a tensor of a cache
+    return slot.onnx(prefix)
 
 
 TASKS = (

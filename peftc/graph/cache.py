@@ -26,6 +26,8 @@ CACHES = ("past_key_values", "cache_params")
 # [batch, ...], whose sizes no token changes and of which it may have several of a side.
 TOKENS = {"key": "keys", "value": "values"}
 STATES = {"conv": "conv_states", "recurrent": "recurrent_states"}
+# The tensors of a layer, by their side and number.
+Held = dict[tuple[str, int], torch.Tensor]
 # How the parts of a cache are called in an ONNX graph, as optimum has it.
 _ONNX = {"self": "decoder", "cross": "encoder"}
 
@@ -94,20 +96,19 @@ def _held(layer: Any) -> Iterator[tuple[str, int, torch.Tensor | None]]:
             yield side, number, one
 
 
-def by_layer(tensors: Mapping[str, Any], part: str) -> dict[int, dict[CacheSlot, torch.Tensor]]:
+def by_layer(tensors: Mapping[str, Any], part: str) -> dict[int, Held]:
     """What of `tensors` is of a part of a cache, by layer, in order."""
-    slots = {slot: one for name, one in tensors.items() if (slot := CacheSlot.read(name))}
-    layers = sorted({slot.layer for slot in slots if slot.part == part})
-    return {
-        i: {slot: one for slot, one in slots.items() if (slot.part, slot.layer) == (part, i)}
-        for i in layers
-    }
+    found: dict[int, Held] = {}
+    for name, one in tensors.items():
+        slot = CacheSlot.read(name)
+        if slot is not None and slot.part == part:
+            found.setdefault(slot.layer, {})[slot.side, slot.number] = one
+    return {i: found[i] for i in sorted(found)}
 
 
-def pair(found: Mapping[CacheSlot, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def pair(found: Held) -> tuple[torch.Tensor, torch.Tensor]:
     """The keys and the values of a layer."""
-    sides = {slot.side: one for slot, one in found.items()}
-    return sides["key"], sides["value"]
+    return found["key", 0], found["value", 0]
 
 
 def keys_of(tensors: Mapping[str, Any]) -> torch.Tensor | None:
@@ -141,7 +142,7 @@ def unflatten_cache(
         if filled is not None and isinstance(own.layers[i], CacheLayerMixin):
             own.layers[i] = _Step(*pair(found), filled)
         else:
-            states = {k: v.clone() for k, v in found.items() if k.side in STATES}
+            states = {k: v.clone() for k, v in found.items() if k[0] in STATES}
             hold(own.layers[i], found | states)
     if not config.is_encoder_decoder:
         return own
@@ -173,17 +174,17 @@ class _Step(StaticLayer):
         return keys, values
 
 
-def hold(layer: Any, tensors: Mapping[CacheSlot, torch.Tensor]) -> None:
+def hold(layer: Any, tensors: Held) -> None:
     """Put tensors into a layer of a cache as they are, in place of what it held of their sides: filled by its own
     methods, it would copy them."""
-    for slot, one in tensors.items():
-        if slot.side in TOKENS:
+    for (side, number), one in tensors.items():
+        if side in TOKENS:
             if not layer.is_initialized:
                 layer.lazy_initialization(one, one)
-            setattr(layer, TOKENS[slot.side], one)
+            setattr(layer, TOKENS[side], one)
             continue
-        states = getattr(layer, STATES[slot.side])
-        if states[slot.number] is None:
-            layer.lazy_initialization(**{STATES[slot.side]: one, "state_idx": slot.number})
-        states[slot.number] = one
-        layer.has_previous_state[slot.number] = True
+        states = getattr(layer, STATES[side])
+        if states[number] is None:
+            layer.lazy_initialization(**{STATES[side]: one, "state_idx": number})
+        states[number] = one
+        layer.has_previous_state[number] = True

@@ -15,11 +15,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-import sympy
 import torch
 from torch import fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
 from transformers import PreTrainedModel
 
 from peftc.graph.arguments import SIZES, CaptureError, Labels, axes, layout, resized
@@ -358,12 +359,12 @@ _FAR = 4096  # tokens; longer sequences get graphs of their own
 
 def _is_count(guard: Any) -> bool:
     """Whether code asked for a number. A 0 is a rest, which the op that asked for it sees itself."""
-    return isinstance(guard, sympy.Eq) and any(s.is_Integer and s != 0 for s in guard.args)
+    return guard.is_Equality and any(side.is_Integer and side != 0 for side in guard.args)
 
 
 def _holds(guard: Any, symbol: Any, size: int) -> bool:
     try:
-        return bool(guard.xreplace({symbol: sympy.Integer(size)}) == sympy.true)
+        return bool(sympy_interp(PythonReferenceAnalysis, {symbol: size}, guard))
     except ZeroDivisionError:  # no size that the model takes
         return False
 
