@@ -83,6 +83,8 @@ def _load(source: str, recipe: Recipe, role: str) -> Any:
             f"{source} is not {READERS.get(suffix, 'a data set')}: {_line(cause)}"
         ) from error
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        if "corresponds to no data" in str(error):
+            raise DataError(f"{source} has no rows") from error
         raise DataError(
             f"data '{source}' is no local file and cannot be had from the hub: {_line(error)}"
             if not path.exists()

@@ -327,7 +327,14 @@ def _fitting(recipe: Recipe, model: PreTrainedModel) -> Recipe:
     longest = ModelFacts.read(model).longest
     if longest is None:
         return recipe
-    return replace(recipe, max_length=min(recipe.max_length, room_of(model).longest(longest)))
+    room = room_of(model).longest(longest)
+    written = {"max_length": min(recipe.generation.get("max_length") or room, room)}
+    return replace(
+        recipe,
+        max_length=min(recipe.max_length, room),
+        max_target_length=min(recipe.max_target_length, room),
+        generation={**recipe.generation, **(written if "max_length" in recipe.generation else {})},
+    )
 
 
 def _speak(tokenizer: Any, recipe: Recipe) -> None:

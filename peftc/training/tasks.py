@@ -256,6 +256,7 @@ TASKS: Mapping[str, Task] = {
         _spans,
         ("exact_match", "span_f1"),
         labels=("start_positions", "end_positions"),
+        settings={"id2label": {0: "start", 1: "end"}, "label2id": {"start": 0, "end": 1}},
     ),
     "summarization": Task(
         {"text": "text", "target": "summary"}, "texts", _pairs, ("rougeL",), collator=SEQ2SEQ
