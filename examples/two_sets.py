@@ -10,15 +10,12 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedMo
 
 import peftc
 
-CONFIG = BertConfig(
-    hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
-)
+TINY = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
 
 
 def train(model: PreTrainedModel, ids: torch.Tensor, labels: torch.Tensor) -> float:
     """Some steps on what requires grad: the sets in use."""
-    learned = [one for one in model.parameters() if one.requires_grad]
-    optimizer = torch.optim.AdamW(learned, lr=1e-2)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(40):
         loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
@@ -29,7 +26,7 @@ def train(model: PreTrainedModel, ids: torch.Tensor, labels: torch.Tensor) -> fl
 
 def main() -> None:
     torch.manual_seed(0)
-    backbone = BertForSequenceClassification(CONFIG).eval()
+    backbone = BertForSequenceClassification(TINY).eval()
     ids = torch.randint(5, 1000, (16, 12))
     parity, size = ids.sum(1) % 2, (ids[:, 0] > 500).long()
     bare = backbone(input_ids=ids).logits

@@ -17,6 +17,7 @@ from passes.masks import Masks
 from passes.normalize import Normalize
 from passes.penalize import Penalize
 from passes.products import Products
+from passes.quantized import Quantized
 from passes.slices import Slices
 from peftc.plan.edit import Edit
 
@@ -46,6 +47,7 @@ __all__ = [
     "Normalize",
     "Penalize",
     "Products",
+    "Quantized",
     "Slices",
     "train",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -13,6 +13,7 @@ import passes
 from peftc.driver import Batch, Compiler, Trace, attached, outputs, sample
 from peftc.errors import PeftcError
 from peftc.graph.placement import is_placed
+from peftc.graph.quantized import backbone_bytes, dequantized, open_up, quantized
 from peftc.model.compiled import CompiledModel, bare_copy
 from peftc.model.sets import Made
 from peftc.plan import left
@@ -35,6 +36,7 @@ def merge(
     tolerance: float | None = None,
     example: Batch | None = None,
     trace: Trace | None = None,
+    dequantize: bool = False,
 ) -> tuple[PreTrainedModel, Report]:
     """Fold what algebra can fold into a copy of the backbone, in float64, cast once.
 
@@ -43,6 +45,9 @@ def merge(
     and folded are compared on a seeded batch (`example`, where inputs cannot be guessed): raises MergeError
     when an output moves by more than `tolerance` of the largest one; without it, by more than rounding
     (`peftc.rewrite.tolerance`). `model` stays as it is.
+
+    A quantised weight holds no sum with a delta. MergeError says so; with `dequantize`, each that something folds into
+    becomes an ordinary one, and the report's `held` tells the bytes that this takes.
     """
     if is_placed(model.backbone):
         raise MergeError(
@@ -54,6 +59,13 @@ def merge(
     untied = folding.weights.keys() & folding.tied
     if untied:
         tying.untie(backbone)
+    small = quantized(backbone).keys() & folding.weights.keys()
+    if small and not dequantize:
+        _refuse(backbone, sorted(small))
+    open_up(backbone, small)
+    quantizer = getattr(backbone, "hf_quantizer", None)
+    if quantizer is not None and not quantized(backbone):
+        quantizer.remove_quantization_config(backbone)
     weights = dict(backbone.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for path, weight in folding.weights.items():
@@ -64,14 +76,24 @@ def merge(
         merged = _rest(
             model, backbone, edits, folding, Compiler(trace, example=example or model.example)
         )
-    report = _report(model, merged, folding, sample(model, example))
+    held = backbone_bytes(model.backbone), backbone_bytes(merged)
+    report = _report(model, merged, folding, sample(model, example), held)
     limit = rounding(report.scale, model.dtype) if tolerance is None else tolerance * report.scale
     if tolerance is None and not report.error <= limit and model.dtype == torch.float32:
         # Float32 may round more than this in a model of large activations; a wrong fold is as wrong in float64.
         wide = _wide(model)
-        report = _report(wide, _wide(merged), folding, sample(wide, example))
+        report = _report(wide, _wide(merged), folding, sample(wide, example), held)
     _require_equal(report, limit)
     return merged, report
+
+
+def _refuse(backbone: PreTrainedModel, paths: Sequence[str]) -> NoReturn:
+    kind = type(backbone.get_parameter(paths[0])).__name__
+    raise MergeError(
+        f"{type(backbone).__name__}: '{paths[0]}' ({len(paths)} in all) is quantised ({kind}), and its whole numbers do "
+        "not hold a sum with a delta; keep the deltas apart, or merge(dequantize=True), --dequantize, makes ordinary "
+        "weights of what they fold into"
+    )
 
 
 def _rest(
@@ -130,7 +152,7 @@ def fold(
     folding = Folding(
         edits,
         values,
-        backbone.get_parameter,
+        lambda path: dequantized(backbone.get_parameter(path)),
         tied,
         separable(backbone) if concerned and not trains else frozenset(),
         as_stored,
@@ -141,12 +163,17 @@ def fold(
 
 def _wide(model: Model) -> Model:
     """A copy in float64, on the CPU: not every device has that."""
-    wide: Model = copy.deepcopy(model).cpu().double()
-    return wide
+    wide: Model = copy.deepcopy(model).cpu()
+    open_up(wide)
+    return wide.double()
 
 
 def _report(
-    model: CompiledModel, merged: PreTrainedModel, folding: Folding, inputs: Batch
+    model: CompiledModel,
+    merged: PreTrainedModel,
+    folding: Folding,
+    inputs: Batch,
+    held: tuple[int, int],
 ) -> Report:
     before, after = outputs(model, inputs), outputs(merged, inputs)
     bare = outputs(model.backbone, inputs)
@@ -155,4 +182,5 @@ def _report(
         error=verify.difference(before, after),
         scale=verify.magnitude(before),
         changed=verify.difference(before, bare),
+        held=held,
     )

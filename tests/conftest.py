@@ -5,8 +5,12 @@ from __future__ import annotations
 import gc
 import itertools
 import json
+import os
 import random
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +28,7 @@ from peftc.language.shelf import shipped
 
 transformers.logging.set_verbosity_error()
 
+ROOT = Path(__file__).parent.parent
 Run = Callable[..., tuple[int, str, str]]
 
 SEQ2SEQ = dict(
@@ -254,6 +259,19 @@ def stir(model: PreTrainedModel, scale: float = 0.3, seed: int = 2) -> PreTraine
         for value in model.deltas.values().values():
             value.copy_(torch.randn_like(value) * scale)
     return model
+
+
+def overlay(folder: Path, *packages: str, needs: Sequence[str] = ()) -> str:
+    """A Python that has `packages`, without what they ask for, over the packages of this one; and what they `need`."""
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    python = str(folder / "bin" / "python")
+    own = next((folder / "lib").glob("python*")) / "site-packages"
+    (own / "below.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    install = [python, "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt"]
+    for more in (["setuptools", "wheel"], needs, ["--no-deps", "--no-build-isolation", *packages]):
+        if more:
+            subprocess.run([*install, *more], check=True, env={**os.environ, "DS_BUILD_OPS": "0"})
+    return python
 
 
 def logits(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -24,7 +24,7 @@ METHODS = ("lora", "mam")
 def steps(method: str, sharded: bool) -> tuple[list[float], int, int]:
     """Losses of some steps; the most numbers of weights that a process held at once, and those of one layer."""
     model = stir(peftc.compile(tiny("llama", num_hidden_layers=LAYERS), spec(method)), 0.1).train()
-    layers = [*layers_of(model.backbone).values()]
+    layers = [*layers_of(model).values()]
     held: list[int] = []
     if sharded:
         mesh = init_device_mesh("cpu", (2,))

@@ -39,7 +39,7 @@ def test_dropout_follows_the_mode() -> None:
 
 
 def test_modes_stay_together() -> None:
-    """The backbone's modules are shared: what runs it alone must not leave them in another mode."""
+    """What runs a model, or its backbone alone, must not leave a module of it in another mode."""
     backbone = tiny("gpt2")
     model = stir(peftc.compile(backbone, "lora"), 0.1)
     model.train()

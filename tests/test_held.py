@@ -60,6 +60,7 @@ CELLS = [(f, s) for f in HELD for s in ("prefix_direct", "mam", KEYS)]
 CELLS += [(f, SHIFTED) for f in ("gpt2", "llama")]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("family", "spec"), CELLS, ids=lambda one: one.partition("\ndeltas")[0])
 def test_a_step_has_a_kernel_less_for_each_and_the_same_logits(family: str, spec: str) -> None:
     one = parse_spec(spec) if "\n" in spec else spec
@@ -133,6 +134,7 @@ def trained(model: PreTrainedModel, cache: Any) -> None:
     model.train().eval()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "change", [written, switched, away_and_back, cut, turned, copied, in_place, trained]
 )

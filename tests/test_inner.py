@@ -20,6 +20,7 @@ def last(output: object) -> torch.Tensor:
     return value
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("method", ["lora", "prefix_direct", "head"])
 @pytest.mark.parametrize("family", ["bart", "bert", "gpt2", "llama", "gemma2", "distilbert"])
 def test_its_states_are_those_that_the_head_reads(family: str, method: str) -> None:

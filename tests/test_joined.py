@@ -172,7 +172,7 @@ def test_layer_by_layer() -> None:
     inputs = batch(model)
     want = logits(model, inputs)
     seen: list[object] = []
-    for layer in layers_of(model.backbone).values():
+    for layer in layers_of(model).values():
         layer.register_forward_hook(lambda *taken: seen.append(taken[-1]))
     assert torch.equal(logits(model, inputs), want)
     # Hidden states alone leave a layer: a part that left it, too, would make a tuple of them.

@@ -51,7 +51,7 @@ def test_regions_are_the_graph(method: str, family: str) -> None:
     model = stir(peftc.compile(tiny(family), spec(method)), 0.1).train()
     inputs = batch(model, "right")
     want, seen = step(model, inputs), []
-    layers = layers_of(model.backbone)
+    layers = layers_of(model)
     hooks = [
         layer.register_forward_hook(lambda *_, name=name: seen.append(name))
         for name, layer in layers.items()
@@ -74,7 +74,7 @@ def test_generation_in_regions(family: str) -> None:
     prompt = {k: v for k, v in batch(model, "left").items() if k != "decoder_input_ids"}
     settings = dict(max_new_tokens=5, do_sample=False, pad_token_id=0)
     want, seen = model.generate(**prompt, **settings), []
-    for layer in layers_of(model.backbone).values():
+    for layer in layers_of(model).values():
         layer.register_forward_hook(lambda *_: seen.append(1))
     assert torch.equal(model.generate(**prompt, **settings), want) and seen
 
@@ -83,15 +83,20 @@ def test_a_hook_sees_and_changes_what_a_layer_gives() -> None:
     """The same values as in the backbone alone, states first; what a hook returns goes on."""
     backbone = tiny("llama")
     model = peftc.compile(backbone, "lora")
-    inputs, layer = batch(backbone), layers_of(backbone)["model.layers.0"]
+    inputs = batch(backbone)
+    layers = [layers_of(one)["model.layers.0"] for one in (backbone, model)]
     seen: list[tuple[Any, Any]] = []
-    hook = layer.register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
+    hooks = [
+        one.register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
+        for one in layers
+    ]
     logits(backbone, inputs)
     logits(model, inputs)
     (mine, theirs) = seen
     assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(mine, theirs))
-    hook.remove()
-    layer.register_forward_hook(lambda _, args, out: out * 2)
+    for one, hook in zip(layers, hooks):
+        hook.remove()
+        one.register_forward_hook(lambda _, args, out: out * 2)
     assert torch.allclose(logits(model, inputs), logits(backbone, inputs), atol=1e-5)
 
 
@@ -111,7 +116,7 @@ def test_layers_computed_twice_save_memory(method: str) -> None:
             if isinstance(one, torch.Tensor) and not isinstance(one, nn.Parameter):
                 held[one.untyped_storage().data_ptr()] = one.untyped_storage().nbytes()
 
-    for layer in layers_of(model.backbone).values():
+    for layer in layers_of(model).values():
         layer.register_forward_pre_hook(note)
     assert saved_bytes(model, inputs) + sum(held.values()) <= whole / 4
 
@@ -151,12 +156,12 @@ def test_copies_have_layers_of_their_own() -> None:
     model = stir(peftc.compile(tiny("llama"), "lora"))
     inputs = batch(model)
     want = logits(model, inputs)
-    hook = layers_of(model.backbone)["model.layers.0"].register_forward_hook(lambda *_: None)
+    hook = layers_of(model)["model.layers.0"].register_forward_hook(lambda *_: None)
     logits(model, inputs)
     hook.remove()
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         seen: list[nn.Module] = []
-        layer = layers_of(twin.backbone)["model.layers.0"]
+        layer = layers_of(twin)["model.layers.0"]
         layer.register_forward_hook(lambda one, *_, seen=seen: seen.append(one))
         assert torch.allclose(logits(twin, inputs), want, atol=1e-6)  # sums follow alignment
         assert seen == [layer]
@@ -175,8 +180,8 @@ def test_a_layer_is_one_region() -> None:
     logits(model, batch(model))
     (one,) = (r.program for r in model._programs._runners.values())
     assert isinstance(one, Program)
-    regions = [region.layer for region in cut(one, layers_of(model.backbone)).regions]
-    assert [name for name in regions if name] == [*layers_of(model.backbone)]
+    regions = [region.layer for region in cut(one, layers_of(model)).regions]
+    assert [name for name in regions if name] == [*layers_of(model)]
 
 
 def test_sharded_layer_by_layer(tmp_path: Path) -> None:

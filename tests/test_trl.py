@@ -9,12 +9,11 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
-import sysconfig
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import overlay
 
 pytestmark = pytest.mark.slow
 
@@ -22,32 +21,31 @@ HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def python(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A Python that has trl."""
+    given = os.environ.get("PEFTC_TRL_PYTHON")
+    return given or overlay(tmp_path_factory.mktemp("trl"), "trl==1.16.0", needs=["datasets"])
+
+
+@pytest.fixture(scope="module")
+def said(python: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What each trainer logged, of each model."""
-    python = os.environ.get("PEFTC_TRL_PYTHON") or _environment(tmp_path_factory.mktemp("trl"))
-    script, folder = HERE / "trl_oracle.py", tmp_path_factory.mktemp("runs")
+    last = ran(python, HERE / "trl_oracle.py", tmp_path_factory.mktemp("runs"))
+    found: dict[str, Any] = json.loads(last)
+    return found
+
+
+def ran(python: str, *command: Path) -> str:
+    """The last line that a script prints."""
     path = {"PYTHONPATH": str(HERE.parent), "HF_HUB_OFFLINE": "1"}
     run = subprocess.run(
-        [python, "-W", "ignore", script, folder],
+        [python, "-W", "ignore", *command],
         env=os.environ | path,
         check=True,
         capture_output=True,
         text=True,
     )
-    found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
-    return found
-
-
-def _environment(folder: Path) -> str:
-    """trl over the packages of this environment."""
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    python = folder / "bin" / "python"
-    packages = next((folder / "lib").glob("python*")) / "site-packages"
-    (packages / "below.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    install = [python, "-m", "pip", "install", "--quiet", "-c", HERE.parent / "constraints.txt"]
-    subprocess.run([*install, "--no-deps", "trl==1.16.0"], check=True)
-    subprocess.run([*install, "datasets"], check=True)
-    return str(python)
+    return run.stdout.splitlines()[-1]
 
 
 @pytest.mark.parametrize("trainer", ["sft", "dpo"])
@@ -62,3 +60,7 @@ def test_as_peft(said: dict[str, Any], trainer: str) -> None:
 
 def test_a_reference_has_a_mode_of_its_own(said: dict[str, Any]) -> None:
     assert said["modes"] == {"model": True, "reference": False}
+
+
+def test_the_example(python: str) -> None:
+    assert ran(python, HERE.parent / "examples" / "dpo.py").endswith("accuracy 1.00")

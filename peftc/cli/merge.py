@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from peftc.cli import directories, options
 from peftc.cli.console import say, step
+from peftc.graph.quantized import quantized
 from peftc.merging import merge as fold
 from peftc.model.compiled import CompiledModel
 from peftc.rewrite.folding import Report
@@ -23,6 +24,9 @@ def merge(
     deltas: Annotated[Path, typer.Argument(metavar="DIR", help="A directory of deltas.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="A new directory.")],
     model: options.Backbone = None,
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", help="Make ordinary weights of quantised ones.")
+    ] = False,
 ) -> None:
     """Fold deltas into their backbone and write an ordinary Hugging Face checkpoint.
 
@@ -35,7 +39,7 @@ def merge(
     compiled = directories.load(deltas, model)
 
     with step("folding"):
-        merged, report = fold(compiled)
+        merged, report = fold(compiled, dequantize=dequantize)
     say(report_text(report))
     tokenizer = directories.tokenizer(deltas, compiled)
 
@@ -44,7 +48,8 @@ def merge(
         if isinstance(merged, CompiledModel):
             _save_rest(merged, directory / REST, output)
             plain = merged.backbone
-        plain.save_pretrained(directory)
+        # transformers does not turn back what it read a quantised checkpoint by.
+        plain.save_pretrained(directory, save_original_format=not quantized(compiled.backbone))
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
 
@@ -67,6 +72,9 @@ def report_text(report: Report) -> str:
         f"max |folded - unfolded|  {report.error:.3g}  (outputs are up to {report.scale:.3g})",
         f"max |unfolded - base|    {report.changed:.3g}",
     ]
+    before, after = report.held
+    if before != after:
+        lines.append(f"bytes of the backbone    {before:,} -> {after:,}")
     if report.changed == 0:
         lines.append("the deltas change nothing: were they trained?")
     return "\n".join(lines)

@@ -21,6 +21,7 @@ def data(plan: Plan) -> dict[str, Any]:
         "spec": plan.spec.name,
         "sites": plan.site_counts,
         "parameters": asdict(plan.parameters),
+        "quantized": asdict(plan.quantized),
         "methods": [asdict(row) for row in rows(plan)],
         "matches": [
             {
@@ -107,12 +108,15 @@ def _totals(plan: Plan) -> Table:
     table.add_column(justify="right", no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
     table.add_column()
+    small = plan.quantized
+    held = f"quantised, in {small.bytes:,} bytes: {small.bits:.3g} bits each"
     paper = f"{paper_percent(counts.weights, whole)} % as the paper prints it; no biases"
     for name, count, note in (
         ("weights", counts.weights, paper),
         ("stored", counts.stored, "with biases, constants evaluated"),
         ("while training", counts.training, "all that trains"),
         ("backbone", whole, ""),
+        *([("of it", small.numel, held)] if small.numel else []),
     ):
         table.add_row(name, f"{count:,}", f"{100 * count / whole:.2f} %", note)
     return table

@@ -89,7 +89,7 @@ def _delta_checks(directory: Path, model: str | None) -> Iterator[Check]:
         once, again = (driver.outputs(compiled, inputs) for _ in range(2))
     yield Check("two runs of the compiled model", difference(once, again), 0)
     with step("folding"), torch.no_grad():
-        merged, report = merge(compiled, tolerance=math.inf)
+        merged, report = merge(compiled, tolerance=math.inf, dequantize=True)
         bare = driver.outputs(compiled.backbone, inputs)
     yield Check("compiled against the backbone", difference(once, bare))
     yield Check(
@@ -106,7 +106,7 @@ def _fold_again(merged: PreTrainedModel) -> float:
     if not isinstance(merged, CompiledModel):
         return 0.0  # a plain checkpoint: there is nothing left that could fold
     with step("folding again"):
-        twice, report = merge(merged, tolerance=math.inf)
+        twice, report = merge(merged, tolerance=math.inf, dequantize=True)
     before, after = dict(merged.named_parameters()), dict(twice.named_parameters())
     moved = [float((after[k] - v).detach().abs().max()) for k, v in before.items() if k in after]
     return max(moved) + len(report.folded)

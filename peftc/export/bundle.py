@@ -18,6 +18,7 @@ from peftc.export.parity import Parity, check
 from peftc.export.tasks import task_of
 from peftc.export.weights import write_models
 from peftc.graph.placement import weights
+from peftc.graph.quantized import quantized
 from peftc.graph.rows import room_of
 from peftc.language.resolved import digest
 from peftc.merging import merge
@@ -95,6 +96,11 @@ def _require(model: PreTrainedModel, path: Path) -> None:
     if (path / MANIFEST).is_file() and "graphs" not in read_manifest(path, ()):
         raise ExportError(
             f"{path} holds deltas, which a bundle would replace; choose another directory"
+        )
+    for name, one in quantized(model).items():
+        raise ExportError(
+            f"'{name}' of this {type(model).__name__} is quantised ({type(one).__name__}), and export writes ordinary "
+            "weights: merge(dequantize=True) first, or quantise what was exported with ONNX Runtime"
         )
     if model.dtype != torch.float32 or model.device.type != "cpu":
         kind = f"{model.dtype} on {model.device}".removeprefix("torch.")

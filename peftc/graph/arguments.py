@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from peftc.errors import PeftcError
-from peftc.graph.cache import FILLED
+from peftc.graph.cache import FILLED, STATES
 from peftc.graph.entries import ENTRIES, Tensors
 from peftc.graph.facts import ModelFacts
 from peftc.graph.state import readable
@@ -57,6 +57,7 @@ class Argument:
 
 
 ARGUMENTS = (
+    *(Argument(f"past.*.{side}*", "cache", "", holds=True) for side in STATES),
     Argument("past.self.*", "cache", "past", holds=True),
     Argument("past.cross.*", "cache", "source", holds=True),
     Argument(FILLED, "place", "", holds=True),
@@ -96,10 +97,10 @@ def axes(name: str, rank: int, entry: str, encoder_decoder: bool) -> tuple[str |
     row = argument(name)
     if rank < 2:
         return ("batch",)[:rank]
-    if row.cached:
-        return ("batch", None, _length(row, entry, encoder_decoder), None)
     if not row.follows:
         return ("batch", *(None,) * (rank - 1))
+    if row.cached:
+        return ("batch", None, _length(row, entry, encoder_decoder), None)
     if row.square and rank > 2:
         new, all_ = (_length(row, entry, encoder_decoder, whole) for whole in (False, True))
         return ("batch", *(None,) * (rank - 3), new, all_)
@@ -168,7 +169,7 @@ def _moves(
 ) -> bool:
     """Whether an axis is as long as what it is named for, and so may be of any length."""
     row, size = argument(name), value.shape[axis]
-    if label == "query" and sizes["query"] == 1:
+    if label in ("query", "total") and sizes[label] == 1:
         return False
     if label is None or (axis and row.role == "labels" and value.is_floating_point()):
         return False  # floating labels have one number for each class

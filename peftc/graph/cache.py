@@ -1,4 +1,4 @@
-"""Caches as flat tensors: one name for each layer's keys and values."""
+"""Caches as flat tensors: one name for each tensor that a layer of a cache holds."""
 
 from __future__ import annotations
 
@@ -7,42 +7,53 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 from transformers.cache_utils import (
     Cache,
+    CacheLayerMixin,
     DynamicCache,
     DynamicLayer,
+    DynamicSlidingWindowLayer,
     EncoderDecoderCache,
     StaticLayer,
 )
 
 # The input that says how many places of a static cache are filled: a tensor, so that one graph serves all steps.
 FILLED = "past_length"
+# The arguments that a model takes its cache by, and the fields that it gives it by.
+CACHES = ("past_key_values", "cache_params")
+# What a layer holds, and its attribute for it: keys and values of tokens, [batch, heads, length, dim], and states,
+# [batch, ...], whose sizes no token changes and of which it may have several of a side.
+TOKENS = {"key": "keys", "value": "values"}
+STATES = {"conv": "conv_states", "recurrent": "recurrent_states"}
 # How the parts of a cache are called in an ONNX graph, as optimum has it.
 _ONNX = {"self": "decoder", "cross": "encoder"}
 
 
 @dataclass(frozen=True)
 class CacheSlot:
-    """The keys or the values of one layer; tensors [batch, heads, length, dim].
+    """A tensor of one layer.
 
-    `part` is "self" (tokens so far) or "cross" (the encoder's states), `side` "key" or "value".
+    `part` is "self" (tokens so far) or "cross" (the encoder's states), `side` one of TOKENS or STATES, `number` that
+    of a state.
     """
 
     part: str
     layer: int
     side: str
+    number: int = 0
 
     @staticmethod
     def read(name: str) -> CacheSlot | None:
         """The slot that an input or an output of a graph is, or None."""
         if not name.startswith("past."):
             return None
-        _, part, layer, side = name.split(".")
-        return CacheSlot(part, int(layer), side)
+        _, part, layer, side, *number = name.split(".")
+        return CacheSlot(part, int(layer), side, *map(int, number))
 
     @property
     def name(self) -> str:
-        return f"past.{self.part}.{self.layer}.{self.side}"
+        return f"past.{self.part}.{self.layer}.{self._last}"
 
     @property
     def cross(self) -> bool:
@@ -50,7 +61,11 @@ class CacheSlot:
 
     def onnx(self, prefix: str) -> str:
         """`present.0.decoder.key`, as optimum and others name it."""
-        return f"{prefix}.{self.layer}.{_ONNX[self.part]}.{self.side}"
+        return f"{prefix}.{self.layer}.{_ONNX[self.part]}.{self._last}"
+
+    @property
+    def _last(self) -> str:
+        return f"{self.side}.{self.number}" if self.number else self.side
 
 
 def parts_of(cache: Any) -> dict[str, Any]:
@@ -61,35 +76,80 @@ def parts_of(cache: Any) -> dict[str, Any]:
 
 
 def flatten_cache(cache: Any) -> dict[str, torch.Tensor]:
-    """`past.self.0.key`, `past.self.0.value`, ... and the same for `cross`; tensors [batch, heads, length, dim]."""
+    """`past.self.0.key`, `past.self.0.value`, `past.self.1.conv`, ... and the same for `cross`: all that is held."""
     return {
-        CacheSlot(part, i, side).name: getattr(layer, f"{side}s")
-        for part, one in parts_of(cache).items()
-        for i, layer in enumerate(one.layers)
-        for side in ("key", "value")
+        CacheSlot(part, i, side, number).name: one
+        for part, own in parts_of(cache).items()
+        for i, layer in enumerate(own.layers)
+        for side, number, one in _held(layer)
+        if one is not None
     }
 
 
-def pairs(tensors: Mapping[str, Any], part: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(keys, values) of each layer, in order."""
-    layer = 0
-    while (key := CacheSlot(part, layer, "key").name) in tensors:
-        yield tensors[key], tensors[CacheSlot(part, layer, "value").name]
-        layer += 1
+def _held(layer: Any) -> Iterator[tuple[str, int, torch.Tensor | None]]:
+    for side, attribute in TOKENS.items():
+        yield side, 0, getattr(layer, attribute, None)
+    for side, attribute in STATES.items():
+        for number, one in getattr(layer, attribute, {}).items():
+            yield side, number, one
+
+
+def by_layer(tensors: Mapping[str, Any], part: str) -> dict[int, dict[CacheSlot, torch.Tensor]]:
+    """What of `tensors` is of a part of a cache, by layer, in order."""
+    slots = {slot: one for name, one in tensors.items() if (slot := CacheSlot.read(name))}
+    layers = sorted({slot.layer for slot in slots if slot.part == part})
+    return {
+        i: {slot: one for slot, one in slots.items() if (slot.part, slot.layer) == (part, i)}
+        for i in layers
+    }
+
+
+def pair(found: Mapping[CacheSlot, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The keys and the values of a layer."""
+    sides = {slot.side: one for slot, one in found.items()}
+    return sides["key"], sides["value"]
+
+
+def keys_of(tensors: Mapping[str, Any]) -> torch.Tensor | None:
+    """The first keys of the tokens so far; None where a cache has states alone."""
+    for name, one in tensors.items():
+        slot = CacheSlot.read(name)
+        if slot is not None and (slot.part, slot.side) == ("self", "key"):
+            found: torch.Tensor = one
+            return found
+    return None
+
+
+def fresh(config: PreTrainedConfig) -> DynamicCache:
+    """An empty cache with a model's kinds of layers, of which none drops tokens: graphs mask what a window leaves
+    out."""
+    cache = DynamicCache(config=config.get_text_config(decoder=True))
+    cache.layers[:] = [
+        DynamicLayer() if type(layer) is DynamicSlidingWindowLayer else layer
+        for layer in cache.layers
+    ]
+    return cache
 
 
 def unflatten_cache(
-    tensors: Mapping[str, Any], encoder_decoder: bool, filled: torch.Tensor | None = None
+    tensors: Mapping[str, Any], config: PreTrainedConfig, filled: torch.Tensor | None = None
 ) -> Any:
     """The cache that `flatten_cache` was given, empty where `tensors` have none of it; a static one, if `filled` says
-    how far."""
-    layers = pairs(tensors, "self")
-    own: Any
-    if filled is None:
-        own = _dynamic(layers)
-    else:
-        own = Cache(layers=[_Step(keys, values, filled) for keys, values in layers])
-    return EncoderDecoderCache(own, _dynamic(pairs(tensors, "cross"))) if encoder_decoder else own
+    how far. A model writes into its states, so it gets copies of them."""
+    own: Cache = fresh(config)
+    for i, found in by_layer(tensors, "self").items():
+        if filled is not None and isinstance(own.layers[i], CacheLayerMixin):
+            own.layers[i] = _Step(*pair(found), filled)
+        else:
+            states = {k: v.clone() for k, v in found.items() if k.side in STATES}
+            hold(own.layers[i], found | states)
+    if not config.is_encoder_decoder:
+        return own
+    cross = DynamicCache()
+    for found in by_layer(tensors, "cross").values():
+        cross.layers.append(DynamicLayer())
+        hold(cross.layers[-1], found)
+    return EncoderDecoderCache(own, cross)
 
 
 class _Step(StaticLayer):
@@ -113,17 +173,17 @@ class _Step(StaticLayer):
         return keys, values
 
 
-def _dynamic(layers: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> DynamicCache:
-    """A cache that holds these keys and values as they are: built of them, it would copy them behind nothing."""
-    cache = DynamicCache()
-    for keys, values in layers:
-        cache.layers.append(DynamicLayer())
-        hold(cache.layers[-1], keys, values)
-    return cache
-
-
-def hold(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
-    """Put keys and values into a layer of a cache, in place of what it held."""
-    if not layer.is_initialized:
-        layer.lazy_initialization(keys, values)
-    layer.keys, layer.values = keys, values
+def hold(layer: Any, tensors: Mapping[CacheSlot, torch.Tensor]) -> None:
+    """Put tensors into a layer of a cache as they are, in place of what it held of their sides: filled by its own
+    methods, it would copy them."""
+    for slot, one in tensors.items():
+        if slot.side in TOKENS:
+            if not layer.is_initialized:
+                layer.lazy_initialization(one, one)
+            setattr(layer, TOKENS[slot.side], one)
+            continue
+        states = getattr(layer, STATES[slot.side])
+        if states[slot.number] is None:
+            layer.lazy_initialization(**{STATES[slot.side]: one, "state_idx": slot.number})
+        states[slot.number] = one
+        layer.has_previous_state[slot.number] = True

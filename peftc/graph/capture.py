@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import linecache
 import logging
 import sys
@@ -14,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
+import sympy
 import torch
 from torch import fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
@@ -21,10 +23,12 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers import PreTrainedModel
 
 from peftc.graph.arguments import SIZES, CaptureError, Labels, axes, layout, resized
+from peftc.graph.cache import keys_of
 from peftc.graph.captures import CAPTURES
 from peftc.graph.entries import ENTRIES, Tensors
 from peftc.graph.masks import deciding, proven
 from peftc.graph.program import Bound, Program, Slot
+from peftc.graph.quantized import quantized, require_open
 from peftc.graph.rows import NONE, Room
 from peftc.graph.state import Fingerprint, fingerprint, undisturbed
 
@@ -82,24 +86,26 @@ def capture(
     labels: Labels | None = None,
     seen: Fingerprint | None = None,
     drop: bool = False,
+    exact: frozenset[str] = frozenset(),
 ) -> Program:
     """One entry of `model` in its current mode as a graph, with every batch and length axis dynamic.
 
     `inputs` are real or meta tensors by argument name; only their dtype, device, rank and the sizes of fixed axes
     matter. The model runs on them with `room` for rows in front. `labels` names their dynamic axes (by default
     `layout`), `seen` is the model's fingerprint where it is known. With `drop` the graph is one for inputs whose
-    masks are ones (`arguments.unpadded`), and has no attention mask where eager code has none then. A graph that was traced before of a model that
-    is the same to tracing is used again. Where the model's code depends on a size, the graph's `bounds` say for
-    which it holds. Raises CaptureError when the model cannot be traced.
+    masks are ones (`arguments.unpadded`), and has no attention mask where eager code has none then. Axes in `exact` are
+    traced as long as they are. A graph that was traced before of a model that is the same to tracing is used again.
+    Where the model's code depends on a size, the graph's `bounds` say for which it holds. Raises CaptureError when the model cannot be traced.
     """
     labels = labels or layout(inputs, entry, bool(model.config.is_encoder_decoder))
     flags = flags or {}
     with TRACING:
         seen = seen or fingerprint(model)
-        trace = functools.partial(_traced, model, entry, inputs, flags, room, labels, drop)
+        trace = functools.partial(_traced, model, entry, inputs, flags, room, labels, drop, exact)
         if not seen.shared:
             return trace()
-        key = (seen.value, entry, signature(inputs, labels), settings(flags), room.key, drop)
+        given = signature(inputs, labels), sizes_of(inputs, labels, exact)
+        key = (seen.value, entry, given, settings(flags), room.key, drop)
         return CAPTURES.get(key, trace)
 
 
@@ -108,6 +114,15 @@ def signature(inputs: Tensors, labels: Labels) -> tuple[Hashable, ...]:
     return tuple(
         (k, v.dtype, v.device, *[n if a is None else a for n, a in zip(v.shape, labels[k])])
         for k, v in sorted(inputs.items())
+    )
+
+
+def sizes_of(inputs: Tensors, labels: Labels, named: frozenset[str]) -> tuple[tuple[str, int], ...]:
+    """How long the axes are that go by these names."""
+    return tuple(
+        sorted(
+            {(a, n) for k, v in inputs.items() for a, n in zip(labels[k], v.shape) if a in named}
+        )
     )
 
 
@@ -123,16 +138,19 @@ def _traced(
     room: Room,
     labels: Labels,
     drop: bool,
+    exact: frozenset[str],
 ) -> Program:
     if _get_current_dispatch_mode() is not None:
         raise CaptureError(
             f"{type(model).__name__}: its graph for such inputs ({entry}) would be captured while another trace is "
             "being made; run the model once on them before, with a mask that has a zero if it has a mask"
         )
+    require_open(model)
     seq2seq = bool(model.config.is_encoder_decoder)
     new = _new_tokens(inputs, labels, entry, seq2seq)
+    now = dict(sizes_of(inputs, labels, exact))
     tensors = {
-        k: resized(v, labels[k], _sizes(inputs, flags, room.held(k, seq2seq), new))
+        k: resized(v, labels[k], _at(_sizes(inputs, flags, room.held(k, seq2seq), new), now))
         for k, v in inputs.items()
     }
     auto = torch.export.Dim.AUTO
@@ -161,8 +179,9 @@ def _traced(
             traced.forget()
     wide = room.wide(entry, seq2seq)
     program = _program(exported, entry, model, labels, wide, output_types[-1])
+    program.quantized = frozenset(quantized(model))
     if not proven(program):
-        explicit = _traced(model, entry, inputs, flags, room, labels, drop=False)
+        explicit = _traced(model, entry, inputs, flags, room, labels, False, exact)
         return replace(explicit, masks="any")
     if decision.met:
         program.masks = "dropped" if drop else "explicit"
@@ -180,8 +199,17 @@ def _sizes(inputs: Tensors, flags: Mapping[str, Any], held: int, new: int) -> di
         **sizes,
         "seq": sizes["seq"] + held,
         "past": past + held,
-        "total": past + new,
+        "total": new + (0 if keys_of(inputs) is None else past),
     }
+
+
+def _at(sizes: Mapping[str, int], now: Mapping[str, int]) -> dict[str, int]:
+    """`sizes` with those of now, and no other that is one of these: axes of one size are taken for one."""
+    taken, found = set(now.values()), dict(now)
+    for label, size in sizes.items():
+        if label not in now:
+            found[label] = next(n for n in itertools.count(size) if n not in taken)
+    return found
 
 
 def _new_tokens(inputs: Tensors, labels: Labels, entry: str, seq2seq: bool) -> int:
@@ -286,7 +314,7 @@ def _parts(traced: fx.GraphModule) -> nn.Module:
 def _bounds(exported: Any, slots: Mapping[str, Slot], labels: Labels) -> Iterator[Bound]:
     """Axes that the graph holds for in a range, because the model's code compared their sizes, or for one size,
     because it counted by them. Export itself assumes 2 at least, and its graphs run with 0 and 1 all the same."""
-    ranges = exported.range_constraints
+    known: dict[Any, tuple[int, int]] = {}
     for node in exported.graph_module.graph.find_nodes(op="placeholder"):
         slot = slots[node.name]
         if slot.kind != "input" or not node.users:
@@ -295,12 +323,49 @@ def _bounds(exported: Any, slots: Mapping[str, Slot], labels: Labels) -> Iterato
             if labels[slot.name][axis] is None:
                 continue
             fixed = size if isinstance(size, int) else size.node.maybe_as_int()
-            one = None if fixed is not None else ranges.get(size.node.expr)
             if fixed is not None:
                 yield Bound(slot.name, axis, fixed, fixed)
-            elif one is not None and (one.lower > 2 or one.upper < sys.maxsize):
-                least = int(one.lower) if one.lower > 2 else 0
-                yield Bound(slot.name, axis, least, int(min(one.upper, sys.maxsize)))
+                continue
+            symbol = size.node.expr
+            if symbol not in known:
+                known[symbol] = _range(size.node, exported.range_constraints.get(symbol))
+            least, most = known[symbol]
+            if least > 0 or most < sys.maxsize:
+                yield Bound(slot.name, axis, least, most)
+
+
+def _range(size: Any, compared: Any) -> tuple[int, int]:
+    """The sizes that a graph holds for, of an axis whose size is a symbol: where it was `compared`, and where as many
+    are counted of it as of the traced one. A loop over the chunks of a sequence runs as often in a graph as it ran."""
+    least = int(compared.lower) if compared is not None and compared.lower > 2 else 0
+    most = sys.maxsize if compared is None else int(min(compared.upper, sys.maxsize))
+    guards = dict.fromkeys(size.shape_env.replace(guard.expr) for guard in size.shape_env.guards)
+    counts = [guard for guard in guards if size.expr in guard.free_symbols and _is_count(guard)]
+    if not counts:
+        return least, most
+    low = high = int(size.hint)
+    if any(len(guard.free_symbols) > 1 for guard in counts):
+        return low, high
+    while low > least and all(_holds(guard, size.expr, low - 1) for guard in counts):
+        low -= 1
+    while high < min(most, _FAR) and all(_holds(guard, size.expr, high + 1) for guard in counts):
+        high += 1
+    return low, high
+
+
+_FAR = 4096  # tokens; longer sequences get graphs of their own
+
+
+def _is_count(guard: Any) -> bool:
+    """Whether code asked for a number. A 0 is a rest, which the op that asked for it sees itself."""
+    return isinstance(guard, sympy.Eq) and any(s.is_Integer and s != 0 for s in guard.args)
+
+
+def _holds(guard: Any, symbol: Any, size: int) -> bool:
+    try:
+        return bool(guard.xreplace({symbol: sympy.Integer(size)}) == sympy.true)
+    except ZeroDivisionError:  # no size that the model takes
+        return False
 
 
 def _explain(model: PreTrainedModel, entry: str, error: Exception) -> str:

@@ -10,7 +10,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from peftc.graph.cache import FILLED, CacheSlot, flatten_cache, unflatten_cache
+from peftc.graph.cache import CACHES, FILLED, CacheSlot, flatten_cache, unflatten_cache
+from peftc.graph.facts import ModelFacts
 
 Outputs = tuple[type, dict[str, Any]]
 Tensors = Mapping[str, torch.Tensor]
@@ -50,21 +51,22 @@ def _encode(model: PreTrainedModel, tensors: Tensors, flags: Mapping[str, Any]) 
 
 
 def _cached(model: PreTrainedModel, tensors: Tensors, flags: Mapping[str, Any]) -> Outputs:
-    """One step with a cache: flat past keys and values in, flat present ones out; of a static cache the new ones
+    """One step with a cache: flat past tensors in, flat present ones out; of a static cache the new keys and values
     alone. A model that keeps none gives its other fields alone."""
     inputs = {k: v for k, v in tensors.items() if CacheSlot.read(k) is None}
-    seq2seq = bool(model.config.is_encoder_decoder)
-    cache = unflatten_cache(tensors, seq2seq, inputs.pop(FILLED, None))
+    facts = ModelFacts.read(model)
+    cache = unflatten_cache(tensors, model.config, inputs.pop(FILLED, None))
     hidden = inputs.pop("encoder_hidden_states", None)
-    if seq2seq:
+    if facts.encoder_decoder:
         if hidden is None:  # cross keys are cached, so the encoder's output is not read
             past = tensors[CacheSlot("cross", 0, "key").name]
             hidden = past.new_zeros(past.shape[0], past.shape[2], 1)
         inputs["encoder_outputs"] = BaseModelOutput(last_hidden_state=hidden)  # type: ignore[assignment]
-    out = model(**inputs, **flags, past_key_values=cache, use_cache=True, return_dict=True)
+    out = model(**inputs, **flags, **{facts.cache: cache}, use_cache=True, return_dict=True)
     output_type, fields = _plain(out)
     fields.pop("encoder_last_hidden_state", None)
-    present = {} if out.get("past_key_values") is None else flatten_cache(out.past_key_values)
+    kept = out.get(facts.cache)
+    present = {} if kept is None else flatten_cache(kept)
     return output_type, fields | {k: v for k, v in present.items() if not _is_fixed(k, tensors)}
 
 
@@ -102,5 +104,5 @@ ENTRIES = {
 
 
 def _plain(output: Any) -> Outputs:
-    fields = {k: v for k, v in output.items() if k != "past_key_values" and v is not None}
+    fields = {k: v for k, v in output.items() if k not in CACHES and v is not None}
     return type(output), fields

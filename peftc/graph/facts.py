@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from peftc.graph.cache import CACHES
+
 # (ids [batch, tokens], tokens in the cache) to the positions of the ids.
 Positions = Callable[[torch.Tensor, int], torch.Tensor]
 
@@ -107,6 +109,11 @@ class ModelFacts:
             return min(said, default=None)
         first = self.counted(torch.tensor([[self.ordinary]]), 0)
         return min(said) - int(first)
+
+    @property
+    def cache(self) -> str:
+        """The argument that it takes its cache by, and the field that it gives it by."""
+        return next((name for name in CACHES if name in self.arguments), CACHES[0])
 
     @property
     def flags(self) -> dict[str, bool]:

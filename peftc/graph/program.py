@@ -85,7 +85,8 @@ class Program:
     """A captured entry. `slots` maps each placeholder to what fills it; the graph holds no state, and what it calls
     is in `root`. `wide` are the inputs of ids whose sequences it was traced with rows in front of. `masks` are
     "explicit" or, for batches in which every token counts, "dropped", where the model makes that difference; else
-    "any". `held` are the prefixes that a cache can hold."""
+    "any". `held` are the prefixes that a cache can hold; `quantized` the paths of the parameters that are no plain
+    tensors."""
 
     entry: str
     graph: fx.Graph
@@ -99,6 +100,7 @@ class Program:
     bounds: tuple[Bound, ...] = ()
     masks: str = "any"
     held: tuple[Held, ...] = ()
+    quantized: frozenset[str] = frozenset()
     replaced: dict[fx.Node, fx.Node] = field(default_factory=dict)
     _filled: dict[Slot, fx.Node] = field(default_factory=dict, init=False)
 

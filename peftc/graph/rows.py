@@ -16,7 +16,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from peftc.graph.arguments import CaptureError, argument, axes
-from peftc.graph.cache import FILLED, CacheSlot
+from peftc.graph.cache import FILLED, CacheSlot, keys_of
 from peftc.graph.entries import ENTRIES, Tensors
 from peftc.graph.facts import ModelFacts
 
@@ -77,6 +77,8 @@ class Room:
         wide = dict(tensors)
         for ids, rows in self.rows.items():
             steps = _steps(ids, entry, seq2seq)
+            if steps and keys_of(tensors) is None:  # states have no places
+                continue
             for name, value in tensors.items():
                 row = argument(name)
                 if row.holds:
@@ -146,7 +148,7 @@ def _given_positions(facts: ModelFacts, tensors: Tensors) -> torch.Tensor:
         return tensors["position_ids"]
     ids = tensors.get("input_ids", tensors.get("inputs_embeds"))
     assert ids is not None  # a model that takes position_ids reads tokens
-    keys = tensors.get(CacheSlot("self", 0, "key").name)
+    keys = keys_of(tensors)
     past: Any = tensors.get(FILLED, 0 if keys is None else keys.shape[2])
     if facts.counted is not None and ids.ndim == 2:
         return facts.counted(ids, past)

@@ -21,6 +21,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from peftc.graph.layers import Forward
 from peftc.graph.placement import device_of, is_added, is_placed
+from peftc.graph.quantized import is_quantized
 
 # The registries of a module whose hooks a graph cannot run.
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -243,14 +244,15 @@ def undisturbed(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _whole(model: nn.Module) -> None:
-    """In place of weights that are held in parts by several processes, or elsewhere, whole ones without values:
-    tracing reads sizes and types."""
+    """In place of weights that are held in parts by several processes, or elsewhere, or as whole numbers, plain ones
+    without values: tracing reads sizes and types."""
     device = device_of(model) if is_placed(model) else None
     for registry in (r for m in model.modules() for r in (m._parameters, m._buffers)):
         for name, one in registry.items():
             if one is None:
                 continue
-            if isinstance(one, DTensor) or (device is not None and one.device != device):
+            away = device is not None and one.device != device
+            if isinstance(one, DTensor) or away or is_quantized(one):
                 like = torch.empty(one.shape, dtype=one.dtype, device=device or one.device)
                 like.untyped_storage().resize_(0)
                 registry[name] = nn.Parameter(like, one.requires_grad)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -14,6 +15,7 @@ from typing import Any, NoReturn
 from weakref import ref
 
 import torch
+from huggingface_hub import HfApi
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -24,6 +26,7 @@ from peftc.graph.layers import lend, take_back
 from peftc.graph.program import Program
 from peftc.graph.state import Fingerprint
 from peftc.model.caches import fill, is_empty, is_static, past, prepared, widened
+from peftc.model.card import card
 from peftc.model.double import double
 from peftc.model.inner import Base, Encoder, base_of, connect, split
 from peftc.model.programs import Programs
@@ -79,6 +82,9 @@ class CompiledModel(Sharing):
     It may have several delta sets (`add`, `use`, `remove`), of which `plan` and `form` tell those in use, and
     `deltas` holds all. Without any in use, and inside `base`, it is the backbone that runs.
     """
+
+    # What transformers asks before it trains a quantised model: whether something is there that trains.
+    _hf_peft_config_loaded = True
 
     plan: Plan
     deltas: Deltas
@@ -232,7 +238,7 @@ class CompiledModel(Sharing):
             make = getattr(self.body, "create_masks_for_generate", create_masks_for_generate)
             given = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, **more}
             return make(past_key_values=past_key_values, **given)  # type: ignore[no-any-return]
-        if is_empty(past_key_values):
+        if is_empty(past_key_values) or not is_static(past_key_values):
             return attention_mask
         if attention_mask is None:
             rows = inputs_embeds.shape[0]
@@ -273,6 +279,26 @@ class CompiledModel(Sharing):
         if is_main_process:
             names = self._sets.known(self.in_use if name is None else _listed(name))
             save(self, Path(save_directory), names, stored=stored, tensors=state_dict)
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        tags: list[str] | None = None,
+        max_shard_size: Any = None,
+        **commit: Any,
+    ) -> Any:
+        """Put what `save_pretrained` writes, and a model card, into a repository of a hub; `commit` is what
+        `huggingface_hub.HfApi.upload_folder` takes of one. Gives what that does."""
+        api = HfApi(token=token)
+        name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            backbone = self.config.name_or_path or type(self).__name__
+            card(name, self.plan, backbone, tags).save(Path(folder) / "README.md")
+            return api.upload_folder(repo_id=name, folder_path=folder, **commit)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -426,11 +452,11 @@ class CompiledModel(Sharing):
     def _cached(self, wanted: Mapping[str, Any]) -> Any:
         """One generation step: `prefill` while the cache is empty, `decode` from then on."""
         tensors, flags = split(wanted)
-        seq2seq = self._programs.facts.encoder_decoder
-        cache: Any = prepared(wanted.get("past_key_values"), seq2seq)
+        facts = self._programs.facts
+        cache: Any = prepared(wanted.get(facts.cache), self.config)
         first, static, rows = is_empty(cache), is_static(cache), self._rows
         encoded = {}
-        if seq2seq:
+        if facts.encoder_decoder:
             hidden = self._encoded(wanted, tensors)
             source = (self.main_input_name, "inputs_embeds")
             tensors = {k: v for k, v in tensors.items() if k not in source}
@@ -445,7 +471,7 @@ class CompiledModel(Sharing):
         kept = {}
         if present or not first:
             fill(cache, present, rows)
-            kept = {"past_key_values": cache}
+            kept = {facts.cache: cache}
         return output_type(**fields, **kept, **encoded)
 
     def _encoded(self, wanted: Mapping[str, Any], tensors: Mapping[str, Any]) -> torch.Tensor:

@@ -15,10 +15,12 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from peftc.graph.arguments import CaptureError
+from peftc.graph.cache import CACHES
+from peftc.graph.facts import ModelFacts
 from peftc.model.sharing import SHARED, Sharing
 
 # Arguments that ask for a cache or name the output type; the entries decide both themselves.
-_CONTROL = ("use_cache", "return_dict", "past_key_values", "encoder_outputs")
+_CONTROL = ("use_cache", "return_dict", "encoder_outputs", *CACHES)
 # Of a module's own, those that are one with the module that it stands for.
 _ONE = frozenset(vars(nn.Module())) - {"training"}
 
@@ -66,10 +68,10 @@ class Base(Sharing):
         names = inspect.signature(type(self.body).forward).parameters
         given = dict(zip([*names][1:], args, strict=False)) | kwargs
         wanted = {k: v for k, v in given.items() if v is not None}
-        if wanted.get("use_cache") or "past_key_values" in wanted:
+        if wanted.get("use_cache") or not wanted.keys().isdisjoint(CACHES):
             raise CaptureError(
                 f"the base of a compiled {type(model).__name__} keeps no cache when it is called by itself; call the "
-                "whole model, or leave use_cache and past_key_values out"
+                f"whole model, or leave use_cache and {ModelFacts.read(self.body).cache} out"
             )
         output_type, fields = model.uncached("base", wanted)
         output = output_type(**fields)

@@ -6,7 +6,7 @@ import itertools
 import types
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,11 +15,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peftc.graph.arguments import SIZES, Labels, axes, layout, unpadded
-from peftc.graph.capture import TRACING, capture, settings, signature
+from peftc.graph.capture import TRACING, capture, settings, signature, sizes_of
 from peftc.graph.facts import ModelFacts
 from peftc.graph.layers import layers_of, outside
 from peftc.graph.placement import is_placed
-from peftc.graph.program import Program
+from peftc.graph.program import Bound, Program
 from peftc.graph.state import Fingerprint, fingerprint
 from peftc.graph.watch import Watch
 from peftc.model.running import Runner
@@ -57,7 +57,7 @@ class Programs:
         self._room, self._paths = plan.room, plan.tensors.keys()
         self._transform, self._bound = transform, bound
         self._watch = Watch(backbone, deltas)
-        self._runners: OrderedDict[Hashable, Runner] = OrderedDict()
+        self._runners: OrderedDict[tuple[Hashable, ...], Runner] = OrderedDict()
         self._states: dict[State, int] = {}
         self._numbers = itertools.count()
         self._told: set[str] = set()
@@ -113,7 +113,7 @@ class Programs:
             self._sizes |= {(k, v.ndim): v.shape for k, v in inputs.items()}
             labels = layout(inputs, program.entry, self._facts.encoder_decoder)
             state = replace(self._state, seen=seen)
-            self._keep(self._key(program.entry, inputs, flags, labels, state), program)
+            self._keep((*self._key(program.entry, inputs, flags, labels, state), ()), program)
 
     def ready(
         self, entry: str, inputs: Mapping[str, Any], flags: Mapping[str, Any]
@@ -175,15 +175,14 @@ class Programs:
         self._look()
         labels = layout(inputs, entry, self._facts.encoder_decoder)
         runner = self._kept(entry, inputs, flags, labels, form)
-        outside = [one for one in runner.program.bounds if not _holds(one, inputs)]
-        if outside:
-            fixed = {(one.name, one.axis) for one in outside}
-            labels = {
-                k: tuple(None if (k, i) in fixed else a for i, a in enumerate(axes))
-                for k, axes in labels.items()
-            }
-            runner = self._kept(entry, inputs, flags, labels, form)
-        return runner
+        outside = _outside(runner, inputs)
+        if not outside:
+            return runner
+        key = self._key(entry, inputs, flags, labels, self._state)
+        for (*kind, _, last), other in self._runners.items():
+            if tuple(kind) == key and last in _FORMS[form] and not _outside(other, inputs):
+                return other
+        return self._kept(entry, inputs, flags, labels, form, _exact(outside, labels))
 
     def _kept(
         self,
@@ -192,16 +191,21 @@ class Programs:
         flags: Mapping[str, Any],
         labels: Labels,
         form: str,
+        exact: frozenset[str] = frozenset(),
     ) -> Runner:
-        """A graph whose masks are "explicit" or "dropped", or one that serves both; or a "plain" one, as traced."""
+        """A graph whose masks are "explicit" or "dropped", or one that serves both; or a "plain" one, as traced. It was
+        traced with the sizes of now on axes in `exact`."""
         key = self._key(entry, inputs, flags, labels, self._state)
-        for one in ((*key, form), (*key, "any")):
-            if one in self._runners and (form != "plain" or one[-1] == form):
+        key = (*key, sizes_of(inputs, labels, exact))
+        for one in ((*key, last) for last in _FORMS[form]):
+            if one in self._runners:
                 self._runners.move_to_end(one)
                 return self._runners[one]
         self._sizes |= {(k, v.ndim): v.shape for k, v in inputs.items()}
         seen, drop = self._state.seen, form == "dropped"
-        program = capture(self._backbone, entry, inputs, flags, self._room, labels, seen, drop)
+        program = capture(
+            self._backbone, entry, inputs, flags, self._room, labels, seen, drop, exact
+        )
         return self._keep(key, program, form)
 
     def _keep(self, key: tuple[Hashable, ...], program: Program, form: str = "") -> Runner:
@@ -216,7 +220,7 @@ class Programs:
         self._runners[key] = runner = Runner(program, roots)
         while len(self._runners) > self._bound:
             self._runners.popitem(last=False)
-        used = {self._number, *(one[0] for one in self._runners)}  # type: ignore[index]
+        used = {self._number, *(one[0] for one in self._runners)}
         self._states = {state: i for state, i in self._states.items() if i in used}
         return runner
 
@@ -268,6 +272,23 @@ class Programs:
         )
 
 
-def _holds(bound: Any, inputs: Mapping[str, Any]) -> bool:
+# The forms of masks that serve where one is asked for.
+_FORMS = {"plain": ("plain",), "dropped": ("dropped", "any"), "explicit": ("explicit", "any")}
+# Of a step's axes no one is as long as it is alone.
+_OF_A_STEP = frozenset({"past", "query", "total"})
+
+
+def _exact(outside: Sequence[Bound], labels: Labels) -> frozenset[str]:
+    """What the axes that a graph does not hold for are named for."""
+    named = {label for one in outside if (label := labels[one.name][one.axis]) is not None}
+    return frozenset(named | _OF_A_STEP if named & _OF_A_STEP else named)
+
+
+def _outside(runner: Runner, inputs: Mapping[str, Any]) -> list[Bound]:
+    """The axes that a graph does not hold for."""
+    return [one for one in runner.program.bounds if not _holds(one, inputs)]
+
+
+def _holds(bound: Bound, inputs: Mapping[str, Any]) -> bool:
     size: int = inputs[bound.name].shape[bound.axis]
     return bool(bound.least <= size <= bound.most)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel
 from peftc.errors import PeftcError, suggest
 from peftc.graph.cache import CacheSlot
 from peftc.graph.placement import device_of, is_placed, weight
+from peftc.graph.quantized import dequantized
 from peftc.model.programs import Programs, Transform
 from peftc.model.running import place
 from peftc.model.tensors import Activations, Deltas, started
@@ -123,12 +123,15 @@ class Sets:
 
     def _started(self, name: str, made: Made) -> dict[str, tuple[torch.Tensor, bool]]:
         """What the tensors of a set start as, by their paths there, and whether they train."""
-        at, read = (device_of(self.backbone), self.backbone.dtype), partial(weight, self.backbone)
-        every = started(made.plan.edits, read, *at, made.activations, made.values)
+        at = device_of(self.backbone), self.backbone.dtype
+        every = started(made.plan.edits, self._read, *at, made.activations, made.values)
         paths = under(made.plan, below(name)).tensors
         return {
             path: (value, one.trainable) for path, (one, value) in zip(paths, every, strict=True)
         }
+
+    def _read(self, path: str) -> torch.Tensor:
+        return dequantized(weight(self.backbone, path))
 
     def _require_new(self, name: str) -> None:
         if name in self.all:

@@ -16,6 +16,7 @@ from peftc.errors import PeftcError
 from peftc.graph.arguments import argument
 from peftc.graph.facts import ModelFacts
 from peftc.graph.program import Program, Read, Value
+from peftc.graph.quantized import applied
 from peftc.language.spec import Words
 from peftc.model import backbones
 from peftc.model.running import run_program
@@ -106,6 +107,9 @@ class _Recorder(fx.Interpreter):
     ) -> dict[fx.Node, torch.Tensor]:
         run_program(model, self.program, inputs, self.run)
         return self.values
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return applied(target, *args, **kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)

@@ -31,6 +31,23 @@ class Counts:
     training: int
 
 
+@dataclass(frozen=True)
+class Quantized:
+    """The backbone's parameters that are held as whole numbers: how many numbers they stand for, in how many bytes
+    with their scales."""
+
+    numel: int = 0
+    bytes: int = 0
+
+    @property
+    def bits(self) -> float:
+        """Of each number."""
+        return 8 * self.bytes / self.numel if self.numel else 0.0
+
+
+NONE = Quantized()
+
+
 def numel(edits: Iterable[Edit]) -> int:
     unique = {p.path: p.numel for edit in edits for p in edit.parameters if p.trainable}
     return sum(unique.values())

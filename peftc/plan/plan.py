@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
 from math import prod
+from types import MappingProxyType
 
 from peftc.errors import PeftcError, suggest
 from peftc.graph.rows import Room
@@ -16,7 +17,7 @@ from peftc.language.ports import INPUT, SITES, STORED
 from peftc.language.spec import FORMULA, Entry, Param, Spec
 from peftc.plan.algebra import growth
 from peftc.plan.checks import behind_rows, check
-from peftc.plan.counts import Counts, Unfrozen, count, numel
+from peftc.plan.counts import NONE, Counts, Quantized, Unfrozen, count, numel
 from peftc.plan.edit import Edit, Parameter
 from peftc.sites.kinds import Survey
 from peftc.sites.site import NoSite, Site
@@ -55,6 +56,7 @@ class Plan:
     matches: tuple[Match, ...]
     parameters: Counts
     sites: tuple[Site, ...] = field(repr=False)
+    quantized: Quantized = NONE
 
     @property
     def site_counts(self) -> dict[str, int]:
@@ -88,11 +90,17 @@ class Plan:
         return Room(rows, max(shifts.values(), default=0))
 
 
-def make_plan(spec: Spec, survey: Survey, backbone: Mapping[str, tuple[int, ...]]) -> Plan:
+def make_plan(
+    spec: Spec,
+    survey: Survey,
+    backbone: Mapping[str, tuple[int, ...]],
+    quantized: Mapping[str, int] = MappingProxyType({}),
+) -> Plan:
     """Match every entry of `spec` to the sites of a model.
 
-    `backbone` is the shape of each parameter by its canonical path. Raises PlanError with every
-    problem: an entry without a site, a broken `expect`, shapes that do not fit.
+    `backbone` is the shape of each parameter by its canonical path, `quantized` the bytes of those that are held as
+    whole numbers. Raises PlanError with every problem: an entry without a site, a broken `expect`, shapes that do not
+    fit, a quantised parameter that would train.
     """
     sites = survey.sites
     problems: list[str] = []
@@ -108,6 +116,7 @@ def make_plan(spec: Spec, survey: Survey, backbone: Mapping[str, tuple[int, ...]
             unfrozen |= {one.path: one for one in found}
             matches.append(Match(entry, len(found), sum(one.numel for one in found)))
             problems += _unmatched(entry, len(found), sites)
+            problems += _untrainable(entry, [one.path for one in found if one.path in quantized])
             continue
         missed = [*placed.misses, *_passed_by(entry, survey.none)]
         problems += placed.problems or _unmatched(entry, len(placed.edits), sites, missed)
@@ -117,9 +126,15 @@ def make_plan(spec: Spec, survey: Survey, backbone: Mapping[str, tuple[int, ...]
     problems += behind_rows(edits)
     if problems:
         raise PlanError("\n".join(problems))
-    counts = count(edits, list(unfrozen.values()), backbone)
     return Plan(
-        spec, tuple(edits), tuple(unfrozen.values()), tuple(misses), tuple(matches), counts, sites
+        spec,
+        tuple(edits),
+        tuple(unfrozen.values()),
+        tuple(misses),
+        tuple(matches),
+        count(edits, list(unfrozen.values()), backbone),
+        sites,
+        Quantized(sum(prod(backbone[path]) for path in quantized), sum(quantized.values())),
     )
 
 
@@ -179,6 +194,16 @@ def _unmatched(
         first = f"{missed[0].site}: {missed[0].reason}"
         return [f"{entry.place}: {what} fits no site of this model ({len(missed)} missed); {first}"]
     return [f"{entry.place}: {what} matches no site of this model; {_advice(entry, sites)}"]
+
+
+def _untrainable(entry: Entry, paths: Sequence[str]) -> list[str]:
+    if not paths:
+        return []
+    return [
+        f"{entry.place}: {entry.method} would train '{paths[0]}' ({len(paths)} in all), which is quantised: its whole "
+        "numbers have no gradient; leave it out of the quantisation (modules_to_not_convert of TorchAoConfig, "
+        "filter_fn of quantize_), or this out of the spec"
+    ]
 
 
 def _advice(entry: Entry, sites: Sequence[Site]) -> str:

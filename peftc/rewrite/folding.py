@@ -26,13 +26,15 @@ class Report:
     """What folded or did not, and the largest change of the model's output that folding made.
 
     `error` and `scale` are of the outputs of one seeded batch in evaluation mode: max |folded - unfolded|
-    and max |unfolded|. `changed` is max |unfolded - backbone|: a merge that changes nothing is suspect.
+    and max |unfolded|. `changed` is max |unfolded - backbone|: a merge that changes nothing is suspect. `held` is
+    the bytes of the backbone's parameters before and after: what was quantised takes more once something folded in.
     """
 
     outcomes: tuple[Outcome, ...]
     error: float = 0.0
     scale: float = 0.0
     changed: float = 0.0
+    held: tuple[int, int] = (0, 0)
 
     @property
     def folded(self) -> tuple[Outcome, ...]:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 import torch
 
 
 def fingerprint(
-    weights: Mapping[str, torch.Tensor], leave_out: frozenset[str] = frozenset()
+    weights: Iterable[tuple[str, torch.Tensor]], leave_out: frozenset[str] = frozenset()
 ) -> dict[str, str]:
-    """Of a backbone's weights by path. `layout`: names and shapes. `content`: 64 elements of each tensor, rounded to
+    """Of a backbone's weights with their paths. `layout`: names and shapes. `content`: 64 elements of each tensor, rounded to
     bfloat16 so that a backbone loaded in half precision is still itself. `leave_out` are paths that the deltas
     replace."""
     layout, content = hashlib.sha256(), hashlib.sha256()
-    for path, weight in weights.items():
+    for path, weight in weights:
         layout.update(f"{path}{list(weight.shape)}".encode())
         if path in leave_out:
             continue
