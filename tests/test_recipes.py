@@ -341,7 +341,7 @@ def test_an_interrupt_saves_what_was_learned(
     assert run("verify", tmp_path / "d")[0] == 0
 
 
-def test_a_dry_run_takes_one_step_and_writes_nothing(
+def test_a_dry_run_tries_a_step_and_writes_nothing(
     run: Run, body: Path, rows: Path, tmp_path: Path
 ) -> None:
     code, out, err = run(*small(body, rows, tmp_path / "d"), "--dry-run")

@@ -39,7 +39,6 @@ class Recipe:
 
     name: str = "recipe"
     task: str = "classification"
-    about: str = ""
     data: str | None = None
     config: str | None = None
     splits: Mapping[str, str] = field(default_factory=dict)
@@ -58,10 +57,6 @@ class Recipe:
     @property
     def seed(self) -> int:
         return int(self.train.get("seed", 0))
-
-    def column(self, role: str) -> str | None:
-        """The column of a role: the recipe's, or the task's own."""
-        return self.columns.get(role) or TASKS[self.task].columns.get(role)
 
     def using(self, **changes: Any) -> Recipe:
         """With these, where they are not None: fields, entries of its mappings, or keys of TrainingArguments."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -35,7 +36,7 @@ def write(deltas: Path, recipe: Recipe, result: Result, data: Mapping[str, Any])
         "steps": result.steps,
         "seconds": result.seconds,
         "tokens_per_second": result.tokens / result.seconds if result.seconds else 0.0,
-        "mean_loss": result.loss,
+        "mean_loss": result.loss if math.isfinite(result.loss) else None,
         "stopped": result.stopped,
         "history": result.history,
     }

@@ -168,7 +168,7 @@ def evaluate(
 
 @dataclass(frozen=True)
 class Trial:
-    """One step: seconds of the step itself, its loss, bytes at the highest."""
+    """A step: its seconds, its loss and its tokens; bytes at the highest."""
 
     seconds: float
     loss: float
@@ -176,25 +176,35 @@ class Trial:
     tokens: int
 
 
+class _Clock(TrainerCallback):
+    """When each step began and ended."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.times.append(time.perf_counter())
+
+    on_step_end = on_step_begin
+
+
 def dry_run(model: PreTrainedModel, tokenizer: Any, rows: Any, recipe: Recipe) -> Trial:
-    """One step of a recipe, its first; what trains is as it was, after it."""
-    before = [p.detach().clone() for p in model.parameters() if p.requires_grad]
-    one = replace(
-        recipe,
-        patience=None,
-        train={**recipe.train, "max_steps": 1, "warmup_steps": 0, "logging_steps": 1},
-    )
-    result = train(model, tokenizer, rows, None, one)
-    learning = [p.data for p in model.parameters() if p.requires_grad]
-    torch._foreach_copy_(learning, before)
+    """A step of a recipe, timed after a first one, which traces; what trains is as it was, after them."""
+    learning = [p for p in model.parameters() if p.requires_grad]
+    before, clock = [p.detach().clone() for p in learning], _Clock()
+    few = {"max_steps": 2, "warmup_steps": 0, "logging_steps": 1}
+    two = replace(recipe, patience=None, train={**recipe.train, **few})
+    result = train(model, tokenizer, rows, None, two, [clock])
+    torch._foreach_copy_([p.data for p in learning], before)
+    if result.stopped:
+        raise PeftcError(result.stopped)
     most = (
         torch.cuda.max_memory_allocated()
         if torch.cuda.is_available()
         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     )
-    if result.stopped:
-        raise PeftcError(result.stopped)
-    return Trial(result.seconds, result.loss, most, result.tokens)
+    first = float(result.history[0]["loss"])
+    return Trial(clock.times[-1] - clock.times[-2], first, most, result.tokens // 2)
 
 
 @contextmanager
