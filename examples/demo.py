@@ -24,15 +24,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 import transformers
 from corpus import Corpus, Package, load_packages
+from datasets import Dataset
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 import peftc
-from peftc.training.recipes import Recipe, train_classifier
+from peftc.training import run as training
+from peftc.training.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
+RECIPE = load_recipe("classification")
 FULL, QUICK = (4000, 1000), (320, 100)  # rows to train and to test on
 SIZES = {"l": 16, "m": 128, "r": 64}  # of MAM, for a BERT of width 384
 METHODS: dict[str, list[str | peftc.Spec]] = {
@@ -71,6 +74,12 @@ class Demo:
         labels = self.corpus.labels
         return [p.text for p in packages], [labels.index(p.section) for p in packages]
 
+    def dataset(self, rows: tuple[list[str], list[int]]) -> Dataset:
+        texts, labels = rows
+        return Dataset.from_dict(
+            {"text": texts, "label": [self.corpus.labels[label] for label in labels]}
+        )
+
     @contextmanager
     def step(self, name: str) -> Iterator[Step]:
         self.progress.print(f"-- {name}")
@@ -103,10 +112,11 @@ class Demo:
     def train_with(self, name: str) -> Any:
         with self.step(f"train {name}") as row:
             model = peftc.compile(self.backbone(), METHODS[name])
-            done = train_classifier(model, self.tokenizer, self.train, self.test, Recipe())
+            train, test = self.dataset(self.train), self.dataset(self.test)
+            done = training.train(model, self.tokenizer, train, test, RECIPE)
         counts = model.plan.parameters
         row.trains, row.stored = f"{counts.training:,}", f"{counts.stored:,}"
-        row.accuracy = f"{done.metric:.3f}"
+        row.accuracy = f"{done.metrics['accuracy']:.3f}"
         return model
 
     def batches(self) -> Batches:
@@ -116,7 +126,7 @@ class Demo:
                 self.tokenizer(
                     texts[i : i + size],
                     truncation=True,
-                    max_length=Recipe().max_length,
+                    max_length=RECIPE.max_length,
                     padding=True,
                     return_tensors="pt",
                 )

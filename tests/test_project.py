@@ -99,14 +99,19 @@ def test_pins_meet_the_ranges() -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if "==" in line)
     extras = project["optional-dependencies"]
-    for text in (*project["dependencies"], *extras["cpu"], *extras["metrics"], *extras["dev"]):
+    for text in (*project["dependencies"], *extras["cpu"], *extras["train"], *extras["dev"]):
         wanted = Requirement(text)
         found = {k.lower(): v for k, v in pins.items()}[wanted.name.lower()]
         assert wanted.specifier.contains(found), f"{text} but {found}"
 
 
 # Packages that are imported under another name, and those that another one needs.
-MODULES = {"pyyaml": "yaml", "onnx-ir": "onnx_ir", "rouge-score": "rouge_score"}
+MODULES = {
+    "pyyaml": "yaml",
+    "onnx-ir": "onnx_ir",
+    "rouge-score": "rouge_score",
+    "scikit-learn": "sklearn",
+}
 
 
 def test_what_is_imported_is_declared_and_what_is_declared_imported() -> None:
@@ -114,7 +119,7 @@ def test_what_is_imported_is_declared_and_what_is_declared_imported() -> None:
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    said = [*project["dependencies"], *extras["cpu"], *extras["metrics"]]
+    said = [*project["dependencies"], *extras["cpu"], *extras["train"]]
     names = [Requirement(text).name.lower() for text in said]
     declared = {MODULES.get(name, name) for name in names} - {""}
     imported = set()

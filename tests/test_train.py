@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import logits, tiny
+from datasets import Dataset
 from methods import spec
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -18,8 +19,10 @@ from transformers import (
 )
 
 import peftc
+from peftc.cli.rows import read_rows
 from peftc.errors import PeftcError
-from peftc.training.recipes import Recipe, read_rows, train_classifier, train_seq2seq
+from peftc.training import run
+from peftc.training.recipe import load_recipe
 
 WORDS = ["good", "fine", "great", "bad", "poor", "sad", "very", "so", "film", "song"]
 
@@ -48,15 +51,23 @@ def reviews(count: int) -> tuple[list[str], list[int]]:
     return texts, labels
 
 
+def labelled(count: int) -> dict[str, list[str]]:
+    texts, labels = reviews(count)
+    return {"text": texts, "label": [f"LABEL_{label}" for label in labels]}
+
+
 @pytest.mark.parametrize("method", ["lora", "mam", "bitfit"])
 def test_a_classifier_learns(method: str, tokenizer: PreTrainedTokenizerFast) -> None:
     small = {"lora": dict(r=4, alpha=8), "mam": dict(l=4, m=8, r=4), "bitfit": {}}[method]
     backbone = tiny("roberta", num_labels=2)
     before = {n: p.detach().clone() for n, p in backbone.named_parameters()}
     model = peftc.compile(backbone, [peftc.load_spec(method, **small), "head"])
-    recipe = Recipe(epochs=8, lr=5e-3, batch=16, max_length=8)
-    done = train_classifier(model, tokenizer, reviews(96), reviews(40), recipe)
-    assert (done.metric or 0) >= 0.8 and done.steps == 48  # chance is 0.5
+    recipe = load_recipe("classification").using(
+        num_train_epochs=8, learning_rate=5e-3, per_device_train_batch_size=16, max_length=8
+    )
+    train, test = (Dataset.from_dict(labelled(count)) for count in (96, 40))
+    done = run.train(model, tokenizer, train, test, recipe)
+    assert done.metrics["accuracy"] >= 0.8 and done.steps == 48  # chance is 0.5
     free = {one.path for one in model.plan.unfrozen}
     assert all(torch.equal(p, before[n]) for n, p in backbone.named_parameters() if n not in free)
 
@@ -64,11 +75,19 @@ def test_a_classifier_learns(method: str, tokenizer: PreTrainedTokenizerFast) ->
 def test_seq2seq_with_label_smoothing_and_generation(tokenizer: PreTrainedTokenizerFast) -> None:
     model = peftc.compile(tiny("bart"), peftc.load_spec("mam", l=4, m=8, r=4))
     texts, _ = reviews(24)
-    recipe = Recipe(
-        epochs=2, batch=8, label_smoothing=0.1, max_length=8, max_target_length=6, num_beams=2
+    recipe = load_recipe("summarization").using(
+        num_train_epochs=2,
+        per_device_train_batch_size=8,
+        label_smoothing_factor=0.1,
+        max_length=8,
+        max_target_length=6,
+        generation={"num_beams": 2},
     )
-    done = train_seq2seq(model, tokenizer, (texts, texts), (texts[:4], texts[:4]), recipe)
-    assert done.steps == 6 and len(done.predictions) == 4 and 0 <= (done.metric or 0) <= 1
+    rows = Dataset.from_dict({"text": texts, "summary": texts})
+    before = model.generation_config
+    done = run.train(model, tokenizer, rows, rows.take(4), recipe)
+    assert done.steps == 6 and len(done.predictions) == 4 and 0 <= done.metrics["rougeL"] <= 1
+    assert model.generation_config is before
 
 
 def encoded(tokenizer: PreTrainedTokenizerFast, count: int) -> list[dict[str, list[int]]]:

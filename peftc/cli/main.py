@@ -14,7 +14,7 @@ from typer.exceptions import TyperException
 from peftc.cli.console import waiting
 from peftc.errors import PeftcError
 
-DONE, YOURS, OURS = 0, 1, 2
+DONE, YOURS, OURS, INTERRUPTED = 0, 1, 2, 130
 
 # Where each command is, and what `peftc --help` says of it. torch takes seconds to load, so a command's own
 # module is imported when that command is named.
@@ -24,7 +24,11 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "compile:compile",
         "Compile a spec onto a model, check it by numbers, save the deltas.",
     ),
-    "train": ("train:train", "Train a method on rows of text and save its deltas."),
+    "train": ("train:train", "Train a method by a recipe and save its deltas."),
+    "eval": (
+        "eval:evaluate",
+        "Score deltas or a checkpoint on data, by the recipe that they were trained by.",
+    ),
     "prune": (
         "prune:prune",
         "Keep the largest entries of what deltas change in the weights, exactly so many.",
@@ -113,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except PeftcError as error:
         return _fail(str(error))
     except typer.Abort:
-        return _fail("interrupted")
+        return _fail("interrupted", INTERRUPTED)
     except BrokenPipeError:  # `peftc specs | head`
         sys.stderr.close()
         return DONE

@@ -43,9 +43,19 @@ RandomWeights = Annotated[
     bool,
     typer.Option("--random-weights", help="Build the configuration with random weights (seed 0)."),
 ]
+TaskName = Literal[
+    "classification",
+    "multi-label",
+    "regression",
+    "token-classification",
+    "question-answering",
+    "summarization",
+    "translation",
+    "language-modeling",
+]
 Task = Annotated[
-    Literal["classification", "summarization", "language-modeling"] | None,
-    typer.Option("--task", help="Load the model with the head for this task."),
+    TaskName | None,
+    typer.Option("--task", metavar="TASK", help="Load the model with this task's head."),
 ]
 NumLabels = Annotated[
     int | None, typer.Option("--num-labels", min=2, help="Classes of a classifier.")

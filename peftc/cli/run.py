@@ -13,7 +13,7 @@ import typer
 from peftc import runtime
 from peftc.cli import options
 from peftc.cli.console import raw, step
-from peftc.training.recipes import read_rows
+from peftc.cli.rows import read_rows
 
 
 def run(

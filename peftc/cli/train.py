@@ -1,89 +1,90 @@
-"""`peftc train`: a spec, or deltas to go on with, on rows of text; only the deltas train."""
+"""`peftc train`: a spec, or deltas to go on with, by a recipe; only the deltas train."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 import typer
+from transformers import TrainerCallback
+from transformers.integrations.integration_utils import TensorBoardCallback
 
 from peftc import driver
 from peftc.cli import directories, options
 from peftc.cli import recipe as recipes
 from peftc.cli import tables as table
 from peftc.cli.console import console, say, step
+from peftc.cli.progress import Shown
+from peftc.errors import PeftcError
 from peftc.language.ports import SITES
 from peftc.language.reader import load_spec
 from peftc.model.compiled import CompiledModel
 from peftc.store.directory import require_ours
-from peftc.training.recipes import (
-    Recipe,
-    Row,
-    TrainResult,
-    read_rows,
-    train_classifier,
-    train_seq2seq,
-)
+from peftc.training import data as tables
+from peftc.training import report
+from peftc.training.metrics import METRICS
+from peftc.training.recipe import Recipe
+from peftc.training.run import Result, dry_run
+from peftc.training.run import train as run
+from peftc.training.tasks import TASKS
+
+INTERRUPTED = 130  # as a shell has it for Ctrl-C
 
 Specs = Annotated[
     list[str], typer.Argument(metavar="SPEC...|DIR", help="Specs, or deltas to go on with.")
 ]
-Data = Annotated[Path, typer.Option("--data", metavar="FILE", help="Rows: .jsonl or .csv.")]
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="For the deltas.")]
 Model = Annotated[
     str | None, typer.Option("--model", "-m", metavar="MODEL", help="A folder or a hub name.")
 ]
-Task = Annotated[
-    Literal["classification", "summarization"], typer.Option("--task", help="What to learn.")
-]
 Evaluation = Annotated[
-    Path | None, typer.Option("--eval", metavar="FILE", help="Rows to score the result on.")
+    str | None, typer.Option("--eval", metavar="DATA", help="Rows to score the result on.")
 ]
-TextColumn = Annotated[str, typer.Option("--text-column")]
-LabelColumn = Annotated[str, typer.Option("--label-column", help="Classification.")]
-TargetColumn = Annotated[str, typer.Option("--target-column", help="Summarization.")]
-NoHead = Annotated[bool, typer.Option("--no-head", help="Leave a classifier's head as it is.")]
+NoHead = Annotated[bool, typer.Option("--no-head", help="Leave a task's head as it is.")]
 KeepMlp = Annotated[
     bool, typer.Option("--keep-mlp", help="Save what trains, not its constants evaluated.")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="One step: time, bytes, columns; writes nothing.")
+]
+Log = Annotated[
+    Path | None, typer.Option("--log", metavar="DIR", help="Write events for TensorBoard.")
 ]
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What to learn from and to score on, by task and the names of its two columns."""
+    """What to learn from and to score on, and where it came from."""
 
-    task: str
-    columns: tuple[str, str]
-    train: Sequence[Row]
-    test: Sequence[Row]
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """The classes in the data, where there are classes: numbers in their order, names in theirs."""
-        return _labels(self.train, self.columns[1]) if self.task == "classification" else ()
+    source: str
+    train: Any
+    test: Any | None
+    labels: tuple[str, ...]
 
 
 def train(
     specs: Specs,
-    data: Data,
     output: Output,
+    data: recipes.Data = None,
+    recipe: recipes.Name = None,
     model: Model = None,
     random_weights: options.RandomWeights = False,
-    task: Task = "classification",
+    task: recipes.Task = None,
     evaluation: Evaluation = None,
-    text_column: TextColumn = "text",
-    label_column: LabelColumn = "label",
-    target_column: TargetColumn = "summary",
+    text_column: recipes.TextColumn = None,
+    pair_column: recipes.PairColumn = None,
+    label_column: recipes.LabelColumn = None,
+    target_column: recipes.TargetColumn = None,
     sets: options.Set = None,
     words: options.Words = None,
     no_head: NoHead = False,
     keep_mlp: KeepMlp = False,
     epochs: recipes.Epochs = None,
+    steps: recipes.Steps = None,
     lr: recipes.Rate = None,
     batch: recipes.Batch = None,
     warmup: recipes.Warmup = None,
@@ -91,42 +92,62 @@ def train(
     max_length: recipes.MaxLength = None,
     max_target_length: recipes.MaxTargetLength = None,
     num_beams: recipes.NumBeams = None,
+    patience: recipes.Patience = None,
+    stream: recipes.Stream = False,
     seed: recipes.Seed = None,
+    dry: DryRun = False,
+    log: Log = None,
 ) -> None:
-    """Train a method on rows of text and save its deltas.
+    """Train a method by a recipe and save its deltas.
 
-    A classifier's head trains along, unless --no-head.
+    A new head trains along, unless --no-head. Ctrl-C saves what was learned.
 
     \b
     peftc train mam -m ./bert --data train.jsonl --eval test.jsonl -o deltas
+    peftc train lora -m roberta-base --recipe sst2 -o deltas
     peftc train lora -m ./bart --task summarization --data train.csv -o deltas
     """
-    recipe = recipes.recipe(
-        epochs=epochs,
-        lr=lr,
-        batch=batch,
-        warmup=warmup,
-        label_smoothing=label_smoothing,
-        max_length=max_length,
-        max_target_length=max_target_length,
-        num_beams=num_beams,
-        seed=seed,
+    chosen = recipes.columns(
+        recipes.chosen(recipe, task), text_column, pair_column, label_column, target_column
+    ).using(
+        **recipes.settings(
+            num_train_epochs=epochs,
+            max_steps=steps,
+            learning_rate=lr,
+            per_device_train_batch_size=batch,
+            warmup_steps=warmup,
+            label_smoothing_factor=label_smoothing,
+            max_length=max_length,
+            max_target_length=max_target_length,
+            num_beams=num_beams,
+            patience=patience,
+            stream=stream or None,
+            seed=seed,
+        )
     )
     require_ours(output)
-    second = label_column if task == "classification" else target_column
-    rows = _rows(task, (text_column, second), data, evaluation)
-    torch.manual_seed(recipe.seed)  # the deltas' own start
+    rows = _rows(chosen, data, evaluation)
+    torch.manual_seed(chosen.seed)  # the deltas' own start
     if Path(specs[0]).is_dir():
         compiled = _continued(specs, model, sets or words)
     else:
-        compiled = _started(specs, (sets, words), model, random_weights, rows, no_head)
-    _run(compiled, directories.tokenizer(Path(specs[0]), compiled), rows, recipe, output, keep_mlp)
+        compiled = _started(specs, (sets, words), model, random_weights, rows, no_head, chosen)
+    tokenizer = directories.tokenizer(Path(specs[0]), compiled)
+    if tokenizer is None:
+        raise options.OptionError(f"there is no tokenizer with {compiled.config.name_or_path}")
+    say(table.render(compiled.plan, console().width))
+    if dry:
+        return _tried(compiled, tokenizer, rows, chosen)
+    _run(compiled, tokenizer, rows, chosen, output, keep_mlp, log)
 
 
-def _rows(task: str, columns: tuple[str, str], data: Path, evaluation: Path | None) -> Rows:
-    with step(f"reading {data}"):
-        test = read_rows(evaluation, columns) if evaluation else []
-        return Rows(task, columns, read_rows(data, columns), test)
+def _rows(recipe: Recipe, data: str | None, evaluation: str | None) -> Rows:
+    source = recipes.source(data, recipe)
+    scored = recipes.evaluation(evaluation, source, recipe)
+    with step(f"reading {source}"):
+        test = tables.read(scored, recipe, "eval", recipe.eval_rows) if scored else None
+        train = tables.read(source, recipe, "train")
+        return Rows(source, train, test, tables.class_names(train, recipe, source))
 
 
 def _run(
@@ -136,34 +157,75 @@ def _run(
     recipe: Recipe,
     output: Path,
     keep_mlp: bool,
+    log: Path | None,
 ) -> None:
     """Train, score, save, and say so."""
-    if tokenizer is None:
-        raise options.OptionError(f"there is no tokenizer with {compiled.config.name_or_path}")
-    say(table.render(compiled.plan, console().width))
-    console(stderr=True).print(f"training on {len(rows.train)} rows ...")
-    with redirect_stdout(sys.stderr):  # Trainer prints its logs
-        result = _trained(compiled, tokenizer, rows, recipe)
-    say(_result(result, rows.task, len(rows.test)))
+    count = "streamed" if recipe.stream else len(rows.train)
+    console(stderr=True).print(f"training on {count} rows ...")
+    with _callbacks(log) as callbacks:
+        result = run(compiled, tokenizer, rows.train, rows.test, recipe, callbacks)
+    say(_told(result))
     directories.save(compiled, output, tokenizer, stored=not keep_mlp)
+    sizes = {"train": count, "eval": len(result.predictions)}
+    report.write(output, recipe, result, {"source": rows.source, "rows": sizes})
+    if result.interrupted:
+        raise typer.Exit(INTERRUPTED)
+    if result.failed:
+        raise PeftcError(result.stopped)
+
+
+@contextmanager
+def _callbacks(log: Path | None) -> Iterator[Sequence[TrainerCallback]]:
+    shown = Shown()
+    try:
+        yield [shown, *([] if log is None else [_events(log)])]
+    finally:
+        shown.close()
+
+
+def _events(log: Path) -> TrainerCallback:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise options.OptionError("--log needs: pip install tensorboard") from error
+    return TensorBoardCallback(SummaryWriter(str(log)))
+
+
+def _tried(compiled: CompiledModel, tokenizer: Any, rows: Rows, recipe: Recipe) -> None:
+    """One step, and what was understood of the columns."""
+    first = next(iter(rows.train))
+    for role, column in tables.columns_of(rows.train, recipe, rows.source).items():
+        value = first
+        for key in column.split("."):
+            value = value[key]
+        text = " ".join(str(value).split())
+        say(f"{role}: column '{column}': {text[:48]}{'...' if len(text) > 48 else ''}")
+    if rows.labels:
+        say(f"classes: {', '.join(rows.labels)}")
+    with step("one step"):
+        trial = dry_run(compiled, tokenizer, rows.train, recipe)
+    trains = compiled.plan.parameters.training
+    say(
+        f"one step: {trial.seconds:.2f} s, loss {trial.loss:.4f}, {trial.tokens:,} tokens; "
+        f"{trial.bytes:,} bytes at most\n{trains:,} numbers train; written nothing"
+    )
 
 
 def _continued(
-    specs: Sequence[str], model: str | None, said: Sequence[str] | None
+    specs: Sequence[str], model: str | None, said: Sequence[str] | str | None
 ) -> CompiledModel:
     if len(specs) > 1 or said:
         raise options.OptionError("deltas go on as they are: no other spec, no --set, no --words")
     return directories.load(Path(specs[0]), model)
 
 
-def _with_head(specs: Sequence[str], labels: Sequence[str], no_head: bool) -> list[str]:
-
+def _with_head(specs: Sequence[str], recipe: Recipe, no_head: bool) -> list[str]:
     has_head = any(
         entry.at and not SITES[entry.at].counted
         for one in specs
         for entry in load_spec(one).entries
     )
-    return [*specs] if no_head or has_head or not labels else [*specs, "head"]
+    return [*specs, "head"] if TASKS[recipe.task].heads and not (no_head or has_head) else [*specs]
 
 
 def _started(
@@ -173,63 +235,28 @@ def _started(
     random_weights: bool,
     rows: Rows,
     no_head: bool,
+    recipe: Recipe,
 ) -> CompiledModel:
-    labels = rows.labels
-    loaded = options.specs(_with_head(specs, labels, no_head), *said)
+    loaded = options.specs(_with_head(specs, recipe, no_head), *said)
     if model is None:
         raise options.OptionError("--model is needed to train a spec")
-    settings = {
-        "id2label": dict(enumerate(labels)),
-        "label2id": {label: i for i, label in enumerate(labels)},
-    }
-    backbone = options.backbone(
-        model, random_weights, task=rows.task, settings=settings if labels else None
-    )
+    settings: dict[str, Any] = dict(TASKS[recipe.task].settings or {})
+    if rows.labels:
+        settings["id2label"] = dict(enumerate(rows.labels))
+        settings["label2id"] = {label: i for i, label in enumerate(rows.labels)}
+    backbone = options.backbone(model, random_weights, task=recipe.task, settings=settings or None)
     with step("compiling"):
         return driver.compile(backbone, loaded)
 
 
-def _labels(rows: Sequence[Row], column: str) -> tuple[str, ...]:
-    """The classes in the data: numbers in their order, names in theirs."""
-    found = {str(row[column]) for row in rows}
-    if len(found) < 2:
-        raise options.OptionError(f"column '{column}' holds one class alone: {found.pop()}")
-    if all(one.isdecimal() for one in found):
-        return tuple(sorted(found, key=int))
-    return tuple(sorted(found))
-
-
-def _trained(compiled: CompiledModel, tokenizer: Any, rows: Rows, recipe: Recipe) -> TrainResult:
-    train, test = (_columns(some, rows.columns) for some in (rows.train, rows.test))
-    if rows.task == "summarization":
-        return train_seq2seq(compiled, tokenizer, train, test if rows.test else None, recipe)
-    known = {str(label): int(i) for label, i in (compiled.config.label2id or {}).items()}
-    classes = [_indexed(some, known) for some in (train, test)]
-    return train_classifier(
-        compiled, tokenizer, classes[0], classes[1] if rows.test else None, recipe
-    )
-
-
-def _columns(rows: Sequence[Row], columns: tuple[str, str]) -> tuple[list[str], list[str]]:
-    left, right = ([str(row[column]) for row in rows] for column in columns)
-    return left, right
-
-
-def _indexed(
-    pairs: tuple[list[str], list[str]], known: Mapping[str, int]
-) -> tuple[list[str], list[int]]:
-    texts, labels = pairs
-    strange = sorted(set(labels) - known.keys())
-    if strange:
-        raise options.OptionError(
-            f"class '{strange[0]}' is not one that the model knows: {', '.join(known)}"
-        )
-    return texts, [known[label] for label in labels]
-
-
-def _result(result: TrainResult, task: str, count: int) -> str:
+def _told(result: Result) -> str:
     text = f"trained {result.steps} steps in {result.seconds:.1f} s, mean loss {result.loss:.4f}"
-    if result.metric is None:
-        return text
-    metric = "accuracy" if task == "classification" else "ROUGE-L"
-    return f"{text}\n{metric} {result.metric:.4f} on {count} rows"
+    stopped = [f"stopped: {result.stopped}"] if result.stopped else []
+    return "\n".join([text, *stopped, *scores(result.metrics, len(result.predictions))])
+
+
+def scores(metrics: Mapping[str, float], count: int) -> list[str]:
+    """A line each, as METRICS names them."""
+    titles = {"perplexity": "perplexity", **{name: one.title for name, one in METRICS.items()}}
+    where = f" on {count} rows" if count else ""
+    return [f"{titles[k]} {v:.4f}{where}" for k, v in metrics.items() if k in titles]

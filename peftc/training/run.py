@@ -1,0 +1,365 @@
+"""Train and evaluate by a recipe, over the stock Trainers; what was learned is kept when a loss or a user stops it."""
+
+from __future__ import annotations
+
+import copy
+import math
+import resource
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PrinterCallback,
+    ProgressCallback,
+    Seq2SeqTrainingArguments,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from peftc.errors import PeftcError
+from peftc.graph.facts import ModelFacts
+from peftc.graph.rows import room_of
+from peftc.training import data, trainer
+from peftc.training.metrics import METRICS, perplexity
+from peftc.training.recipe import Recipe
+from peftc.training.tasks import TASKS, Reader, collator, reduced
+
+# Of TrainingArguments: what only makes sense with rows to evaluate on.
+EVALUATING = (
+    "eval_strategy",
+    "eval_steps",
+    "eval_delay",
+    "eval_on_start",
+    "save_strategy",
+    "save_steps",
+    "load_best_model_at_end",
+    "metric_for_best_model",
+    "greater_is_better",
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """`metrics` by name, of the evaluation rows; `history` is what was logged, a step each. `stopped` says why
+    training ended before its last step; `interrupted`, that a user did it; `failed`,
+    that a loss was no number."""
+
+    metrics: Mapping[str, float]
+    predictions: tuple[Any, ...]
+    loss: float
+    steps: int
+    seconds: float
+    tokens: int
+    history: tuple[Mapping[str, float], ...]
+    stopped: str = ""
+    interrupted: bool = False
+    failed: bool = False
+
+
+class NotFinite(Exception):
+    """The loss of a step is no number."""
+
+
+class _Watched:
+    """Mixed in front of a Trainer: a loss that is not finite ends training before it reaches the weights."""
+
+    good: tuple[torch.Tensor, ...] = ()
+    kept_at = -1
+
+    def training_step(self: Any, model: torch.nn.Module, *given: Any, **more: Any) -> Any:
+        loss = super().training_step(model, *given, **more)  # type: ignore[misc]
+        step = self.state.global_step
+        if not math.isfinite(loss.item()):
+            raise NotFinite(f"the loss is {loss.item()} at step {step + 1}")
+        if step != self.kept_at:  # these weights gave a number
+            self.kept_at = step
+            now = [p.detach() for p in self.model.parameters() if p.requires_grad]
+            self.good = self.good or tuple(torch.empty_like(one) for one in now)
+            torch._foreach_copy_(self.good, now)
+        return loss
+
+    def restore(self: Any) -> None:
+        """The weights of the last step whose loss was a number."""
+        learning = [p.data for p in self.model.parameters() if p.requires_grad]
+        if self.good:
+            torch._foreach_copy_(learning, self.good)
+
+
+class Trainer(_Watched, trainer.Trainer):
+    """The Trainer with a method's penalty in every loss, and a watch on it."""
+
+
+class Seq2SeqTrainer(_Watched, trainer.Seq2SeqTrainer):
+    """The Seq2SeqTrainer with a method's penalty in every loss, and a watch on it."""
+
+
+def train(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    rows: Any,
+    test: Any | None,
+    recipe: Recipe,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Result:
+    """Train what requires grad on the rows of a data set; score it on `test`."""
+    if recipe.patience is not None and test is None:
+        raise PeftcError("early stopping ('patience') needs rows to evaluate on (--eval)")
+    if recipe.stream and int(recipe.train.get("max_steps", -1)) < 1:
+        raise PeftcError("streamed rows have no end: set 'max_steps' (--steps)")
+    with _trainer(model, tokenizer, rows, test, recipe, callbacks) as (ours, reader):
+        start = time.perf_counter()
+        stopped, why = _run(ours)
+        seconds = time.perf_counter() - start
+        state = ours.state
+        losses = [one for one in state.log_history if "loss" in one or "eval_loss" in one]
+        mean = next(
+            (o["train_loss"] for o in reversed(state.log_history) if "train_loss" in o), None
+        )
+        if mean is None:
+            known = [one["loss"] for one in losses if "loss" in one]
+            mean = sum(known) / len(known) if known else math.nan
+        if not why and state.global_step < state.max_steps:
+            stopped = (
+                f"no better score for {recipe.patience} evaluations, at step {state.global_step}"
+            )
+        scored = test is not None and why is None
+        metrics, predictions = _scores(ours, reader, recipe) if scored else ({}, ())
+        return Result(
+            metrics,
+            predictions,
+            float(mean),
+            state.global_step,
+            seconds,
+            int(state.num_input_tokens_seen),
+            tuple(losses),
+            stopped,
+            interrupted=why is KeyboardInterrupt,
+            failed=why is NotFinite,
+        )
+
+
+def _run(ours: Any) -> tuple[str, type[BaseException] | None]:
+    """Why training ended before its last step, and what ended it."""
+    try:
+        ours.train()
+    except NotFinite as error:
+        ours.restore()
+        return f"{error}; what is kept is of the last step whose loss was a number", NotFinite
+    except KeyboardInterrupt:
+        return f"interrupted at step {ours.state.global_step}", KeyboardInterrupt
+    return "", None
+
+
+def evaluate(
+    model: PreTrainedModel, tokenizer: Any, test: Any, recipe: Recipe
+) -> tuple[Mapping[str, float], tuple[Any, ...]]:
+    """The metrics of a recipe, and what was predicted, on the rows of a data set."""
+    with _trainer(model, tokenizer, None, test, recipe, ()) as (ours, reader):
+        return _scores(ours, reader, recipe)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A step: its seconds, its loss and its tokens; bytes at the highest."""
+
+    seconds: float
+    loss: float
+    bytes: int
+    tokens: int
+
+
+class _Clock(TrainerCallback):
+    """When each step began and ended."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.times.append(time.perf_counter())
+
+    on_step_end = on_step_begin
+
+
+def dry_run(model: PreTrainedModel, tokenizer: Any, rows: Any, recipe: Recipe) -> Trial:
+    """A step of a recipe, timed after a first one, which traces; what trains is as it was, after them."""
+    learning = [p for p in model.parameters() if p.requires_grad]
+    before, clock = [p.detach().clone() for p in learning], _Clock()
+    few = {"max_steps": 2, "warmup_steps": 0, "logging_steps": 1}
+    two = replace(recipe, patience=None, train={**recipe.train, **few})
+    result = train(model, tokenizer, rows, None, two, [clock])
+    torch._foreach_copy_([p.data for p in learning], before)
+    if result.stopped:
+        raise PeftcError(result.stopped)
+    most = (
+        torch.cuda.max_memory_allocated()
+        if torch.cuda.is_available()
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
+    first = float(result.history[0]["loss"])
+    return Trial(clock.times[-1] - clock.times[-2], first, most, result.tokens // 2)
+
+
+@contextmanager
+def _trainer(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    rows: Any | None,
+    test: Any | None,
+    recipe: Recipe,
+    callbacks: Sequence[TrainerCallback],
+) -> Iterator[tuple[Any, Reader]]:
+    task, recipe = TASKS[recipe.task], _fitting(recipe, model)
+    _speak(tokenizer, recipe)
+    set_seed(recipe.seed)
+    known = {str(label): int(i) for label, i in (model.config.label2id or {}).items()}
+    encoded = [
+        None if some is None else data.encode(some, recipe, tokenizer, known, place)
+        for some, place in ((rows, "training data"), (test, "evaluation data"))
+    ]
+    columns = {} if test is None else data.columns_of(test, recipe, "evaluation data")
+    reader = Reader(task, tokenizer, test, encoded[1], columns)
+    names = recipe.metrics or task.metrics
+    generation = model.generation_config if task.generates else None
+    with tempfile.TemporaryDirectory() as scratch:
+        settings = arguments(recipe, scratch, evaluating=test is not None)
+        if task.generates:
+            settings |= {
+                "predict_with_generate": True,
+                "generation_config": _writing(model, recipe, tokenizer),
+            }
+        kind, wanted = (
+            (Seq2SeqTrainer, Seq2SeqTrainingArguments)
+            if task.generates
+            else (Trainer, TrainingArguments)
+        )
+        try:
+            args = wanted(**settings, label_names=list(task.labels))
+        except (TypeError, ValueError) as error:
+            raise PeftcError(f"the recipe's 'train': {error}") from error
+        ours = kind(
+            model=model,
+            args=args,
+            train_dataset=_bare(encoded[0]),
+            eval_dataset=_bare(encoded[1]),
+            data_collator=collator(task, tokenizer, model),
+            compute_metrics=(lambda found: _measure(reader, found, names)) if names else None,
+            preprocess_logits_for_metrics=reduced(task),
+            callbacks=[*callbacks, *_early(recipe)],
+        )
+        ours.remove_callback(PrinterCallback)  # it prints dicts
+        ours.remove_callback(ProgressCallback)
+        try:
+            yield ours, reader
+        finally:
+            if generation is not None:
+                model.generation_config = generation
+
+
+def arguments(recipe: Recipe, out: str, *, evaluating: bool) -> dict[str, Any]:
+    """The keys of TrainingArguments that a recipe stands for."""
+    task, given = TASKS[recipe.task], dict(recipe.train)
+    if not evaluating:
+        given = {key: value for key, value in given.items() if key not in EVALUATING}
+    elif recipe.patience is not None:
+        given.setdefault("eval_strategy", "epoch")
+        given |= {"load_best_model_at_end": True, "save_strategy": given["eval_strategy"]}
+        if "eval_steps" in given:
+            given["save_steps"] = given["eval_steps"]
+    names = recipe.metrics or task.metrics
+    if given.get("load_best_model_at_end"):
+        best = given.setdefault("metric_for_best_model", names[0] if names else "loss")
+        if best in METRICS:
+            given.setdefault("greater_is_better", METRICS[best].greater)
+    batch = int(given.get("per_device_train_batch_size", 8))
+    return {
+        "per_device_eval_batch_size": 4 * batch,
+        "seed": recipe.seed,
+        "save_strategy": "no",
+        "save_total_limit": 1,
+        "logging_steps": 0.02,
+        "include_num_input_tokens_seen": "non_padding",
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "prediction_loss_only": task.predicts == "losses",
+        **given,
+        **({"train_sampling_strategy": "random"} if recipe.stream else {}),
+        "output_dir": out,
+        "report_to": [],
+        "disable_tqdm": True,
+        "logging_nan_inf_filter": False,
+    }
+
+
+def _early(recipe: Recipe) -> list[TrainerCallback]:
+    if recipe.patience is None:
+        return []
+    return [EarlyStoppingCallback(early_stopping_patience=recipe.patience)]
+
+
+def _bare(encoded: Any) -> Any:
+    """Without what no model reads."""
+    extra = (
+        []
+        if encoded is None
+        else [c for c in ("spans", "row") if c in (encoded.column_names or ())]
+    )
+    return encoded.remove_columns(extra) if extra else encoded
+
+
+def _measure(reader: Reader, found: Any, names: Sequence[str]) -> dict[str, float]:
+    pair = reader.read(found.predictions, found.label_ids)
+    return {name: METRICS[name].score(*pair) for name in names}
+
+
+def _scores(ours: Any, reader: Reader, recipe: Recipe) -> tuple[dict[str, float], tuple[Any, ...]]:
+    # Trainer groups by length in `predict` too, and returns the rows in that order.
+    ours.args.train_sampling_strategy = "random"
+    done = ours.predict(ours.eval_dataset, metric_key_prefix="eval")
+    names = recipe.metrics or reader.task.metrics
+    metrics = {name: float(done.metrics[f"eval_{name}"]) for name in names}
+    loss = done.metrics.get("eval_loss")
+    if loss is not None:
+        metrics["loss"] = float(loss)
+    if reader.task.predicts == "losses":
+        return {"perplexity": perplexity(float(loss)), **metrics}, ()
+    return metrics, tuple(reader.read(done.predictions, done.label_ids)[0])
+
+
+def _fitting(recipe: Recipe, model: PreTrainedModel) -> Recipe:
+    """The recipe with texts no longer than there are positions for, besides rows in front of them."""
+    longest = ModelFacts.read(model).longest
+    if longest is None:
+        return recipe
+    room = room_of(model).longest(longest)
+    written = {"max_length": min(recipe.generation.get("max_length") or room, room)}
+    return replace(
+        recipe,
+        max_length=min(recipe.max_length, room),
+        max_target_length=min(recipe.max_target_length, room),
+        generation={**recipe.generation, **(written if "max_length" in recipe.generation else {})},
+    )
+
+
+def _speak(tokenizer: Any, recipe: Recipe) -> None:
+    """Tell a tokenizer of many languages which two these are."""
+    for role, name in (("source", "src_lang"), ("target", "tgt_lang")):
+        if role in recipe.languages and hasattr(tokenizer, name):
+            setattr(tokenizer, name, recipe.languages[role])
+
+
+def _writing(model: PreTrainedModel, recipe: Recipe, tokenizer: Any) -> Any:
+    """How answers are generated: the model's own way, with the recipe's settings over it."""
+    config: Any = copy.deepcopy(model.generation_config)
+    config.max_new_tokens = None
+    config.update(**{"max_length": recipe.max_target_length, "num_beams": 1, **recipe.generation})
+    target = recipe.languages.get("target")
+    if target is not None and hasattr(tokenizer, "tgt_lang"):
+        config.decoder_start_token_id = tokenizer.convert_tokens_to_ids(target)
+    return config
