@@ -73,6 +73,44 @@ def test_constants_are_computed_once(model: PreTrainedModel) -> None:
     assert len(calls) == before + 1
 
 
+def fused(model: PreTrainedModel) -> None:
+    """A step of Trainer's default optimizer, of whose writes torch counts none; the mode stays."""
+    optimizer = torch.optim.AdamW(model.deltas.parameters(), lr=0.1, fused=True)
+    for parameter in model.deltas.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before = [parameter._version for parameter in model.deltas.parameters()]
+    optimizer.step()
+    assert before == [parameter._version for parameter in model.deltas.parameters()]
+
+
+def unseen(model: PreTrainedModel) -> None:
+    """As averages of weights are put in place."""
+    for parameter in model.deltas.parameters():
+        parameter.data.add_(0.1)
+    model.eval()
+
+
+@pytest.mark.parametrize("write", [fused, unseen])
+@pytest.mark.parametrize("spec", ["dora", "lora", "mam"])
+@pytest.mark.parametrize("family", ["bart", "llama"])
+def test_what_was_learned_is_what_is_evaluated(
+    family: str, spec: str, write: Callable[[PreTrainedModel], None]
+) -> None:
+    """Between two evaluations, one by one and token by token through a cache."""
+    exact = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False, output_logits=True)
+    ids = torch.tensor([[5, 6, 7, 8], [3, 9, 9, 11]])
+
+    def values(one: PreTrainedModel) -> torch.Tensor:
+        told = one.generate(ids, return_dict_in_generate=True, **exact)
+        return torch.cat([*told.logits, *logits(one, batch(one)).unbind(1)])
+
+    model = stir(peftc.compile(tiny(family), spec)).eval()
+    before = values(model)
+    write(model)
+    after = values(model)
+    assert torch.equal(after, values(copy.deepcopy(model))) and not torch.equal(after, before)
+
+
 def test_gradients_flow_in_evaluation(model: PreTrainedModel) -> None:
     inputs = batch(model)
     calls = counted(model, inputs)

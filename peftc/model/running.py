@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from peftc.graph.capture import TRACING
@@ -24,6 +26,17 @@ from peftc.rewrite.held import filling, holding
 # Where a tensor lives: the dict of a module's parameters or buffers, and its name there.
 Place = tuple[dict[str, Any], str]
 _VERSION = operator.attrgetter("_version")
+# Steps of optimizers in this process: torch counts no version where a fused one, Trainer's default, writes.
+_STEPS = itertools.count(1)
+_stepped = 0
+
+
+def _step(*_: Any) -> None:
+    global _stepped
+    _stepped = next(_STEPS)
+
+
+register_optimizer_step_post_hook(_step)
 
 
 def run_program(
@@ -76,8 +89,8 @@ class Runner:
 
     Slots are found once, and again when the model has changed; tensors are fetched at each call. What inserted
     nodes compute of parameters alone is, in evaluation without gradients, computed once, and again when one of
-    these parameters is another tensor, was written to, or the model has changed. torch counts no write through
-    `.data`: after one, switch the mode.
+    these parameters is another tensor, was written to, an optimizer has stepped, or the model has changed. torch
+    counts no write through `.data`: after one, switch the mode.
     """
 
     def __init__(self, program: Program, roots: Mapping[str, nn.Module]) -> None:
@@ -108,13 +121,16 @@ class Runner:
             self._owners.clear()
         return [registry[name] for registry, name in self._places]
 
-    def forget(self) -> None:
-        self._known = None
-
     @cached_property
     def _steps(self) -> Steps | None:
         """The graphs of steps whose prefix a cache holds."""
         return Steps(self.program, self._roots) if self.program.held else None
+
+    def forget(self) -> None:
+        """Compute constants anew."""
+        self._known = None
+        if (steps := vars(self).get("_steps")) is not None:
+            steps.forget()
 
     def run(
         self, stored: Sequence[torch.Tensor], inputs: Mapping[str, torch.Tensor]
@@ -209,6 +225,7 @@ class _Seen:
     tensors: list[torch.Tensor]
     versions: list[int]
     pointers: list[int]
+    steps: int
     rule: tuple[Any, ...]
 
     @staticmethod
@@ -217,6 +234,7 @@ class _Seen:
             tensors,
             list(map(_VERSION, tensors)),
             list(map(torch.Tensor.data_ptr, tensors)),
+            _stepped,
             _rule(tensors[0].device.type),
         )
 
@@ -226,6 +244,7 @@ class _Seen:
             all(map(operator.is_, self.tensors, tensors))
             and self.versions == list(map(_VERSION, tensors))
             and self.pointers == list(map(torch.Tensor.data_ptr, tensors))
+            and self.steps == _stepped
             and self.rule == _rule(tensors[0].device.type)
         )
 
@@ -263,6 +282,12 @@ class Steps:
         made_of = {node for one in program.held for node in behind(one.prefix)}
         self._reads = sorted(at[program.slots[n.name]] for n in made_of if n.op == "placeholder")
         self._wholes: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    def forget(self) -> None:
+        """Compute constants anew, and put the prefix anew in front of what caches hold."""
+        self._wholes = WeakTensorKeyDictionary()
+        self._first.forget()
+        self._next.forget()
 
     def run(
         self, stored: Sequence[torch.Tensor], inputs: Mapping[str, torch.Tensor]
