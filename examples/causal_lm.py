@@ -10,13 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 import peftc
 
-TINY = LlamaConfig(
-    vocab_size=256,
-    hidden_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    intermediate_size=128,
-)
+SIZES = dict(vocab_size=256, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
+TINY = LlamaConfig(**SIZES, intermediate_size=128)
 LENGTH = 64
 
 

@@ -1,6 +1,6 @@
 """Laws of every composition: what must hold of one to three methods, shipped or random, on any family.
 
-200 compositions from a fixed seed; `-m slow` takes 5,000 from the seed that it prints, or from `--laws-seed N`.
+60 compositions from a fixed seed; `-m slow` takes 5,000 from the seed that it prints, or from `--laws-seed N`.
 """
 
 from __future__ import annotations

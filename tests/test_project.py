@@ -22,10 +22,12 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = {
     "demo.py": (("--quick", "--sample"), ("accuracy", "ONNX")),
     "causal_lm.py": ((), ("a byte", "is in")),
+    "classification.py": ((), ("accuracy 0.6", "12 deltas folded")),
+    "summarization.py": ((), ("ROUGE-L 0.00 before, 0.4", "is in '")),
     "dpo.py": ((), ("accuracy 1.00",)),
     "quantized.py": (
         (),
-        ("int8                 3,725,312", "int4                 2,696,192", "14/14"),
+        ("int8                 2,387,456", "int4                 1,872,896", "14/14"),
     ),
     "two_processes.py": ((), ("2 processes, loss",)),
     "two_sets.py": ((), ("the backbone as it was: True", "loaded by itself: size")),
@@ -135,19 +137,25 @@ def test_what_is_imported_is_declared_and_what_is_declared_imported() -> None:
 
 def test_every_example_has_its_arguments() -> None:
     files = (ROOT / "examples").glob("*.py")
-    assert set(EXAMPLES) == {one.name for one in files if "__main__" in one.read_text()}
+    texts = {one.name: one.read_text() for one in files}
+    assert set(EXAMPLES) == {name for name, text in texts.items() if "__main__" in text}
+    for name in EXAMPLES.keys() - {"demo.py", "paper_tables.py"}:
+        assert len(texts[name].splitlines()) <= 50, f"{name} is to be read at a glance"
 
 
 ELSEWHERE = "dpo.py"  # test_trl.py runs it, where there is trl
-# CI runs it as `make demo`.
-LONG = pytest.param("demo.py", marks=[pytest.mark.slow, needs_bert])
-LATER = {
-    "demo.py": LONG,
-    "causal_lm.py": pytest.param("causal_lm.py", marks=pytest.mark.slow),
-}
+# Of the others these take a minute; CI runs the first as `make demo`.
+REAL = ("demo.py", "classification.py", "summarization.py")
+LONG = (*REAL, "causal_lm.py", "two_processes.py")
 
 
-@pytest.mark.parametrize("name", [LATER.get(one, one) for one in EXAMPLES if one != ELSEWHERE])
+def marks(name: str) -> list[pytest.MarkDecorator]:
+    return [needs_bert] * (name in REAL) + [pytest.mark.slow] * (name in LONG)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(one, marks=marks(one)) for one in EXAMPLES if one != ELSEWHERE]
+)
 def test_example(name: str) -> None:
     arguments, words = EXAMPLES[name]
     done = subprocess.run(
