@@ -1,7 +1,7 @@
 """The main job: adapt a real BERT to real text with MAM, fold it, export it, serve it from ONNX Runtime.
 
 Prints one table: what trains, the accuracy of a trained head alone, of LoRA and of MAM, whether torch and
-ONNX Runtime agree, and the wall time of each step.
+ONNX Runtime agree, and the wall time of each step; the losses of each training are drawn in `demo.svg`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ from rich.table import Table
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 import peftc
+from peftc.cli.progress import Shown
+from peftc.training import report
 from peftc.training import run as training
 from peftc.training.recipe import load_recipe
 
@@ -69,6 +71,7 @@ class Demo:
         self.train, self.test = self.rows(corpus.train), self.rows(corpus.test)
         self.progress = Console(stderr=True, highlight=False)
         self.steps: list[Step] = []
+        self.losses: dict[str, list[tuple[float, float]]] = {}
 
     def rows(self, packages: Sequence[Package]) -> tuple[list[str], list[int]]:
         labels = self.corpus.labels
@@ -113,7 +116,9 @@ class Demo:
         with self.step(f"train {name}") as row:
             model = peftc.compile(self.backbone(), METHODS[name])
             train, test = self.dataset(self.train), self.dataset(self.test)
-            done = training.train(model, self.tokenizer, train, test, RECIPE)
+            with closing(Shown()) as shown:
+                done = training.train(model, self.tokenizer, train, test, RECIPE, [shown])
+        self.losses[name] = report.losses(done)
         counts = model.plan.parameters
         row.trains, row.stored = f"{counts.training:,}", f"{counts.stored:,}"
         row.accuracy = f"{done.metrics['accuracy']:.3f}"
@@ -188,6 +193,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a few hundred rows: tries the way")
     parser.add_argument("--sample", action="store_true", help="text from the shipped sample")
+    parser.add_argument("--picture", type=Path, default=Path("demo.svg"), help="losses over steps")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -195,7 +201,10 @@ def main() -> None:
         "sample" if options.sample else "auto", *QUICK if options.quick else FULL
     )
     with tempfile.TemporaryDirectory() as scratch:
-        run(Demo(corpus, bert_folder(), Path(scratch)))
+        demo = Demo(corpus, bert_folder(), Path(scratch))
+        run(demo)
+    options.picture.write_text(report.curve(demo.losses))
+    print(f"losses over steps: {options.picture}")
 
 
 def run(demo: Demo) -> None:

@@ -20,7 +20,7 @@ from peftc.model import backbones
 ROOT = Path(__file__).parents[1]
 # The arguments of an example, and what it must print.
 EXAMPLES = {
-    "demo.py": (("--quick", "--sample"), ("accuracy", "ONNX")),
+    "demo.py": (("--quick", "--sample"), ("accuracy", "ONNX", "losses over steps")),
     "causal_lm.py": ((), ("a byte", "is in")),
     "classification.py": ((), ("accuracy 0.6", "12 deltas folded")),
     "summarization.py": ((), ("ROUGE-L 0.00 before, 0.4", "is in '")),

@@ -50,4 +50,5 @@ class Shown(TrainerCallback):
 
     def close(self) -> None:
         """Also where training ended by an exception."""
-        self.bar.stop()
+        if self.out.is_terminal:  # else it would print an empty line
+            self.bar.stop()

@@ -9,6 +9,8 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from html import escape
+from itertools import chain, cycle
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from peftc.training.recipe import Recipe, recipe_of
 from peftc.training.run import Result
 
 REPORT, CURVE = "train_report.json", "loss.svg"
+COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf")
 VERSIONS = ("peftc", "torch", "transformers", "accelerate", "datasets", "tokenizers")
 
 
@@ -41,8 +44,12 @@ def write(deltas: Path, recipe: Recipe, result: Result, data: Mapping[str, Any])
         "history": result.history,
     }
     (deltas / REPORT).write_text(json.dumps(told, indent=1, default=str) + "\n")
-    points = [(one["step"], one["loss"]) for one in result.history if "loss" in one]
-    (deltas / CURVE).write_text(curve(points))
+    (deltas / CURVE).write_text(curve({deltas.name: losses(result)}))
+
+
+def losses(result: Result) -> list[tuple[float, float]]:
+    """Steps and the losses that were logged there."""
+    return [(one["step"], one["loss"]) for one in result.history if "loss" in one]
 
 
 def _versions() -> dict[str, str]:
@@ -67,10 +74,12 @@ def recipe_beside(deltas: Path) -> Recipe | None:
     return recipe_of(told, str(file))
 
 
-def curve(points: Sequence[tuple[float, float]], width: int = 640, height: int = 320) -> str:
-    """Losses over steps, as an SVG image."""
+def curve(
+    lines: Mapping[str, Sequence[tuple[float, float]]], width: int = 640, height: int = 320
+) -> str:
+    """Losses over steps, a line for each name, as an SVG image."""
     left, low = 56, 32
-    xs, ys = [x for x, _ in points] or [0.0], [y for _, y in points] or [0.0]
+    xs, ys = zip(*chain([(0.0, 0.0)] if not any(lines.values()) else (), *lines.values()))
     (x0, x1), (y0, y1) = (min(xs), max(xs)), (min(ys), max(ys))
     wide, high = (x1 - x0) or 1.0, (y1 - y0) or 1.0
 
@@ -79,21 +88,25 @@ def curve(points: Sequence[tuple[float, float]], width: int = 640, height: int =
         down = 16 + (y1 - y) / high * (height - low - 32)
         return f"{across:.1f},{down:.1f}"
 
-    line = " ".join(place(x, y) for x, y in points)
-    text = '<text x="{}" y="{}" text-anchor="{}">{}</text>'
+    text = '<text x="{}" y="{}" text-anchor="{}" fill="{}">{}</text>'
     floor = height - 12
-    words = [
-        text.format(left - 6, 20, "end", f"{y1:.4g}"),
-        text.format(left - 6, height - low - 12, "end", f"{y0:.4g}"),
-        text.format(left, floor, "start", f"step {x0:g}"),
-        text.format(width - 16, floor, "end", f"step {x1:g}"),
-        text.format((left + width) // 2, floor, "middle", "loss"),
+    drawn = [
+        text.format(left - 6, 20, "end", "black", f"{y1:.4g}"),
+        text.format(left - 6, height - low - 12, "end", "black", f"{y0:.4g}"),
+        text.format(left, floor, "start", "black", f"step {x0:g}"),
+        text.format(width - 16, floor, "end", "black", f"step {x1:g}"),
+        text.format((left + width) // 2, floor, "middle", "black", "loss"),
     ]
+    for i, ((name, points), colour) in enumerate(zip(lines.items(), cycle(COLOURS))):
+        line = " ".join(place(x, y) for x, y in points)
+        drawn.append(
+            f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
+        )
+        drawn.append(text.format(width - 16, 28 + 16 * i, "end", colour, escape(name)))
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
         'font-family="sans-serif" font-size="12">\n'
         f'<rect width="{width}" height="{height}" fill="white"/>\n'
-        f'<polyline points="{line}" fill="none" stroke="#1f77b4" stroke-width="1.5"/>\n'
-        + "\n".join(words)
+        + "\n".join(drawn)
         + "\n</svg>\n"
     )
