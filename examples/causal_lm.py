@@ -10,18 +10,22 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 import peftc
 
-SIZES = dict(vocab_size=256, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
-TINY = LlamaConfig(**SIZES, intermediate_size=128)
-LENGTH = 64
+TINY = LlamaConfig(
+    vocab_size=256,
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=128,
+)
 
 
-def row(text: str, section: str) -> dict[str, torch.Tensor]:
+def row(text: str, section: str, length: int = 64) -> dict[str, torch.Tensor]:
     """Bytes of the synopsis, then of the section, which alone count in the loss."""
-    prompt, answer = [*text.encode()[: LENGTH - 12], 10], [*section.encode(), 10]
-    spare = [0] * (LENGTH - len(prompt) - len(answer))
-    ids, labels = [*spare, *prompt, *answer], [-100] * (LENGTH - len(answer)) + answer
-    mask = [0] * len(spare) + [1] * (LENGTH - len(spare))
-    named = dict(input_ids=ids, attention_mask=mask, labels=labels)
+    prompt, answer = [*text.encode()[:52], 10], [*section.encode(), 10]
+    spare = [0] * (length - len(prompt) - len(answer))
+    labels = [-100] * (length - len(answer)) + answer
+    mask = [0] * len(spare) + [1] * (length - len(spare))
+    named = dict(input_ids=[*spare, *prompt, *answer], attention_mask=mask, labels=labels)
     return {name: torch.tensor(one) for name, one in named.items()}
 
 
@@ -37,7 +41,7 @@ def main() -> None:
         done = Trainer(model, arguments, train_dataset=rows).train()
     print(f"loss {done.training_loss:.3f} a byte")
     text = packages.test[0].text
-    prompt = torch.tensor([[*text.encode()[: LENGTH - 12], 10]])
+    prompt = torch.tensor([[*text.encode()[:52], 10]])
     written = model.train(False).generate(prompt, max_new_tokens=8, do_sample=False)[0].tolist()
     print(f"{text!r} is in {bytes(written[prompt.shape[1] :]).decode(errors='replace')!r}")
 

@@ -18,7 +18,7 @@ import peftc
 def main() -> None:
     torch.manual_seed(0)
     transformers.logging.set_verbosity_error()
-    corpus, name = load_packages("sample", 1600, 200), (sys.argv[1:] or [bert_folder()])[0]
+    corpus, name = load_packages("sample", 1600, 200), next(iter(sys.argv[1:]), str(bert_folder()))
     tokenizer = AutoTokenizer.from_pretrained(name)
     backbone = Classifier.from_pretrained(name, num_labels=10)
     model = peftc.compile(backbone, [peftc.load_spec("lora", r=8, alpha=16), "head"])

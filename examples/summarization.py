@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 from corpus import load_packages
@@ -15,11 +16,10 @@ from peftc.language.reader import parse_spec
 from peftc.training import run
 from peftc.training.recipe import load_recipe
 
-SIZES = dict(layers=1, attention_heads=4, ffn_dim=128).items()
-PARTS = {f"{side}_{size}": n for side in ("encoder", "decoder") for size, n in SIZES}
-ENDS = dict(pad_token_id=0, bos_token_id=101, eos_token_id=102, decoder_start_token_id=101)
-PLAIN = dict(d_model=64, vocab_size=30522, init_std=0.1, forced_eos_token_id=None)
-SMALL = BartConfig(**PLAIN, **PARTS, **ENDS)
+WIDTHS = dict(layers=1, attention_heads=4, ffn_dim=128).items()
+SIZES: dict[str, Any] = {f"{side}_{k}": n for side in ("encoder", "decoder") for k, n in WIDTHS}
+SIZES |= dict(d_model=64, vocab_size=30522, init_std=0.1, forced_eos_token_id=None)
+SIZES |= dict(pad_token_id=0, bos_token_id=101, eos_token_id=102, decoder_start_token_id=101)
 WHOLE = """
 deltas:
   - {at: embedding, train: [weight]}
@@ -33,7 +33,7 @@ def main() -> None:
     name = next(iter(sys.argv[1:]), None)
     tokenizer = AutoTokenizer.from_pretrained(name or bert_folder())
     kind, specs = AutoModelForSeq2SeqLM, [peftc.load_spec("mam", l=8, m=32, r=32)]
-    backbone = kind.from_pretrained(name) if name else kind.from_config(SMALL)
+    backbone = kind.from_pretrained(name) if name else kind.from_config(BartConfig(**SIZES))
     specs += [] if name else [parse_spec(WHOLE)]  # which knows nothing: its own weights learn too
     model, packages = peftc.compile(backbone, specs), load_packages("sample", 1600, 100)
     both = packages.train, packages.test
