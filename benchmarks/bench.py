@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import adapted
 import measured
 import torch
 import transformers
@@ -57,7 +58,7 @@ print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_m
 def generation(name: str, tokens: int = 24) -> Iterator[Row]:
     """Greedy generation, LoRA at q and v not folded, batch 1: what surrounds the arithmetic counts most."""
     inputs = measured.batch(name, rows=1, length=16)
-    models = measured.pair(name, "lora q,v", **_eight(name))
+    models = adapted.pair(name, "lora q,v", **_eight(name))
     plain = measured.bare(name, **_eight(name))
     steps = {k: measured.generating(model, inputs, tokens) for k, model in models.items()}
     ours, peft = steps["ours"], steps["peft"]
@@ -68,7 +69,7 @@ def generation(name: str, tokens: int = 24) -> Iterator[Row]:
     merged = measured.generating(folded, inputs, tokens)
     yield Row(f"{name}: generate, lora folded", {"ours": merged, "bare": alone}, 1.02)
     for stored in (False, True):
-        model = measured.mam(name, stored, **_eight(name))
+        model = adapted.mam(name, stored, **_eight(name))
         step = measured.generating(model, inputs, tokens)
         what = f"{name}: generate, mam" + (" stored" if stored else "")
         yield Row(what, {"ours": step, "bare": alone}, 1.5)
@@ -81,10 +82,10 @@ def _eight(name: str) -> dict[str, int]:
 def training(name: str) -> Iterator[Row]:
     """Forward and backward of LoRA at q and v; by regions too, as hooks on layers make it."""
     inputs = measured.batch(name, length=128)
-    models = measured.pair(name, "lora q,v")
+    models = adapted.pair(name, "lora q,v")
     steps = {k: measured.training_step(model, inputs) for k, model in models.items()}
     yield Row(f"{name}: training step, lora", {"ours": steps["ours"], "peft": steps["peft"]}, 1.0)
-    followed = measured.pair(name, "lora q,v")["ours"]
+    followed = adapted.pair(name, "lora q,v")["ours"]
     for layer in followed._programs.layers.values():
         layer.register_forward_hook(lambda *_: None)
     by_layers = measured.training_step(followed, inputs)

@@ -2,52 +2,29 @@
 
 python benchmarks/counts.py [--write] [--only ADAPTER]
 python benchmarks/counts.py --passes   # ours with each pass off in turn
+python benchmarks/counts.py --adapterhub PYTHON   # AdapterHub's, by a Python that has `adapters`
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import adapted
 import measured
 import torch
 import transformers
+from counted import Counts, step, training
 from torch import nn
 
 import peftc
 from passes import LEAN
-
-Counts = dict[str, int]
-
-
-def step(model: nn.Module, name: str) -> Counts:
-    """One decoding step: what generating one token more adds."""
-    inputs = measured.batch(name, rows=2, length=16)
-    runs = [measured.generating(model, inputs, tokens) for tokens in (6, 7)]
-    for run in runs:
-        run()
-    (few, some), (more, others) = (measured.kernels(run) for run in runs)
-    fewer, most = (measured.flops(run) for run in runs)
-    return {"kernels": more - few, "views": others - some, "flops": most - fewer}
-
-
-def training(model: nn.Module, name: str, padded: bool) -> Counts:
-    """Forward and backward of one batch."""
-    inputs = measured.batch(name, padded=padded)
-    run = measured.training_step(model, inputs)
-    run()
-    run()
-    counted, views = measured.kernels(run)
-    return {
-        "kernels": counted,
-        "views": views,
-        "flops": measured.flops(run),
-        "saved bytes": measured.saved_bytes(model, inputs),
-        "peak bytes": measured.peak_bytes(run),
-    }
 
 
 def rows(only: str = "") -> dict[str, Counts]:
@@ -55,16 +32,16 @@ def rows(only: str = "") -> dict[str, Counts]:
     found: dict[str, Counts] = {}
     for name in measured.MODELS:
         found[f"{name} / step / bare"] = step(measured.bare(name), name)
-        for adapter, row in measured.ADAPTERS.items():
+        for adapter, row in adapted.ADAPTERS.items():
             if name not in row.models or only not in adapter:
                 continue
-            for side, model in measured.pair(name, adapter).items():
+            for side, model in adapted.pair(name, adapter).items():
                 found[f"{name} / step / {adapter} / {side}"] = step(model, name)
                 for kind in ("full", "padded"):
                     label = f"{name} / training, {kind} / {adapter} / {side}"
                     found[label] = training(model, name, kind == "padded")
         if not only:
-            found[f"{name} / step / mam stored / ours"] = step(measured.mam(name, True), name)
+            found[f"{name} / step / mam stored / ours"] = step(adapted.mam(name, True), name)
     return found
 
 
@@ -154,11 +131,21 @@ def over(found: Mapping[str, Counts]) -> list[str]:
     return lines
 
 
+def adapterhub(python: str) -> dict[str, Any]:
+    """AdapterHub's rows, each beside its own transformers' bare model, by the script that runs there."""
+    script = Path(__file__).with_name("adapterhub.py")
+    done = subprocess.run([python, script], capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{python} {script} failed:\n{done.stderr}")
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help="write results/counts.json")
     parser.add_argument("--only", default="", help="rows of adapters whose name has this text")
     parser.add_argument("--passes", action="store_true", help="ours, each pass off in turn")
+    parser.add_argument("--adapterhub", metavar="PYTHON", help="count what its `adapters` do")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
@@ -167,6 +154,13 @@ def main() -> None:
         print(changed(without))
         if options.write:
             measured.write("passes", without)
+        return
+    if options.adapterhub:
+        theirs = adapterhub(options.adapterhub)
+        print(", ".join(f"{name} {version}" for name, version in theirs["versions"].items()))
+        print(table(theirs["rows"]))
+        if options.write:
+            measured.write("adapterhub", theirs)
         return
     found = rows(options.only)
     print(table(found))

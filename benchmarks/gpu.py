@@ -25,6 +25,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import adapted
 import measured
 import torch
 import transformers
@@ -65,7 +66,7 @@ class Subject:
     def pair(self) -> dict[str, nn.Module]:
         """PEFT's LoRA at q and v, and ours."""
         place: dict[str, Any] = {"device": self.device, "dtype": torch.bfloat16}
-        return measured.pair(self.name, "lora q,v", **place, **self.changes)
+        return adapted.pair(self.name, "lora q,v", **place, **self.changes)
 
     @cached_property
     def bare(self) -> PreTrainedModel:
@@ -191,7 +192,7 @@ def onnx_runtime(subject: Subject, clock: Clock) -> dict[str, Any]:
     provider = PROVIDERS[subject.device]
     if provider not in get_available_providers():
         raise RuntimeError(f"{provider} is not installed: peftc[gpu] brings it, in place of [cpu]")
-    model: Any = measured.pair(subject.name, "lora q,v", **subject.changes)["ours"]
+    model: Any = adapted.pair(subject.name, "lora q,v", **subject.changes)["ours"]
     with tempfile.TemporaryDirectory() as folder:
         peftc.export(model, Path(folder) / "bundle")
         runner = peftc.runtime.load(Path(folder) / "bundle", (provider,))

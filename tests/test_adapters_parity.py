@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FAMILIES, batch, logits, tiny
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
@@ -293,13 +294,20 @@ def oracle_python(tmp_path_factory: pytest.TempPathFactory) -> str:
     given = os.environ.get("PEFTC_ADAPTERS_PYTHON")
     if given:
         return given
-    folder = tmp_path_factory.mktemp("oracle") / "venv"
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    install = [folder / "bin" / "python", "-m", "pip", "install", "--quiet"]
-    # A looser range of torch may pick another build, of gigabytes; the other pins contradict `adapters`.
-    subprocess.run([*install, "-c", HERE.parent / "constraints.txt", "torch"], check=True)
-    subprocess.run([*install, "adapters==1.3.0", "safetensors"], check=True)
+    folder = tmp_path_factory.getbasetemp().parent / "adapters"  # of all workers
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "ready").exists():
+            install(folder)
+            (folder / "ready").touch()
     return str(folder / "bin" / "python")
+
+
+def install(folder: Path) -> None:
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet"]
+    # A looser range of torch may pick another build, of gigabytes; the other pins contradict `adapters`.
+    subprocess.run([*pip, "-c", HERE.parent / "constraints.txt", "torch"], check=True)
+    subprocess.run([*pip, "adapters==1.3.0", "safetensors"], check=True)
 
 
 @pytest.fixture(scope="module")
