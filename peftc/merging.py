@@ -165,6 +165,8 @@ def _wide(model: Model) -> Model:
     """A copy in float64, on the CPU: not every device has that."""
     wide: Model = copy.deepcopy(model).cpu()
     open_up(wide)
+    if isinstance(wide, CompiledModel):  # whose backbone has modules of its own
+        open_up(wide.backbone)
     return wide.double()
 
 
