@@ -128,6 +128,18 @@ def open_up(model: PreTrainedModel, paths: Container[str] | None = None) -> None
         _leave_out(model, opened)
 
 
+def require_straight(model: nn.Module, paths: Iterable[str]) -> None:
+    """Raise QuantizedError where one of these weights was quantised the other way round than its class has it."""
+    for path in sorted(paths):
+        module = model.get_submodule(path.rpartition(".")[0])
+        if getattr(vars(module).get("source_cls"), "__name__", "") == "Conv1D":
+            raise QuantizedError(
+                f"'{path}' of this {type(model).__name__} is that of a Conv1D, which was turned to be quantised: no "
+                "checkpoint has it so; keep the deltas apart, or merge them into the model as you load it without "
+                "quantisation"
+            )
+
+
 def _leave_out(model: PreTrainedModel, paths: Iterable[str]) -> None:
     """Let a checkpoint of a model say that these modules are not bitsandbytes'."""
     quantizer = getattr(model, "hf_quantizer", None)
