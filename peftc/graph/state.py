@@ -235,11 +235,11 @@ def undisturbed(model: PreTrainedModel) -> Iterator[None]:
         for module in model.modules():
             if getattr(module, "gradient_checkpointing", False):
                 vars(module)["gradient_checkpointing"] = False
+        _whole(model)
         for module in model.modules():
             for name in [k for k in vars(module) if is_added(module, k)]:
                 del vars(module)[name]
         as_linears(model)
-        _whole(model)
         yield
     finally:
         for attributes, before, registries in saved:
