@@ -48,7 +48,8 @@ def weights(
     model: nn.Module, given: Mapping[str, torch.Tensor] | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Every weight of a backbone with its path and its values, tied ones once. `given` has whole weights by path, where
-    the model's own are parts; of four bits it has the bytes alone. What a hook holds is read, and what is quantised is what it stands for, one at a time."""
+    the model's own are parts; of four bits it has the bytes alone. What a hook holds is read, and what is quantised is
+    what it stands for, one at a time."""
     # accelerate separates what a model ties, and then each stands under every name.
     apart = getattr(model, "all_tied_weights_keys", None) if is_placed(model) else None
     for path, own in model.named_parameters():

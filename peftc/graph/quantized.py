@@ -217,7 +217,10 @@ def packed_linear(
 
     given = x if dtype is None else x.to(dtype)
     added = None if bias is None else bias.to(given.dtype)
-    result: torch.Tensor = bitsandbytes.matmul_4bit(given, weight, weight.quant_state, bias=added)
+    # Turned, as releases before 0.50 want it; those after take it either way.
+    result: torch.Tensor = bitsandbytes.matmul_4bit(
+        given, weight.t(), weight.quant_state, bias=added
+    )
     return result.to(x.dtype)
 
 

@@ -36,10 +36,8 @@ NOTES = frozenset(
         *("name_or_path", "_name_or_path", "warnings_issued", "_is_hf_initialized"),
         *("transformers_version", "_commit_hash", "architectures"),
         "_output_capturing_hooks_installed",
-        *(
-            "quant_state",
-            "support_avx512bf16_for_cpu",
-        ),  # bitsandbytes', of weights that are traced as plain
+        # bitsandbytes', of weights that are traced as plain ones.
+        *("quant_state", "support_avx512bf16_for_cpu"),
     }
 ) - {"training"}
 # Whether layers are computed twice, which no trace follows.
