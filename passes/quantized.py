@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from peftc.graph.program import Program
-from peftc.graph.quantized import READERS, dequantized
+from peftc.graph.program import Program, Reader
+from peftc.graph.quantized import PLACES
 from peftc.rewrite.lower import Known
 from peftc.rewrite.nodes import made
 
@@ -23,25 +23,28 @@ class Quantized:
         known: Known = {}
         count = 0
         for weight in program.graph.find_nodes(op="placeholder"):
-            if program.parameter(weight) in program.quantized:
-                count += _read(program, weight, known)
+            reader = program.quantized.get(program.parameter(weight) or "")
+            if reader is not None:
+                count += _read(program, weight, reader, known)
         return count
 
 
-def _read(program: Program, weight: fx.Node, known: Known) -> int:
+def _read(program: Program, weight: fx.Node, reader: Reader, known: Known) -> int:
     """Give one weight to its readers."""
     readers = [user for user in weight.users if user.op == "call_function"]
     others = []
     for user in readers:
-        place, run = READERS.get(user.target, (-1, None))
-        if run is not None and [i for i, one in enumerate(user.args) if one is weight] == [place]:
-            user.target = run
+        places = [i for i, one in enumerate(user.args) if one is weight]
+        if places == [PLACES.get(user.target)]:
+            user.target = reader.linear
+            user.kwargs = {"dtype": reader.dtype} if reader.dtype else {}
         else:
             others.append(user)
     if others:
         first = min(others)
         with program.graph.inserting_before(first):
-            whole = made(program, first, dequantized, (weight,), known=known)
+            dtype = weight.meta["val"].dtype
+            whole = made(program, first, reader.whole, (weight, dtype), known=known)
         for user in others:
             user.replace_input_with(weight, whole)
     return len(readers)

@@ -16,7 +16,7 @@ from peftc.graph.arguments import dummy_inputs, forward_flags, seeded_inputs, un
 from peftc.graph.capture import capture, exclusive
 from peftc.graph.facts import Stacks
 from peftc.graph.program import Program
-from peftc.graph.quantized import held_bytes, quantized
+from peftc.graph.quantized import held_bytes, keep_as_stored, meant, quantized
 from peftc.graph.state import Fingerprint, evaluating, fingerprint
 from peftc.language.reader import load_spec
 from peftc.language.spec import Spec, combine
@@ -151,7 +151,7 @@ def planner(model: PreTrainedModel) -> Callable[[Spec], Plan]:
 
 
 def _planner(model: PreTrainedModel, captured: Captured) -> Callable[[Spec], Plan]:
-    backbone = {path: tuple(weight.shape) for path, weight in model.named_parameters()}
+    backbone = {path: tuple(meant(weight)[0]) for path, weight in model.named_parameters()}
     small = {path: held_bytes(weight) for path, weight in quantized(model).items()}
     found = Survey.of(captured.program, Stacks.read(model))
     return lambda spec: make_plan(spec, found, backbone, small)
@@ -359,6 +359,7 @@ def _named_backbone(manifest: Mapping[str, Any]) -> PreTrainedModel:
 def outputs(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Output tensors in evaluation mode, without a cache."""
     flags = forward_flags(model)
+    keep_as_stored(model)
     with evaluating(model), torch.no_grad():
         fields = model(**inputs, **flags)
     return {k: v for k, v in fields.items() if isinstance(v, torch.Tensor)}

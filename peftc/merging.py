@@ -13,7 +13,13 @@ import passes
 from peftc.driver import Batch, Compiler, Trace, attached, outputs, sample
 from peftc.errors import PeftcError
 from peftc.graph.placement import is_placed
-from peftc.graph.quantized import backbone_bytes, dequantized, open_up, quantized
+from peftc.graph.quantized import (
+    backbone_bytes,
+    dequantized,
+    open_up,
+    quantized,
+    require_straight,
+)
 from peftc.model.compiled import CompiledModel, bare_copy
 from peftc.model.sets import Made
 from peftc.plan import left
@@ -62,6 +68,7 @@ def merge(
     small = quantized(backbone).keys() & folding.weights.keys()
     if small and not dequantize:
         _refuse(backbone, sorted(small))
+    require_straight(backbone, small)
     open_up(backbone, small)
     quantizer = getattr(backbone, "hf_quantizer", None)
     if quantizer is not None and not quantized(backbone):
@@ -165,6 +172,8 @@ def _wide(model: Model) -> Model:
     """A copy in float64, on the CPU: not every device has that."""
     wide: Model = copy.deepcopy(model).cpu()
     open_up(wide)
+    if isinstance(wide, CompiledModel):  # whose backbone has modules of its own
+        open_up(wide.backbone)
     return wide.double()
 
 

@@ -18,6 +18,7 @@ from peftc.errors import PeftcError
 from peftc.graph.arguments import dummy_inputs, forward_flags
 from peftc.graph.capture import exclusive
 from peftc.graph.program import Program, scope_of
+from peftc.graph.quantized import require_open
 from peftc.graph.steps import step_inputs
 from peftc.model.compiled import CompiledModel
 from peftc.model.hollow import hollow
@@ -87,6 +88,7 @@ def saved(
     Raises PlanError, CaptureError, StepError for sizes that the model does not read, SavedError.
     """
     require_bare(model)
+    require_open(model)
     target = device or ("cpu" if model.device.type == "meta" else model.device)
     meta = torch.device("meta")
     shown = None if example is None else {name: one.to(meta) for name, one in example.items()}

@@ -1,4 +1,5 @@
-"""Quantised backbones: torchao's int8 and int4 weights under deltas compute, train, save and merge as what they stand for.
+"""Quantised backbones: torchao's int8 and int4 weights, and bitsandbytes' of four bits where that is installed, compute
+under deltas, train, save and merge as what they stand for.
 
 int8 multiplies by whole numbers and scales the sum, which moves the last bits of a float32.
 """
@@ -6,8 +7,11 @@ int8 multiplies by whole numbers and scales the sum, which moves the last bits o
 from __future__ import annotations
 
 import copy
+import importlib.util
+import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,13 +34,21 @@ from peftc.graph.quantized import (
     backbone_bytes,
     dequantized,
     held_bytes,
-    linear,
+    meant,
     open_up,
     quantized,
+    readers,
 )
 from peftc.rewrite.tolerance import tolerance
 
 FORMATS = {"int8": Int8WeightOnlyConfig(), "int4": PrototypeInt4WeightOnlyConfig(group_size=32)}
+# bitsandbytes is no dependency: test_bitsandbytes.py runs these where it is.
+FOUR_BIT = {
+    "nf4": dict(quant_type="nf4", compress_statistics=False),
+    "nf4_twice": dict(quant_type="nf4", compress_statistics=True),
+    "fp4": dict(quant_type="fp4", compress_statistics=False),
+}
+KINDS = [*FORMATS, *(FOUR_BIT if importlib.util.find_spec("bitsandbytes") else ())]
 CELLS = [
     ("lora", "llama"),
     ("mam", "llama"),
@@ -44,18 +56,41 @@ CELLS = [
     ("pissa", "bert"),
     ("bitfit", "bert"),
 ]
-formats = pytest.mark.parametrize("kind", FORMATS)
+formats = pytest.mark.parametrize("kind", KINDS)
 
 
 def small(family: str, kind: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A model whose layers' linears are quantised."""
     model = tiny(family).to(dtype)
     inside = tuple(f"{path}." for path in layers_of(model))
+    if kind in FOUR_BIT:
+        return four_bit(model, inside, FOUR_BIT[kind])
     quantize_(
         model,
         FORMATS[kind],
         lambda one, path: isinstance(one, nn.Linear) and path.startswith(inside),
     )
+    return model
+
+
+def four_bit(
+    model: PreTrainedModel, inside: tuple[str, ...], options: dict[str, Any]
+) -> PreTrainedModel:
+    """As transformers puts bitsandbytes' linears in the place of a model's."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    for path, one in [*model.named_modules()]:
+        if isinstance(one, nn.Linear) and path.startswith(inside):
+            new = Linear4bit(
+                one.in_features,
+                one.out_features,
+                one.bias is not None,
+                compute_dtype=model.dtype,
+                **options,
+            )
+            new.weight = Params4bit(one.weight.data, module=new, **options).to("cpu")
+            new.bias = one.bias
+            model.set_submodule(path, new.train(one.training))
     return model
 
 
@@ -112,14 +147,15 @@ def test_as_what_it_stands_for(method: str, family: str, kind: str) -> None:
     assert near(logits(model, inputs), want, want)
     (ours, kept), (theirs, _) = step(model, inputs), step(other, inputs)
     assert near(ours, theirs, theirs)
-    weights = {tuple(one.shape) for one in quantized(model.backbone).values()}
+    weights = {meant(one)[0] for one in quantized(model.backbone).values()}
     assert method == "dora" or not kept & {
         turned for n, m in weights for turned in ((n, m), (m, n))
     }
     rewritten = len(model.plan.edits) if method == "dora" else 0
     calls = [n.target for n in model.lean_program(inputs).graph.nodes]
-    assert calls.count(linear) == len(quantized(model.backbone)) - rewritten
-    assert calls.count(dequantized) == rewritten
+    reader = next(iter(readers(model.backbone).values()))
+    assert calls.count(reader.linear) == len(quantized(model.backbone)) - rewritten
+    assert calls.count(reader.whole) == rewritten
     if method == "lora":
         more = dict(max_new_tokens=4, pad_token_id=1)
         tokens = [one.generate(**inputs, **more, num_beams=2) for one in (model, other)]
@@ -130,20 +166,32 @@ def test_as_what_it_stands_for(method: str, family: str, kind: str) -> None:
 @formats
 def test_the_bytes_of_the_backbone(kind: str, dtype: torch.dtype) -> None:
     """int8: one for each number, and for each row a float32 scale and a zero point of one. int4: a half, and for 32 numbers
-    of a row a scale and a zero point. Nothing is copied by compiling, nor by a step."""
+    of a row a scale and a zero point. nf4, fp4: a half, for 64 numbers a float32 scale, and the 16 values that numbers
+    stand for; twice: for 64 numbers a byte, for 256 of these a float32, and the 256 values that those stand for. Nothing
+    is copied by compiling, nor by a step."""
     backbone = small("llama", kind, dtype)
     scale = dtype.itemsize
     held = quantized(backbone)
+    blocks, table = (lambda n: math.ceil(n / 64)), 16 * 4
     bytes_of = {
         "int8": lambda rows, columns: rows * columns + rows * (4 + 1),
         "int4": lambda rows, columns: rows * columns // 2 + rows * columns // 32 * 2 * scale,
+        "nf4": lambda *n: math.prod(n) // 2 + blocks(math.prod(n)) * 4 + table,
+        "nf4_twice": lambda *n: (
+            math.prod(n) // 2
+            + blocks(math.prod(n))
+            + math.ceil(blocks(math.prod(n)) / 256) * 4
+            + table
+            + 256 * 4
+        ),
+        "fp4": lambda *n: math.prod(n) // 2 + blocks(math.prod(n)) * 4 + table,
     }[kind]
-    want = sum(bytes_of(*one.shape) for one in held.values())
+    want = sum(bytes_of(*meant(one)[0]) for one in held.values())
     rest = sum(p.numel() for k, p in backbone.named_parameters() if k not in held) * scale
     assert backbone_bytes(backbone) == want + rest
     model = peftc.compile(backbone, "lora")
     assert model.plan.quantized.bytes == want
-    assert model.plan.quantized.numel == sum(one.numel() for one in held.values())
+    assert model.plan.quantized.numel == sum(meant(one)[0].numel() for one in held.values())
     step(model, batch(model))
     assert all(one is held[path] for path, one in quantized(model).items())
     trained = [path for path, one in model.named_parameters() if one.requires_grad]
@@ -179,7 +227,7 @@ def test_saved_and_loaded(kind: str, tmp_path: Path) -> None:
 def test_a_merge_is_asked_for(kind: str) -> None:
     """What something folds into becomes an ordinary weight, and takes the bytes of one; the others stay."""
     model = stir(peftc.compile(small("llama", kind), "lora"), 0.1)
-    reason = r"LlamaForCausalLM: '.*q_proj\.weight' \(4 in all\) is quantised \(Int.*Tensor\).*dequantize=True"
+    reason = r"LlamaForCausalLM: '.*q_proj\.weight' \(4 in all\) is quantised \((Int.*Tensor|Params4bit)\).*dequantize=True"
     with pytest.raises(peftc.PeftcError, match=reason):
         peftc.merge(model)
     merged, report = peftc.merge(model, dequantize=True)
@@ -189,7 +237,7 @@ def test_a_merge_is_asked_for(kind: str) -> None:
     before, after = quantized(model.backbone), quantized(merged)
     folded = before.keys() - after.keys()
     assert {path.split(".")[-2] for path in folded} == {"q_proj", "v_proj"}
-    grown = sum(before[path].numel() * 4 for path in folded)
+    grown = sum(meant(before[path])[0].numel() * 4 for path in folded)
     assert report.held[1] - report.held[0] == grown - sum(held_bytes(before[p]) for p in folded)
 
 
@@ -341,14 +389,15 @@ def test_export_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "bundle").exists()
 
 
-@pytest.mark.parametrize("name", ["Params4bit", "Int8Params"])
-def test_bitsandbytes_is_refused(name: str) -> None:
-    """Its modules hide their weights from a graph, whatever the model is."""
+@pytest.mark.parametrize(
+    ("name", "reason"), [("Params4bit", "not packed yet"), ("Int8Params", "rounded to 8 bits")]
+)
+def test_what_stands_for_no_matrix_is_refused(name: str, reason: str) -> None:
     kind = type(name, (nn.Parameter,), {})
     backbone = tiny("llama")
     owner = backbone.model.layers[1].mlp.up_proj
     owner.weight = kind(torch.zeros(1, 64, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(
-        peftc.PeftcError, match=rf"up_proj\.weight' of .* by bitsandbytes \({name}\)"
+        peftc.PeftcError, match=rf"up_proj\.weight' of .* by bitsandbytes \({name}\) .*{reason}"
     ):
         peftc.plan(backbone, "lora")

@@ -29,7 +29,7 @@ from peftc.graph.captures import CAPTURES
 from peftc.graph.entries import ENTRIES, Tensors
 from peftc.graph.masks import deciding, proven
 from peftc.graph.program import Bound, Program, Slot
-from peftc.graph.quantized import quantized, require_open
+from peftc.graph.quantized import readers, require_open
 from peftc.graph.rows import NONE, Room
 from peftc.graph.state import Fingerprint, fingerprint, undisturbed
 
@@ -180,7 +180,7 @@ def _traced(
             traced.forget()
     wide = room.wide(entry, seq2seq)
     program = _program(exported, entry, model, labels, wide, output_types[-1])
-    program.quantized = frozenset(quantized(model))
+    program.quantized = readers(model)
     if not proven(program):
         explicit = _traced(model, entry, inputs, flags, room, labels, False, exact)
         return replace(explicit, masks="any")

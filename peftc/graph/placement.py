@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import nn
 
-from peftc.graph.quantized import dequantized
+from peftc.graph.quantized import dequantized, is_four_bit
 
 # What accelerate sets on modules, beside a `forward`, which is its own where a hook is.
 ADDED = frozenset({"_hf_hook", "_old_forward", "hf_device_map", "to", "cuda", "npu", "xpu"})
@@ -48,12 +48,13 @@ def weights(
     model: nn.Module, given: Mapping[str, torch.Tensor] | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Every weight of a backbone with its path and its values, tied ones once. `given` has whole weights by path, where
-    the model's own are parts. What a hook holds is read, and what is quantised is what it stands for, one at a time."""
+    the model's own are parts; of four bits it has the bytes alone. What a hook holds is read, and what is quantised is
+    what it stands for, one at a time."""
     # accelerate separates what a model ties, and then each stands under every name.
     apart = getattr(model, "all_tied_weights_keys", None) if is_placed(model) else None
     for path, own in model.named_parameters():
         if not path.startswith("deltas.") and path not in (apart or ()):
-            whole = own if given is None else given.get(path, own)
+            whole = own if given is None or is_four_bit(own) else given.get(path, own)
             held = weight(model, path) if whole.is_meta and is_placed(model) else whole
             yield path, dequantized(held)
 

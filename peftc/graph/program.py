@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -80,13 +80,23 @@ class Held:
     rows: int
 
 
+@dataclass(frozen=True)
+class Reader:
+    """What reads a quantised weight in a graph that runs: a `linear`, which may compute in a type of its own, and what
+    makes the `whole` matrix."""
+
+    linear: Callable[..., torch.Tensor]
+    whole: Callable[..., torch.Tensor]
+    dtype: torch.dtype | None = None
+
+
 @dataclass
 class Program:
     """A captured entry. `slots` maps each placeholder to what fills it; the graph holds no state, and what it calls
     is in `root`. `wide` are the inputs of ids whose sequences it was traced with rows in front of. `masks` are
     "explicit" or, for batches in which every token counts, "dropped", where the model makes that difference; else
-    "any". `held` are the prefixes that a cache can hold; `quantized` the paths of the parameters that are no plain
-    tensors."""
+    "any". `held` are the prefixes that a cache can hold; `quantized` what reads the parameters that are no plain
+    tensors, by their paths."""
 
     entry: str
     graph: fx.Graph
@@ -100,7 +110,7 @@ class Program:
     bounds: tuple[Bound, ...] = ()
     masks: str = "any"
     held: tuple[Held, ...] = ()
-    quantized: frozenset[str] = frozenset()
+    quantized: Mapping[str, Reader] = field(default_factory=dict)
     replaced: dict[fx.Node, fx.Node] = field(default_factory=dict)
     _filled: dict[Slot, fx.Node] = field(default_factory=dict, init=False)
 

@@ -21,7 +21,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from peftc.graph.layers import Forward
 from peftc.graph.placement import device_of, is_added, is_placed
-from peftc.graph.quantized import is_quantized
+from peftc.graph.quantized import as_linears, is_four_bit, is_quantized, meant
 
 # The registries of a module whose hooks a graph cannot run.
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -36,6 +36,8 @@ NOTES = frozenset(
         *("name_or_path", "_name_or_path", "warnings_issued", "_is_hf_initialized"),
         *("transformers_version", "_commit_hash", "architectures"),
         "_output_capturing_hooks_installed",
+        # bitsandbytes', of weights that are traced as plain ones.
+        *("quant_state", "support_avx512bf16_for_cpu"),
     }
 ) - {"training"}
 # Whether layers are computed twice, which no trace follows.
@@ -235,6 +237,7 @@ def undisturbed(model: PreTrainedModel) -> Iterator[None]:
         for module in model.modules():
             for name in [k for k in vars(module) if is_added(module, k)]:
                 del vars(module)[name]
+        as_linears(model)
         yield
     finally:
         for attributes, before, registries in saved:
@@ -243,7 +246,7 @@ def undisturbed(model: PreTrainedModel) -> Iterator[None]:
                 _restore(registry, entries)
 
 
-def _whole(model: nn.Module) -> None:
+def _whole(model: PreTrainedModel) -> None:
     """In place of weights that are held in parts by several processes, or elsewhere, or as whole numbers, plain ones
     without values: tracing reads sizes and types."""
     device = device_of(model) if is_placed(model) else None
@@ -253,7 +256,9 @@ def _whole(model: nn.Module) -> None:
                 continue
             away = device is not None and one.device != device
             if isinstance(one, DTensor) or away or is_quantized(one):
-                like = torch.empty(one.shape, dtype=one.dtype, device=device or one.device)
+                # Four bits stand for a matrix of any type, and are read in that of the model.
+                dtype = model.dtype if is_four_bit(one) else one.dtype
+                like = torch.empty(meant(one)[0], dtype=dtype, device=device or one.device)
                 like.untyped_storage().resize_(0)
                 registry[name] = nn.Parameter(like, one.requires_grad)
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from peftc.graph.quantized import dequantized
 from peftc.interchange import kernels as peft_kernels
 from peftc.interchange.read import PREFIX, WEIGHTS, Tensors
 from peftc.interchange.settings import CONFIG, InterchangeError
@@ -122,7 +123,8 @@ def _pair(model: CompiledModel, group: list[LowRank]) -> tuple[torch.Tensor, tor
     ups = []
     for one in group:
         up, weight = values[one.up].detach().T, one.edit.site.weights["W"]
-        features = View(weight.view.form).read(compute, model.get_parameter(weight.path)).shape[0]
+        stored = dequantized(model.get_parameter(weight.path))
+        features = View(weight.view.form).read(compute, stored).shape[0]
         nothing = up.new_zeros(features, up.shape[1])
         full = View(columns=weight.view.columns).write(compute, nothing, up)
         ups.append(full if _same_scale(group) else full * one.scale)

@@ -24,6 +24,7 @@ from transformers.masking_utils import create_masks_for_generate
 from peftc.graph.capture import TRACING
 from peftc.graph.layers import lend, take_back
 from peftc.graph.program import Program
+from peftc.graph.quantized import keep_as_stored
 from peftc.graph.state import Fingerprint
 from peftc.model.caches import fill, is_empty, is_static, past, prepared, widened
 from peftc.model.card import card
@@ -497,6 +498,7 @@ def attach(
     the spec trains requires grad. Raises AttachError where `require_bare` does; the backbone is then as it was.
     """
     require_bare(backbone)
+    keep_as_stored(backbone)
     deltas, body = Deltas(), double(backbone)
     origin = Origin.of(backbone)
     sets = Sets(body, deltas, compiler, name, made)

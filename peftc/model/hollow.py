@@ -9,6 +9,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from peftc.graph.quantized import is_four_bit, meant
+
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -25,7 +27,11 @@ def _stored(model: nn.Module) -> Iterator[torch.Tensor]:
 
 
 def _without_values(one: torch.Tensor, device: torch.device) -> torch.Tensor:
-    like = torch.empty_strided(one.shape, one.stride(), dtype=one.dtype, device=device)
+    if is_four_bit(one):
+        shape, dtype = meant(one)
+        like = torch.empty(shape, dtype=dtype, device=device)
+    else:
+        like = torch.empty_strided(one.shape, one.stride(), dtype=one.dtype, device=device)
     if device.type != "meta":
         like.untyped_storage().resize_(0)
     return nn.Parameter(like, one.requires_grad) if isinstance(one, nn.Parameter) else like
