@@ -303,7 +303,7 @@ def test_the_papers_recipes_on_small_local_files(
     told = json.loads((deltas / report.REPORT).read_text())
     assert told["recipe"]["name"] == name and told["seed"] == 42 and told["steps"] == 2
     assert {*load_recipe(name).metrics, "loss"} == set(told["metrics"])
-    assert len(told["spec"]["sha256"]) == 64 and told["versions"]["torch"] == torch.__version__
+    assert len(told["specs"]["default"]) == 64 and told["versions"]["torch"] == torch.__version__
     assert told["backbone"]["fingerprint"].keys() == {"layout", "content"}
     assert [one["step"] for one in told["history"] if "loss" in one] == [1, 2]
     assert xml.parse(deltas / report.CURVE).getroot().tag.endswith("svg")

@@ -13,7 +13,7 @@ from peftc.cli.console import say, step
 from peftc.model import backbones
 from peftc.model.compiled import CompiledModel
 from peftc.store.deltas import manifest_of
-from peftc.store.directory import MANIFEST
+from peftc.store.directory import MANIFEST, write_directory
 
 
 def new_directory(path: Path) -> Path:
@@ -46,7 +46,11 @@ def save(compiled: CompiledModel, target: Path, tokenizer: Any, *, stored: bool 
     """Deltas, and the tokenizer of the backbone beside them."""
     compiled.save_pretrained(target, stored=stored)
     if tokenizer is not None:
-        tokenizer.save_pretrained(target)
+
+        def fill(directory: Path) -> None:
+            tokenizer.save_pretrained(directory)
+
+        write_directory(target, fill)
     size = sum(one.stat().st_size for one in target.glob("*.safetensors"))
     say(f"saved deltas to {target} ({size:,} bytes)")
 

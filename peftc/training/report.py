@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from peftc.errors import PeftcError
-from peftc.store.deltas import manifest_of
+from peftc.store.deltas import manifest_of, sets_of
+from peftc.store.directory import write_texts
+from peftc.store.versions import versions
 from peftc.training.recipe import Recipe, recipe_of
 from peftc.training.run import Result
 
 REPORT, CURVE = "train_report.json", "loss.svg"
-VERSIONS = ("peftc", "torch", "transformers", "accelerate", "datasets", "tokenizers")
+VERSIONS = ("accelerate", "datasets", "tokenizers")
 
 
 def write(deltas: Path, recipe: Recipe, result: Result, data: Mapping[str, Any]) -> None:
     """Beside saved deltas: versions, the spec's digest, the backbone's fingerprint, seed, scores, losses."""
     manifest = manifest_of(deltas)
-    spec = json.dumps(manifest.get("spec"), sort_keys=True)
     told = {
-        "versions": {"python": sys.version.split()[0], **_versions()},
-        "spec": {"sha256": hashlib.sha256(spec.encode()).hexdigest()},
+        "versions": versions(VERSIONS),
+        "specs": {one["set"]: one["spec_digest"] for one in sets_of(manifest)},
         "backbone": {key: manifest["backbone"][key] for key in ("name", "class", "fingerprint")},
         "data": data,
         "recipe": asdict(recipe),
@@ -40,19 +38,9 @@ def write(deltas: Path, recipe: Recipe, result: Result, data: Mapping[str, Any])
         "stopped": result.stopped,
         "history": result.history,
     }
-    (deltas / REPORT).write_text(json.dumps(told, indent=1, default=str) + "\n")
     points = [(one["step"], one["loss"]) for one in result.history if "loss" in one]
-    (deltas / CURVE).write_text(curve(points))
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in VERSIONS:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    said = json.dumps(told, indent=1, default=str) + "\n"
+    write_texts(deltas, {REPORT: said, CURVE: curve(points)})
 
 
 def recipe_beside(deltas: Path) -> Recipe | None:
