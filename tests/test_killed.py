@@ -32,16 +32,12 @@ SHARED = {"learning_rate": 0.02, "per_device_train_batch_size": 16, "weight_deca
 TIMES = ("seconds", "_second", "runtime")  # how their names end
 
 
-@pytest.fixture(scope="module")
-def body(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A BERT with dropout and without a head, its tokenizer, and recipes."""
-    path = tmp_path_factory.mktemp("models") / "body"
-    tiny("bert").base_model.save_pretrained(path)
-    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(path)
+@pytest.fixture(scope="module", autouse=True)
+def recipes(body: Path) -> None:
+    """Beside the model: learning with dropout, in an order that is drawn anew each epoch."""
     for name, keys in RECIPES.items():
         train = {**SHARED, "train_sampling_strategy": "group_by_length", **keys["train"]}
-        (path / f"{name}.yaml").write_text(json.dumps({**keys, "train": train}))
-    return path
+        (body / f"{name}.yaml").write_text(json.dumps({**keys, "train": train}))
 
 
 def command(recipe: str, body: Path, rows: Path, out: Path) -> list[str]:

@@ -263,15 +263,6 @@ def test_a_recipe_trains_as_the_bare_trainer_does(
     assert list(done.predictions) == scores
 
 
-@pytest.fixture(scope="module")
-def body(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A BERT without a head, and its tokenizer."""
-    path = tmp_path_factory.mktemp("models") / "body"
-    tiny("bert").base_model.save_pretrained(path)
-    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(path)
-    return path
-
-
 def writer(folder: Path, path: Path) -> Path:
     tiny("bart", encoder_layers=1, decoder_layers=1).save_pretrained(path)
     transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(path)

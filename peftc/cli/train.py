@@ -177,9 +177,15 @@ def _run(
             compiled, tokenizer, rows.train, rows.test, recipe, callbacks, checkpoints, line
         )
     say(_told(result))
-    directories.save(compiled, output, tokenizer, stored=not keep_mlp)
     sizes = {"train": count, "eval": len(result.predictions)}
-    report.write(output, recipe, result, {"source": rows.source, "rows": sizes})
+    about = {"source": rows.source, "rows": sizes}
+    directories.save(
+        compiled,
+        output,
+        tokenizer,
+        stored=not keep_mlp,
+        more=lambda folder: report.write(folder, recipe, result, about),
+    )
     if result.interrupted:
         raise typer.Exit(INTERRUPTED)
     if result.failed:

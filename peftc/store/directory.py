@@ -67,16 +67,6 @@ def write_directory(path: Path, fill: Callable[[Path], Mapping[str, Any] | None]
                 shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_texts(path: Path, texts: Mapping[str, str]) -> None:
-    """Files of text by their names, each moved to `path` when it is whole."""
-
-    def fill(directory: Path) -> None:
-        for name, text in texts.items():
-            (directory / name).write_text(text)
-
-    write_directory(path, fill)
-
-
 @contextmanager
 def room(path: Path) -> Iterator[None]:
     """Raise DeltaError where a write of `path` finds none on the disk."""

@@ -15,7 +15,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from peftc.errors import PeftcError
-from peftc.store.directory import check_files, read_manifest, sweep, write_texts
+from peftc.store.directory import check_files, read_manifest, sweep, write_directory
 from peftc.store.versions import versions
 
 RECORD = "training.json"
@@ -36,7 +36,11 @@ def claim(folder: Path, run: Mapping[str, Any]) -> None:
                 f"{folder} holds no {RECORD}, so no checkpoints of 'peftc train'; choose another directory"
             )
         said = json.dumps({"versions": versions(), "run": run}, indent=1)
-        return write_texts(folder, {RECORD: said})
+
+        def fill(new: Path) -> None:
+            (new / RECORD).write_text(said)
+
+        return write_directory(folder, fill)
     sweep(folder)
     try:
         there = json.loads(file.read_text())["run"]

@@ -11,7 +11,6 @@ from typing import Any
 
 from peftc.errors import PeftcError
 from peftc.store.deltas import manifest_of, sets_of
-from peftc.store.directory import write_texts
 from peftc.store.versions import versions
 from peftc.training.recipe import Recipe, recipe_of
 from peftc.training.run import Result
@@ -39,8 +38,8 @@ def write(deltas: Path, recipe: Recipe, result: Result, data: Mapping[str, Any])
         "history": result.history,
     }
     points = [(one["step"], one["loss"]) for one in result.history if "loss" in one]
-    said = json.dumps(told, indent=1, default=str) + "\n"
-    write_texts(deltas, {REPORT: said, CURVE: curve(points)})
+    (deltas / REPORT).write_text(json.dumps(told, indent=1, default=str) + "\n")
+    (deltas / CURVE).write_text(curve(points))
 
 
 def recipe_beside(deltas: Path) -> Recipe | None:
