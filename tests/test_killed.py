@@ -341,3 +341,21 @@ def test_a_stock_trainer_goes_on_too(seed: int, stocked: tuple[int, bytes], tmp_
     assert child(lambda: stock(tmp_path), at, tmp_path / "log") == -signal.SIGKILL
     assert child(lambda: stock(tmp_path), 0, tmp_path / "log") == 0
     assert (tmp_path / "d" / "model.safetensors").read_bytes() == wanted
+
+
+def test_no_number_right_after_a_checkpoint(
+    trained: Path, body: Path, rows: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing good is known then: that checkpoint goes, and nothing is saved."""
+    shutil.copytree(trained, tmp_path / "c")
+    shutil.rmtree(tmp_path / "c" / "checkpoint-8")
+    given, last = command("steps", body, rows, tmp_path), tmp_path / "c" / "checkpoint-6"
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            transformers.Trainer, "training_step", lambda *_: torch.tensor(float("nan"))
+        )
+        code, _, err = run(*given)
+    said = f"error: the loss is nan at step 7, the first after {last}, which is removed; run it again\n"
+    assert code == 1 and said in err
+    assert not last.exists() and not (tmp_path / "d").exists()
+    assert run(*given)[0] == 0

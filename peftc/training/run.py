@@ -222,7 +222,7 @@ def _run(ours: Any, progress: Progress, say: Say) -> tuple[str, type[BaseExcepti
     except NotFinite as error:
         after = folder / f"checkpoint-{ours.state.global_step}"
         shutil.rmtree(after, ignore_errors=True)  # of the weights that gave no number
-        if not ours.good:
+        if last is not None and not ours.good:
             raise PeftcError(
                 f"{error}, the first after {after}, which is removed; run it again"
             ) from error
