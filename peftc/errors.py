@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -41,6 +42,17 @@ class SpecError(PeftcError):
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = tuple(sorted(problems, key=lambda one: (one.place, one.fact)))
         super().__init__("\n".join(str(one) for one in self.problems))
+
+
+# What libraries written in C++ and Rust say of a write that found no room.
+_NO_ROOM = ("No space left", "os error 28", "os error 27", "iostream error", "unexpected pos")
+
+
+def no_room(error: BaseException) -> bool:
+    """Whether a write failed because a disk, a quota or the limit of a file's size was reached."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return any(words in str(error) for words in _NO_ROOM)
 
 
 def suggest(word: str, candidates: Iterable[str]) -> str:

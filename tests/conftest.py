@@ -420,6 +420,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def body(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT without a head, and its tokenizer."""
+    path = tmp_path_factory.mktemp("models") / "body"
+    tiny("bert").base_model.save_pretrained(path)
+    BertTokenizer.from_pretrained(folder).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def lora(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """LoRA with some values, as `peftc.compile(...).save_pretrained` leaves it."""
     path = saved("lora", folder, tmp_path_factory.mktemp("deltas") / "lora")

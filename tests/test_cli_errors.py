@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from conftest import Run, tiny
+from datasets import ClassLabel, Dataset, DatasetInfo, Features, Value
 
 HUB = "is no local folder, not in the Hugging Face cache, and"
 WRONG = {
@@ -61,6 +63,32 @@ WRONG = {
         ],
         "no column 'body'",
     ),
+    **{
+        f"{command}, {name}": ([*start, "--data", f"{{{data}}}", *more], message)
+        for command, start in (
+            ("train", ("train", "lora", "-m", "{body}", "-o", "{new}")),
+            ("eval", ("eval", "{lora}")),
+        )
+        for name, data, more, message in (
+            ("no rows", "nothing", (), "{nothing} has no rows"),
+            (
+                "another column",
+                "rows",
+                ("--text-column", "txt"),
+                "{rows}: no column 'txt' (text); there are text, label, summary (did you mean 'text'?)",
+            ),
+            (
+                "out of range",
+                "range",
+                (),
+                "row 2: label 7 is out of range: 'label' has classes 0 to 1",
+            ),
+        )
+    },
+    "eval, a class of others": (
+        ["eval", "{lora}", "--data", "{rows}"],
+        "evaluation data, row 1: class 'even' is not one that the model knows: LABEL_0, LABEL_1, LABEL_2",
+    ),
     "not a bundle": (["run", "{lora}", "text"], "is a directory of deltas"),
     "texts twice": (["run", "{lora}", "text", "--input", "{rows}"], "not both"),
     "damaged manifest": (["verify", "{damaged}"], "is damaged"),
@@ -73,6 +101,7 @@ def test_wrong_input_is_one_clear_message(
     case: str,
     folder: Path,
     lora: Path,
+    body: Path,
     rows: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -81,11 +110,11 @@ def test_wrong_input_is_one_clear_message(
         "peftc.model.backbones._hub_refusal", lambda name: "the hub cannot be reached"
     )
     arguments, message = WRONG[case]
-    places = {**_places(folder, lora, tmp_path), "rows": rows}
+    places = {**_places(folder, lora, tmp_path), "rows": rows, "body": body}
     code, _, err = run(*(one.format(**places) for one in arguments))
     said = err.partition("error: ")[2]
     assert code == 1
-    assert message in said
+    assert message.format(**places) in said
     assert "Traceback" not in err
     assert not (tmp_path / "new").exists()
 
@@ -103,4 +132,15 @@ def _places(folder: Path, lora: Path, tmp_path: Path) -> dict[str, Path]:
     tiny("bert", seed=9).save_pretrained(places["other"])
     places["nowhere"] = tmp_path / "nowhere.yaml"
     places["nowhere"].write_text("name: nowhere\ndeltas:\n  - train: [gain]\n")
+    places["nothing"] = tmp_path / "nothing.jsonl"
+    places["nothing"].write_text("")
+    places["range"] = _beyond(tmp_path / "range")
     return {**places, "model": folder, "lora": lora}
+
+
+def _beyond(path: Path) -> Path:
+    """Rows of which one has a class that there is not."""
+    names = Features({"text": Value("string"), "label": ClassLabel(names=["LABEL_0", "LABEL_1"])})
+    rows = pa.table({"text": ["a", "b"], "label": [1, 7]})
+    Dataset(rows.cast(names.arrow_schema), info=DatasetInfo(features=names)).save_to_disk(path)
+    return path

@@ -263,15 +263,6 @@ def test_a_recipe_trains_as_the_bare_trainer_does(
     assert list(done.predictions) == scores
 
 
-@pytest.fixture(scope="module")
-def body(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A BERT without a head, and its tokenizer."""
-    path = tmp_path_factory.mktemp("models") / "body"
-    tiny("bert").base_model.save_pretrained(path)
-    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(path)
-    return path
-
-
 def writer(folder: Path, path: Path) -> Path:
     tiny("bart", encoder_layers=1, decoder_layers=1).save_pretrained(path)
     transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(path)
@@ -303,7 +294,7 @@ def test_the_papers_recipes_on_small_local_files(
     told = json.loads((deltas / report.REPORT).read_text())
     assert told["recipe"]["name"] == name and told["seed"] == 42 and told["steps"] == 2
     assert {*load_recipe(name).metrics, "loss"} == set(told["metrics"])
-    assert len(told["spec"]["sha256"]) == 64 and told["versions"]["torch"] == torch.__version__
+    assert len(told["specs"]["default"]) == 64 and told["versions"]["torch"] == torch.__version__
     assert told["backbone"]["fingerprint"].keys() == {"layout", "content"}
     assert [one["step"] for one in told["history"] if "loss" in one] == [1, 2]
     assert xml.parse(deltas / report.CURVE).getroot().tag.endswith("svg")

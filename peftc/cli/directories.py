@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from peftc.cli.console import say, step
 from peftc.model import backbones
 from peftc.model.compiled import CompiledModel
 from peftc.store.deltas import manifest_of
-from peftc.store.directory import MANIFEST
+from peftc.store.directory import MANIFEST, write_directory
 
 
 def new_directory(path: Path) -> Path:
@@ -42,11 +43,27 @@ def model_of(directory: Path, model: str | None = None) -> PreTrainedModel:
     return options.backbone(str(directory))
 
 
-def save(compiled: CompiledModel, target: Path, tokenizer: Any, *, stored: bool = False) -> None:
-    """Deltas, and the tokenizer of the backbone beside them."""
-    compiled.save_pretrained(target, stored=stored)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(target)
+def save(
+    compiled: CompiledModel,
+    target: Path,
+    tokenizer: Any,
+    *,
+    stored: bool = False,
+    more: Callable[[Path], None] = lambda _: None,
+) -> None:
+    """Deltas, the tokenizer of the backbone, and what `more` writes beside them: all of it, or nothing."""
+
+    def fill(directory: Path) -> None:
+        inner = directory / "deltas"  # what a kill leaves beside it goes with the directory
+        compiled.save_pretrained(inner, stored=stored)
+        for one in inner.iterdir():
+            one.rename(directory / one.name)
+        inner.rmdir()
+        if tokenizer is not None:
+            tokenizer.save_pretrained(directory)
+        more(directory)
+
+    write_directory(target, fill)
     size = sum(one.stat().st_size for one in target.glob("*.safetensors"))
     say(f"saved deltas to {target} ({size:,} bytes)")
 

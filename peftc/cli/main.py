@@ -12,7 +12,7 @@ import typer
 from typer.exceptions import TyperException
 
 from peftc.cli.console import waiting
-from peftc.errors import PeftcError
+from peftc.errors import PeftcError, no_room
 
 DONE, YOURS, OURS, INTERRUPTED = 0, 1, 2, 130
 
@@ -121,11 +121,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `peftc specs | head`
         sys.stderr.close()
         return DONE
-    except OSError as error:  # a file that cannot be read or written, a full disk
-        if error.filename is None:
-            return _bug()
-        return _fail(f"{error.filename}: {error.strerror}")
-    except Exception:  # the boundary: everything else is a bug of peftc
+    except (
+        Exception
+    ) as error:  # the boundary: what is neither the disk nor a file is a bug of peftc
+        if no_room(error):
+            place = getattr(error, "filename", None) or "this machine"
+            return _fail(f"{place}: no room on the disk; make some and run it again")
+        if isinstance(error, OSError) and error.filename is not None:
+            return _fail(f"{error.filename}: {error.strerror}")
         return _bug()
     return int(code or DONE)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from transformers import PreTrainedModel
@@ -12,12 +13,16 @@ from transformers import PreTrainedModel
 from peftc.cli import directories, options
 from peftc.cli.console import say, step
 from peftc.graph.quantized import quantized
+from peftc.language.resolved import digest
 from peftc.merging import merge as fold
 from peftc.model.compiled import CompiledModel
+from peftc.model.saving import fingerprint_under
 from peftc.rewrite.folding import Report
 from peftc.store.directory import write_directory
+from peftc.store.versions import versions
 
 REST = "deltas"  # the folder in OUT for what could not fold
+REPORT = "merge_report.json"
 
 
 def merge(
@@ -52,9 +57,26 @@ def merge(
         plain.save_pretrained(directory, save_original_format=not quantized(compiled.backbone))
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
+        (directory / REPORT).write_text(json.dumps(_about(compiled, report), indent=1) + "\n")
 
     write_directory(output, fill)
     say(_written(output, report))
+
+
+def _about(compiled: CompiledModel, report: Report) -> dict[str, Any]:
+    """What a merged checkpoint was made of, and with."""
+    return {
+        "versions": versions(),
+        "specs": {name: digest(plan.spec) for name, plan in compiled.parts().items()},
+        "backbone": {
+            "name": compiled.config.name_or_path,
+            "class": type(compiled).__name__,
+            "fingerprint": fingerprint_under(compiled, compiled.in_use),
+        },
+        "folded": len(report.folded),
+        "kept": len(report.kept),
+        "error": report.error,
+    }
 
 
 def _save_rest(merged: CompiledModel, directory: Path, output: Path) -> None:

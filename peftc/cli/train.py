@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,6 +48,10 @@ Evaluation = Annotated[
 NoHead = Annotated[bool, typer.Option("--no-head", help="Leave a task's head as it is.")]
 KeepMlp = Annotated[
     bool, typer.Option("--keep-mlp", help="Save what trains, not its constants evaluated.")
+]
+Checkpoints = Annotated[
+    Path | None,
+    typer.Option("--checkpoints", metavar="DIR", help="Written there; run again, it goes on."),
 ]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="One step: time, bytes, columns; writes nothing.")
@@ -97,6 +102,7 @@ def train(
     seed: recipes.Seed = None,
     dry: DryRun = False,
     log: Log = None,
+    checkpoints: Checkpoints = None,
 ) -> None:
     """Train a method by a recipe and save its deltas.
 
@@ -126,6 +132,8 @@ def train(
         )
     )
     require_ours(output)
+    if checkpoints is not None and checkpoints.absolute() == output.absolute():
+        raise options.OptionError(f"--checkpoints and --output are both {output}; choose two")
     rows = _rows(chosen, data, evaluation)
     torch.manual_seed(chosen.seed)  # the deltas' own start
     if Path(specs[0]).is_dir():
@@ -138,7 +146,7 @@ def train(
     say(table.render(compiled.plan, console().width))
     if dry:
         return _tried(compiled, tokenizer, rows, chosen)
-    _run(compiled, tokenizer, rows, chosen, output, keep_mlp, log)
+    _run(compiled, tokenizer, rows, chosen, output, keep_mlp, log, checkpoints)
 
 
 def _rows(recipe: Recipe, data: str | None, evaluation: str | None) -> Rows:
@@ -158,16 +166,26 @@ def _run(
     output: Path,
     keep_mlp: bool,
     log: Path | None,
+    checkpoints: Path | None,
 ) -> None:
     """Train, score, save, and say so."""
     count = "streamed" if recipe.stream else len(rows.train)
-    console(stderr=True).print(f"training on {count} rows ...")
+    line = partial(console(stderr=True).print, soft_wrap=True)
+    line(f"training on {count} rows ...")
     with _callbacks(log) as callbacks:
-        result = run(compiled, tokenizer, rows.train, rows.test, recipe, callbacks)
+        result = run(
+            compiled, tokenizer, rows.train, rows.test, recipe, callbacks, checkpoints, line
+        )
     say(_told(result))
-    directories.save(compiled, output, tokenizer, stored=not keep_mlp)
     sizes = {"train": count, "eval": len(result.predictions)}
-    report.write(output, recipe, result, {"source": rows.source, "rows": sizes})
+    about = {"source": rows.source, "rows": sizes}
+    directories.save(
+        compiled,
+        output,
+        tokenizer,
+        stored=not keep_mlp,
+        more=lambda folder: report.write(folder, recipe, result, about),
+    )
     if result.interrupted:
         raise typer.Exit(INTERRUPTED)
     if result.failed:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from peftc.rewrite.folding import Report
 from peftc.rewrite.tolerance import tolerance
 from peftc.store.directory import FORMAT, MANIFEST, read_manifest, require_ours, write_directory
 from peftc.store.fingerprint import fingerprint
+from peftc.store.versions import versions
 
 MIN_ORT = "1.28"
 Progress = Callable[[str], None]
@@ -147,7 +147,7 @@ def _about(
             "class": type(folded).__name__,
             "fingerprint": fingerprint(weights(model), learned),
         },
-        "versions": {p: version(p) for p in ("peftc", "torch", "transformers", "onnx")},
+        "versions": versions(["onnx"]),
     }
 
 

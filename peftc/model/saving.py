@@ -19,6 +19,7 @@ from peftc.rewrite.evaluate import constant_values
 from peftc.store.deltas import DEFAULT, write
 from peftc.store.directory import FORMAT, DeltaError
 from peftc.store.fingerprint import fingerprint
+from peftc.store.versions import versions
 
 
 def save(
@@ -54,21 +55,28 @@ def save(
         }
         for name, one in sets.items()
     ]
-    free = [own.path for one in sets.values() for own in one.plan.unfrozen]
     manifest = {
         "format": FORMAT,
+        "versions": versions(),
         **first,
         **({"others": others} if others else {}),
         "backbone": {
             "name": model.config.name_or_path,
             "class": type(model).__name__,
             "labels": _labels(model),
-            "fingerprint": fingerprint(
-                weights(model, {**(tensors or {}), **model._sets.base}), frozenset(free)
-            ),
+            "fingerprint": fingerprint_under(model, names, tensors),
         },
     }
     write(path, manifest, written)
+
+
+def fingerprint_under(
+    model: Any, names: Iterable[str], tensors: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, str]:
+    """Of the backbone under these delta sets of a compiled model; `tensors` as in `save`."""
+    plans = [model._sets.all[name].plan for name in names]
+    free = frozenset(own.path for plan in plans for own in plan.unfrozen)
+    return fingerprint(weights(model, {**(tensors or {}), **model._sets.base}), free)
 
 
 def learned(

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from peftc.errors import PeftcError
+from peftc.errors import PeftcError, no_room
 
 try:
     import fcntl
@@ -51,19 +51,33 @@ def write_directory(path: Path, fill: Callable[[Path], Mapping[str, Any] | None]
     interrupted. The manifest gets the size and the SHA-256 of each file. A file that stands in the way and is
     not ours is an error; other files (Trainer's) are left alone.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(path)
-    temporary = Path(tempfile.mkdtemp(prefix=_prefix(path), dir=path.parent))
-    with _held(temporary):
-        try:
-            manifest = fill(temporary)
-            if manifest is not None:
-                _put(temporary / MANIFEST, {**manifest, FILES: _facts(temporary)})
-            _flush(temporary)
-            _refuse_foreign(path, [one.name for one in temporary.iterdir()])
-            _move(temporary, path)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    with room(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(path)
+        temporary = Path(tempfile.mkdtemp(prefix=_prefix(path), dir=path.parent))
+        with _held(temporary):
+            try:
+                manifest = fill(temporary)
+                if manifest is not None:
+                    _put(temporary / MANIFEST, {**manifest, FILES: _facts(temporary)})
+                _flush(temporary)
+                _refuse_foreign(path, [one.name for one in temporary.iterdir()])
+                _move(temporary, path)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def room(path: Path) -> Iterator[None]:
+    """Raise DeltaError where a write of `path` finds none on the disk."""
+    try:
+        yield
+    except Exception as error:
+        if not no_room(error):
+            raise
+        raise DeltaError(
+            f"{path} is not written: no room on the disk; make some and run it again"
+        ) from error
 
 
 def _move(temporary: Path, path: Path) -> None:
@@ -141,7 +155,7 @@ def _held(directory: Path) -> Iterator[None]:
         os.close(folder)
 
 
-def _sweep(path: Path) -> None:
+def sweep(path: Path) -> None:
     """Remove what killed writes of `path` left beside it: temporary directories that nobody holds."""
     if fcntl is None:
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from functools import partial
@@ -58,6 +59,8 @@ def _load(source: str, recipe: Recipe, role: str) -> Any:
     suffix = next((s for s in reversed(path.suffixes) if s not in COMPRESSED), "")
     if not path.exists() and (suffix in READERS or source.startswith((".", "/", "~"))):
         raise DataError(f"no data file {source}")
+    if path.is_file() and not path.stat().st_size:  # not each of the library's readers says so
+        raise DataError(f"{source} has no rows")
     if path.is_file() and suffix not in READERS:
         raise DataError(f"{source}: peftc reads {', '.join(READERS)}, not '{suffix}'")
     try:
@@ -174,6 +177,15 @@ def encode(
         hashed = library().fingerprint.Hasher.hash
         how["new_fingerprint"] = hashed(json.dumps([made, sizes, _identity(tokenizer)]))
     return rows.map(partial(task.encode, encoder), **how)
+
+
+def identity(encoded: Any) -> dict[str, Any]:
+    """How many rows there are, and a digest of what they hold."""
+    held = hashlib.sha256()
+    for table in encoded.with_format("arrow").iter(1000):
+        for part in table.combine_chunks().to_batches():
+            held.update(part.serialize())
+    return {"rows": len(encoded), "sha256": held.hexdigest()}
 
 
 def _identity(tokenizer: Any) -> str:

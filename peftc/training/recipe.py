@@ -19,6 +19,7 @@ SHIPPED = Path(__file__).parent / "shipped"
 OWN = {
     "output_dir": "--output",
     "report_to": "--log",
+    "restore_callback_states_from_checkpoint": "--checkpoints",
     "disable_tqdm": "the terminal",
     "logging_nan_inf_filter": "the check of every loss",
 }

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from html import escape
@@ -15,22 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from peftc.errors import PeftcError
-from peftc.store.deltas import manifest_of
+from peftc.store.deltas import manifest_of, sets_of
+from peftc.store.versions import versions
 from peftc.training.recipe import Recipe, recipe_of
 from peftc.training.run import Result
 
 REPORT, CURVE = "train_report.json", "loss.svg"
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf")
-VERSIONS = ("peftc", "torch", "transformers", "accelerate", "datasets", "tokenizers")
+VERSIONS = ("accelerate", "datasets", "tokenizers")
 
 
 def write(deltas: Path, recipe: Recipe, result: Result, data: Mapping[str, Any]) -> None:
     """Beside saved deltas: versions, the spec's digest, the backbone's fingerprint, seed, scores, losses."""
     manifest = manifest_of(deltas)
-    spec = json.dumps(manifest.get("spec"), sort_keys=True)
     told = {
-        "versions": {"python": sys.version.split()[0], **_versions()},
-        "spec": {"sha256": hashlib.sha256(spec.encode()).hexdigest()},
+        "versions": versions(VERSIONS),
+        "specs": {one["set"]: one["spec_digest"] for one in sets_of(manifest)},
         "backbone": {key: manifest["backbone"][key] for key in ("name", "class", "fingerprint")},
         "data": data,
         "recipe": asdict(recipe),
@@ -44,22 +41,12 @@ def write(deltas: Path, recipe: Recipe, result: Result, data: Mapping[str, Any])
         "history": result.history,
     }
     (deltas / REPORT).write_text(json.dumps(told, indent=1, default=str) + "\n")
-    (deltas / CURVE).write_text(curve({deltas.name: losses(result)}))
+    (deltas / CURVE).write_text(curve({recipe.name: losses(result)}))
 
 
 def losses(result: Result) -> list[tuple[float, float]]:
     """Steps and the losses that were logged there."""
     return [(one["step"], one["loss"]) for one in result.history if "loss" in one]
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in VERSIONS:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def recipe_beside(deltas: Path) -> Recipe | None:

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import math
 import resource
+import shutil
+import signal
 import tempfile
+import threading
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,22 +31,26 @@ from transformers import (
     set_seed,
 )
 
-from peftc.errors import PeftcError
+from peftc.errors import PeftcError, no_room
 from peftc.graph.facts import ModelFacts
 from peftc.graph.rows import room_of
+from peftc.language.resolved import digest
+from peftc.model.saving import fingerprint_under
+from peftc.store.directory import DeltaError, room
+from peftc.training import checkpoints as stored
 from peftc.training import data, trainer
+from peftc.training.checkpoints import CheckpointError, Progress, Say
 from peftc.training.metrics import METRICS, perplexity
 from peftc.training.recipe import Recipe
 from peftc.training.tasks import TASKS, Reader, collator, reduced
 
-# Of TrainingArguments: what only makes sense with rows to evaluate on.
+# Of TrainingArguments: when to save; and what only makes sense with rows to evaluate on.
+SAVING = ("save_strategy", "save_steps")
 EVALUATING = (
     "eval_strategy",
     "eval_steps",
     "eval_delay",
     "eval_on_start",
-    "save_strategy",
-    "save_steps",
     "load_best_model_at_end",
     "metric_for_best_model",
     "greater_is_better",
@@ -69,10 +80,18 @@ class NotFinite(Exception):
 
 
 class _Watched:
-    """Mixed in front of a Trainer: a loss that is not finite ends training before it reaches the weights."""
+    """Mixed in front of a Trainer: a loss that is not finite ends training before it reaches the weights, and a
+    checkpoint after which nothing was left to do ends it at once."""
 
     good: tuple[torch.Tensor, ...] = ()
     kept_at = -1
+    done = False
+
+    def _run_epoch(self: Any, *given: Any, **more: Any) -> None:
+        if self.done:  # the stock one takes a step and looks then
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*given, **more)  # type: ignore[misc]
 
     def training_step(self: Any, model: torch.nn.Module, *given: Any, **more: Any) -> Any:
         loss = super().training_step(model, *given, **more)  # type: ignore[misc]
@@ -108,16 +127,29 @@ def train(
     test: Any | None,
     recipe: Recipe,
     callbacks: Sequence[TrainerCallback] = (),
+    checkpoints: Path | None = None,
+    say: Say = warnings.warn,
 ) -> Result:
-    """Train what requires grad on the rows of a data set; score it on `test`."""
+    """Train what requires grad on the rows of a data set; score it on `test`.
+
+    With `checkpoints` they are written there, every epoch unless the recipe says when, and the same training called
+    again goes on from the last whole one, to the same bits; `say` is told what of them is damaged. Raises
+    CheckpointError where that directory is another training's.
+    """
     if recipe.patience is not None and test is None:
         raise PeftcError("early stopping ('patience') needs rows to evaluate on (--eval)")
     if recipe.stream and int(recipe.train.get("max_steps", -1)) < 1:
         raise PeftcError("streamed rows have no end: set 'max_steps' (--steps)")
-    with _trainer(model, tokenizer, rows, test, recipe, callbacks) as (ours, reader):
-        start = time.perf_counter()
-        stopped, why = _run(ours)
-        seconds = time.perf_counter() - start
+    if checkpoints is not None:
+        checkpoints = checkpoints.absolute()
+        _require_lasting(recipe)
+    with _trainer(model, tokenizer, rows, test, recipe, callbacks, checkpoints) as (ours, reader):
+        if checkpoints is not None:
+            stored.claim(checkpoints, _identity(model, recipe, ours))
+        progress = Progress(ours, checkpoints is not None)
+        ours.add_callback(progress)
+        stopped, why = _run(ours, progress, say)
+        seconds = progress.seconds
         state = ours.state
         losses = [one for one in state.log_history if "loss" in one or "eval_loss" in one]
         mean = next(
@@ -146,16 +178,92 @@ def train(
         )
 
 
-def _run(ours: Any) -> tuple[str, type[BaseException] | None]:
+def _require_lasting(recipe: Recipe) -> None:
+    """Refuse what cannot be gone on with."""
+    if recipe.stream:
+        raise CheckpointError(
+            "streamed rows have no place to go on from: no --checkpoints with --stream"
+        )
+    if recipe.train.get("save_only_model"):
+        raise CheckpointError(
+            "'train.save_only_model' leaves out what --checkpoints go on from; remove it"
+        )
+
+
+def _identity(model: Any, recipe: Recipe, ours: Any) -> dict[str, Any]:
+    """What makes two trainings the same one."""
+    start = hashlib.sha256()
+    for one in model.parameters():
+        if one.requires_grad:
+            start.update(one.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    found = {
+        "specs": {name: digest(plan.spec) for name, plan in model.parts().items()},
+        "start": start.hexdigest(),
+        "backbone": fingerprint_under(model, model.in_use),
+        "recipe": asdict(recipe),
+        "data": data.identity(ours.train_dataset),
+        "eval": None if ours.eval_dataset is None else data.identity(ours.eval_dataset),
+    }
+    same: dict[str, Any] = json.loads(json.dumps(found, default=str))
+    return same
+
+
+def _run(ours: Any, progress: Progress, say: Say) -> tuple[str, type[BaseException] | None]:
     """Why training ended before its last step, and what ended it."""
+    folder = Path(ours.args.output_dir)
+    last = stored.last_whole(folder, say)
+    for one in stored.every(folder):
+        if last is None or (stored.step_of(one) or 0) > (stored.step_of(Path(last)) or 0):
+            shutil.rmtree(one)  # damaged; in the way of the next one of its name
+    ours.done = last is not None and stored.is_done(stored.state_of(last))
     try:
-        ours.train()
+        with _asking(progress, say), _room(folder, ours):
+            ours.train(resume_from_checkpoint=last)
     except NotFinite as error:
+        after = folder / f"checkpoint-{ours.state.global_step}"
+        shutil.rmtree(after, ignore_errors=True)  # of the weights that gave no number
+        if last is not None and not ours.good:
+            raise PeftcError(
+                f"{error}, the first after {after}, which is removed; run it again"
+            ) from error
         ours.restore()
         return f"{error}; what is kept is of the last step whose loss was a number", NotFinite
     except KeyboardInterrupt:
         return f"interrupted at step {ours.state.global_step}", KeyboardInterrupt
     return "", None
+
+
+@contextmanager
+def _asking(progress: Progress, say: Say) -> Iterator[None]:
+    """The first Ctrl-C ends training after its step, the second at once."""
+
+    def ask(*_: Any) -> None:
+        if progress.asked:
+            raise KeyboardInterrupt
+        progress.asked = True
+        say("stopping after this step; Ctrl-C again stops at once")
+
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def _room(folder: Path, ours: Any) -> Iterator[None]:
+    """A checkpoint that finds no room on the disk goes again, and one message says so."""
+    try:
+        with room(folder):
+            yield
+    except DeltaError as error:
+        if error.__cause__ is not None and no_room(error.__cause__):
+            shutil.rmtree(folder / f"checkpoint-{ours.state.global_step}", ignore_errors=True)
+        raise
 
 
 def evaluate(
@@ -215,6 +323,7 @@ def _trainer(
     test: Any | None,
     recipe: Recipe,
     callbacks: Sequence[TrainerCallback],
+    checkpoints: Path | None = None,
 ) -> Iterator[tuple[Any, Reader]]:
     task, recipe = TASKS[recipe.task], _fitting(recipe, model)
     _speak(tokenizer, recipe)
@@ -229,7 +338,9 @@ def _trainer(
     names = recipe.metrics or task.metrics
     generation = model.generation_config if task.generates else None
     with tempfile.TemporaryDirectory() as scratch:
-        settings = arguments(recipe, scratch, evaluating=test is not None)
+        settings = arguments(
+            recipe, str(checkpoints or scratch), test is not None, checkpoints is not None
+        )
         if task.generates:
             settings |= {
                 "predict_with_generate": True,
@@ -263,16 +374,19 @@ def _trainer(
                 model.generation_config = generation
 
 
-def arguments(recipe: Recipe, out: str, *, evaluating: bool) -> dict[str, Any]:
-    """The keys of TrainingArguments that a recipe stands for."""
+def arguments(recipe: Recipe, out: str, evaluating: bool, kept: bool) -> dict[str, Any]:
+    """The keys of TrainingArguments that a recipe stands for; `kept`, where checkpoints are to stay."""
     task, given = TASKS[recipe.task], dict(recipe.train)
     if not evaluating:
-        given = {key: value for key, value in given.items() if key not in EVALUATING}
+        left_out = EVALUATING if kept else (*EVALUATING, *SAVING)
+        given = {key: value for key, value in given.items() if key not in left_out}
     elif recipe.patience is not None:
         given.setdefault("eval_strategy", "epoch")
         given |= {"load_best_model_at_end": True, "save_strategy": given["eval_strategy"]}
         if "eval_steps" in given:
             given["save_steps"] = given["eval_steps"]
+    if kept:
+        given.setdefault("save_strategy", "steps" if "save_steps" in given else "epoch")
     names = recipe.metrics or task.metrics
     if given.get("load_best_model_at_end"):
         best = given.setdefault("metric_for_best_model", names[0] if names else "loss")
@@ -283,7 +397,7 @@ def arguments(recipe: Recipe, out: str, *, evaluating: bool) -> dict[str, Any]:
         "per_device_eval_batch_size": 4 * batch,
         "seed": recipe.seed,
         "save_strategy": "no",
-        "save_total_limit": 1,
+        "save_total_limit": 2 if kept else 1,
         "logging_steps": 0.02,
         "include_num_input_tokens_seen": "non_padding",
         "dataloader_pin_memory": torch.cuda.is_available(),
@@ -321,6 +435,7 @@ def _measure(reader: Reader, found: Any, names: Sequence[str]) -> dict[str, floa
 def _scores(ours: Any, reader: Reader, recipe: Recipe) -> tuple[dict[str, float], tuple[Any, ...]]:
     # Trainer groups by length in `predict` too, and returns the rows in that order.
     ours.args.train_sampling_strategy = "random"
+    set_seed(recipe.seed)  # answers may be sampled; what training drew does not matter
     done = ours.predict(ours.eval_dataset, metric_key_prefix="eval")
     names = recipe.metrics or reader.task.metrics
     metrics = {name: float(done.metrics[f"eval_{name}"]) for name in names}
