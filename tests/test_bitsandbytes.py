@@ -26,6 +26,9 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> str:
     return given or overlay(tmp_path_factory.mktemp("bitsandbytes"), "bitsandbytes==0.50.2")
 
 
+@pytest.mark.habit(
+    "models: bitsandbytes' nf4 and fp4", "its own modules, the dequantised model, PEFT's LoRA"
+)
 @pytest.mark.parametrize(
     ("arguments", "count"),
     [(["test_quantized.py", "-k", "nf4 or fp4"], 42), (["four_bits.py"], 17)],

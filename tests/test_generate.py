@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import batch, stir, tiny
 from methods import spec
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import BertTokenizer, PreTrainedModel, pipeline
 
 import peftc
 
@@ -30,6 +31,7 @@ def generate(model: PreTrainedModel, mode: str) -> torch.Tensor:
     return out
 
 
+@pytest.mark.habit("generation: greedy, beams, sampling", "Hugging Face's tokens")
 @pytest.mark.parametrize("mode", sorted(MODES))
 @pytest.mark.parametrize("family", ["bart", "gpt2"])
 @pytest.mark.parametrize("method", ["lora", "scaled_parallel_adapter"])
@@ -90,6 +92,9 @@ def eager(backbone: PreTrainedModel, model: PreTrainedModel) -> PreTrainedModel:
     return other
 
 
+@pytest.mark.habit(
+    "generation: greedy, beams, sampling, deltas with values", "the formulas as plain modules"
+)
 @pytest.mark.parametrize("mode", sorted(MODES))
 @pytest.mark.parametrize("method", ["lora", "scaled_parallel_adapter"])
 def test_bart_generates_as_an_independent_rewrite(method: str, mode: str) -> None:
@@ -115,6 +120,7 @@ STATIC = [
 ]
 
 
+@pytest.mark.habit("generation: a static cache", "the dynamic cache's tokens")
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize(("family", "method"), STATIC)
 def test_a_static_cache_holds_the_same(family: str, method: str) -> None:
@@ -137,3 +143,70 @@ def test_a_cache_is_refused_that_no_graph_holds(kind: str, found: str) -> None:
     model = peftc.compile(tiny("mixtral", **changes), "lora")
     with pytest.raises(peftc.PeftcError, match=f"DynamicCache or StaticCache, not {found}; leave"):
         model.generate(**batch(model), max_new_tokens=3, cache_implementation=kind, pad_token_id=1)
+
+
+class Told:
+    """A streamer that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.ended = False
+
+    def put(self, value: torch.Tensor) -> None:
+        self.tokens += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.ended = True
+
+
+def _after(_: int, ids: torch.Tensor) -> list[int]:
+    return [4 + (int(ids[-1]) + k) % 100 for k in (1, 2, 3)]
+
+
+@pytest.mark.habit(
+    "generation: prompt lookup, assisted, constraints, streamers",
+    "Hugging Face's tokens; greedy without a cache",
+)
+@pytest.mark.parametrize("way", ["lookup", "assisted", "constrained", "streamed"])
+@pytest.mark.parametrize("family", ["bart", "llama"])
+def test_ways_of_generating(family: str, way: str) -> None:
+    """Without values, the backbone's own tokens; with some, those that it gives greedily without a cache."""
+    kept = tiny(family)
+    told = Told()
+    more = {
+        "lookup": dict(prompt_lookup_num_tokens=2),
+        "assisted": dict(assistant_model=tiny(family, seed=3)),
+        "constrained": dict(prefix_allowed_tokens_fn=_after),
+        "streamed": dict(streamer=told),
+    }[way]
+    limit = dict(prefix_allowed_tokens_fn=_after) if way == "constrained" else {}
+    exact = dict(max_new_tokens=10, min_new_tokens=10, do_sample=False, pad_token_id=1)
+    ids = torch.tensor([[5, 6, 7, 5, 6, 7, 5, 6]])
+    model = peftc.compile(tiny(family), "lora")
+    assert torch.equal(model.generate(ids, **exact, **more), kept.generate(ids, **exact, **limit))
+    told.tokens.clear()
+    stir(model)
+    got = model.generate(ids, **exact, **more)
+    assert torch.equal(got, model.generate(ids, **exact, **limit, use_cache=False))
+    assert not torch.equal(got, kept.generate(ids, **exact, **limit))
+    if way == "streamed":
+        assert told.ended and told.tokens == got[0].tolist()
+
+
+@pytest.mark.habit("generation: pipelines", "a pipeline over the backbone")
+def test_pipelines(folder: Path) -> None:
+    """A pipeline over a compiled model scores as one over the backbone, and with values as the model itself does."""
+    tokenizer = BertTokenizer.from_pretrained(folder)
+    texts = ["a b c", "d e f g h"]
+
+    def scores(one: PreTrainedModel) -> torch.Tensor:
+        answers = pipeline("text-classification", one, tokenizer=tokenizer, top_k=None)(texts)
+        named = [{a["label"]: a["score"] for a in answer} for answer in answers]
+        return torch.tensor([[one[k] for k in sorted(one)] for one in named])
+
+    bare = tiny("bert")
+    model = peftc.compile(tiny("bert"), "lora")
+    assert torch.equal(scores(model), scores(bare))
+    stir(model)
+    each = [model(**tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0] for text in texts]
+    assert torch.allclose(scores(model), torch.stack(each), atol=1e-6)

@@ -1,6 +1,6 @@
 """Every key of TrainingArguments that changes a step: losses and metrics are those of the backbone trained as it is.
 
-README shows the keys; norm tuning trains the same weights with and without peftc.
+docs/habits.md shows the keys; norm tuning trains the same weights with and without peftc.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, Traini
 
 import peftc
 
-ROOT = Path(__file__).parent.parent
 EACH = dict(eval_strategy="steps", eval_steps=1)
 KEYS: dict[str, dict[str, object]] = {
     "gradient_accumulation_steps": dict(gradient_accumulation_steps=2),
@@ -90,6 +89,7 @@ def history(model: PreTrainedModel, out: Path, more: dict[str, object]) -> list[
     return [*logged, trainer.evaluate()["eval_loss"]]
 
 
+@pytest.mark.habit("training: keys of TrainingArguments, below", "the backbone trained as it is")
 @pytest.mark.sampled(4)
 @pytest.mark.parametrize("key", KEYS)
 @pytest.mark.parametrize(
@@ -105,8 +105,3 @@ def test_trained_as_the_backbone_is(family: str, key: str, tmp_path: Path) -> No
     # float32; bfloat16 rounds after each op, and some ops of a graph are one
     close = 2e-2 if key.startswith("bf16") else 2e-4
     assert len(want) >= 4 and got == pytest.approx(want, rel=close)
-
-
-def test_readme_shows_the_keys() -> None:
-    text = (ROOT / "README.md").read_text()
-    assert ", ".join(f"`{key}`" for key in KEYS) in " ".join(text.split())

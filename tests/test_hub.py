@@ -40,6 +40,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.mark.habit("files: push_to_hub of a model", "the deltas saved")
 def test_a_model_is_its_deltas_and_a_card(hub: Path) -> None:
     backbone = tiny("bert")
     backbone.config.name_or_path = "some/bert"
@@ -58,6 +59,7 @@ def test_a_model_is_its_deltas_and_a_card(hub: Path) -> None:
     assert torch.equal(logits(again, inputs), logits(model, inputs))
 
 
+@pytest.mark.habit("files: push_to_hub of a Trainer", "the deltas saved")
 def test_a_trainer_pushes_deltas(hub: Path, tmp_path: Path) -> None:
     model = peftc.compile(tiny("bert"), "lora")
     arguments = TrainingArguments(

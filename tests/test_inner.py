@@ -20,6 +20,7 @@ def last(output: object) -> torch.Tensor:
     return value
 
 
+@pytest.mark.habit("models: hidden states, inner models called by themselves", "the whole model's")
 @pytest.mark.sampled(4)
 @pytest.mark.parametrize("method", ["lora", "prefix_direct", "head"])
 @pytest.mark.parametrize("family", ["bart", "bert", "gpt2", "llama", "gemma2", "distilbert"])

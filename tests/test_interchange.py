@@ -67,6 +67,7 @@ def adapter(kind: str, family: str, path: Path) -> PreTrainedModel:
     return model
 
 
+@pytest.mark.habit("files: adapters of PEFT, in", "PEFT's logits and merged weights")
 @pytest.mark.parametrize("family", ["bart", "roberta", "llama"])
 @pytest.mark.parametrize(
     "kind", ["lora", "patterns", "rslora", "dora", "ia3", "vera", "loha", "lokr"]
@@ -105,6 +106,7 @@ def test_import_beside_other_deltas(kind: str, tmp_path: Path) -> None:
     assert torch.equal(logits(model, inputs), want)
 
 
+@pytest.mark.habit("files: adapters for PEFT, out", "PEFT's logits, and the tensors back")
 @pytest.mark.parametrize("family", ["bart", "roberta", "gpt2", "neox"])
 def test_export_and_back(family: str, tmp_path: Path) -> None:
     backbone = tiny(family)

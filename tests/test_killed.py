@@ -123,6 +123,9 @@ def whole(
     return found
 
 
+@pytest.mark.habit(
+    "training: kill -9 at any moment, and on", "an uninterrupted training, to the bit"
+)
 @pytest.mark.sampled(7)
 @pytest.mark.parametrize("seed", range(20))
 def test_killed_and_gone_on_with(
@@ -155,6 +158,7 @@ def checkpoints(out: Path) -> list[str]:
     return sorted(one.name for one in (out / "c").glob("checkpoint-*"))
 
 
+@pytest.mark.habit("training: Ctrl-C, and on", "an uninterrupted training, to the bit")
 def test_ctrl_c_writes_a_checkpoint_and_goes_on_to_the_same_bits(
     whole: dict[str, tuple[int, Any]],
     body: Path,
@@ -333,6 +337,9 @@ def stocked(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, bytes]:
     return int((out / "log").read_text()), (out / "d" / "model.safetensors").read_bytes()
 
 
+@pytest.mark.habit(
+    "training: kill -9 with a stock Trainer", "an uninterrupted training, to the bit"
+)
 @pytest.mark.sampled(7)
 @pytest.mark.parametrize("seed", range(20))
 def test_a_stock_trainer_goes_on_too(seed: int, stocked: tuple[int, bytes], tmp_path: Path) -> None:

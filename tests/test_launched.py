@@ -53,6 +53,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.habit("processes: accelerate launch: DDP, FSDP2, DeepSpeed's ZeRO 3", "one process")
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["ddp", "fsdp", "zero"])
 def test_two_processes_learn_what_one_learns(

@@ -116,6 +116,10 @@ def cells() -> Iterator[tuple[str, str, int]]:
                 yield family, case, 2
 
 
+@pytest.mark.habit(
+    "training: a method's penalty, gradients accumulated, label smoothing, evaluation",
+    "the formula",
+)
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize(("family", "case", "parts"), cells())
 def test_once_a_step(family: str, case: str, parts: int, tmp_path: Path) -> None:

@@ -50,6 +50,9 @@ def step(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> list[torch.
     return [output.detach(), *torch.autograd.grad(output.square().mean(), trained)]
 
 
+@pytest.mark.habit(
+    "processes: device_map and offloading (accelerate)", "the model in memory, to the bit"
+)
 @pytest.mark.sampled(4)
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize(("method", "family"), CELLS)

@@ -132,6 +132,7 @@ def step(
     return torch.cat([one.flatten() for one in found]), kept
 
 
+@pytest.mark.habit("models: torchao's int8 and int4", "the dequantised model, values and gradients")
 @formats
 @pytest.mark.parametrize(("method", "family"), CELLS)
 def test_as_what_it_stands_for(method: str, family: str, kind: str) -> None:
@@ -282,6 +283,9 @@ def test_words_are_read_by_the_kernels(tmp_path: Path) -> None:
         assert near(ours[name], value, value)
 
 
+@pytest.mark.habit(
+    "models: torchao's, loaded by transformers, trained by Trainer", "the dequantised model"
+)
 def test_loaded_by_transformers_and_trained_by_its_trainer(tmp_path: Path) -> None:
     tiny("llama").save_pretrained(tmp_path / "whole")
     backbone = LlamaForCausalLM.from_pretrained(

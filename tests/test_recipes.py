@@ -229,6 +229,9 @@ def classifier(**changes: Any) -> Any:
     return peftc.compile(backbone, ["lora", "head"])
 
 
+@pytest.mark.habit(
+    "training: recipes, peftc train", "the bare Trainer on the same rows, to the bit"
+)
 def test_a_recipe_trains_as_the_bare_trainer_does(
     tokenizer: BertTokenizerFast, tmp_path: Path
 ) -> None:

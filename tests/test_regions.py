@@ -79,6 +79,7 @@ def test_generation_in_regions(family: str) -> None:
     assert torch.equal(model.generate(**prompt, **settings), want) and seen
 
 
+@pytest.mark.habit("models: forward hooks on layers", "the layer's values")
 def test_a_hook_sees_and_changes_what_a_layer_gives() -> None:
     """The same values as in the backbone alone, states first; what a hook returns goes on."""
     backbone = tiny("llama")
@@ -100,6 +101,7 @@ def test_a_hook_sees_and_changes_what_a_layer_gives() -> None:
     assert torch.allclose(logits(model, inputs), logits(backbone, inputs), atol=1e-5)
 
 
+@pytest.mark.habit("models: layers computed twice", "gradients without")
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("method", ["lora", "mam", "prompt_tuning"])
 def test_layers_computed_twice_save_memory(method: str) -> None:
@@ -184,6 +186,7 @@ def test_a_layer_is_one_region() -> None:
     assert [name for name in regions if name] == [*layers_of(model)]
 
 
+@pytest.mark.habit("processes: fully_shard by layer", "one process, to the bit")
 def test_sharded_layer_by_layer(tmp_path: Path) -> None:
     """Two processes: the losses of one process to the bit, and never more of the layers whole than one."""
     script = Path(__file__).parent / "sharded.py"

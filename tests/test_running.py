@@ -192,6 +192,7 @@ def process(tmp_path: Path) -> Iterator[None]:
     distributed.destroy_process_group()
 
 
+@pytest.mark.habit("processes: DDP and FSDP2 by hand", "the model as it is")
 @pytest.mark.parametrize("wrap", [DistributedDataParallel, fully_shard])
 def test_sharding_trains_alike(process: None, wrap: Callable[..., object]) -> None:
     def losses(wrapped: bool) -> list[float]:

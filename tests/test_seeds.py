@@ -74,6 +74,7 @@ def accuracy(model: Any, train: list[Any], test: list[Any], collate: Any, out: P
     return float((np.asarray(found.predictions).argmax(-1) == found.label_ids).mean())
 
 
+@pytest.mark.habit("training: LoRA, eight seeds", "PEFT, pair by pair")
 def test_as_good_as_peft(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.set_num_threads(2)
     corpus = load_packages("sample", 2000, 500)

@@ -80,6 +80,9 @@ def run(model: PreTrainedModel) -> torch.Tensor:
     return logits(model, batch(model, "right"))
 
 
+@pytest.mark.habit(
+    "several delta sets: add, use, base, remove", "each alone, and all as one spec, to the bit"
+)
 @pytest.mark.parametrize(
     ("family", "count"),
     [
@@ -141,6 +144,7 @@ def acts_alone(family: str, methods: list[str], order: list[int]) -> None:
     assert torch.equal(run(peftc.detach(model)), bare)
 
 
+@pytest.mark.habit("several delta sets: switching traces nothing", "the number of traces")
 def test_switching_traces_nothing() -> None:
     """But once for each number of rows in front."""
     model = two("llama")
@@ -161,6 +165,7 @@ def test_switching_traces_nothing() -> None:
     assert model._programs is held
 
 
+@pytest.mark.habit("several delta sets: one trains", "the others' bits")
 @pytest.mark.parametrize("second", ["mam", "bitfit"])
 def test_one_trains_while_the_others_are_frozen(second: str) -> None:
     model = two("bert", "lora", second)
@@ -199,6 +204,7 @@ def test_base_leaves_what_trains() -> None:
     assert dict(model.named_parameters())[path] is own and not own.requires_grad
 
 
+@pytest.mark.habit("several delta sets: saved and loaded by themselves", "the values saved")
 @pytest.mark.parametrize("second", ["mam", "bitfit"])
 def test_each_is_saved_and_loaded_by_itself(second: str, tmp_path: Path) -> None:
     model = two("bert", "lora", second)
@@ -244,6 +250,9 @@ class Rows(Dataset[dict[str, torch.Tensor]]):
         return self.rows[index]
 
 
+@pytest.mark.habit(
+    "several delta sets: a Trainer resumes the one it trained", "an uninterrupted training"
+)
 def test_a_trainer_resumes_the_set_that_it_trained(tmp_path: Path) -> None:
     def trained(model: PreTrainedModel, steps: int, resume: bool) -> dict[str, torch.Tensor]:
         model.use(["one", "two"], train="two")
@@ -330,6 +339,7 @@ def test_what_runs_a_model_follows() -> None:
     handle.remove()
 
 
+@pytest.mark.habit("several delta sets: generation with each", "each alone")
 @pytest.mark.parametrize("family", ["llama", "bart"])
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_generation_with_each(family: str, cache: str) -> None:
@@ -351,6 +361,10 @@ def test_generation_with_each(family: str, cache: str) -> None:
             assert words(model) == bare
 
 
+@pytest.mark.habit(
+    "several delta sets: set_adapter, disable_adapters, enable_adapters, delete_adapter, active_adapters",
+    "add, use, base, remove",
+)
 def test_the_names_of_transformers() -> None:
     model = peftc.compile(tiny("bert"), "lora")
     assert model.active_adapters() == ["default"]

@@ -81,6 +81,7 @@ def test_modules_and_their_attributes_are_not() -> None:
     assert not set(backbone.modules()) & set(model.modules())
 
 
+@pytest.mark.habit("models: the backbone as a reference", "the bare backbone")
 def test_a_backbone_is_a_reference_while_the_model_trains() -> None:
     """As DPO has it: in evaluation, whatever the mode of the model, and without its deltas."""
     backbone = tiny("llama", attention_dropout=0.5)
@@ -152,6 +153,7 @@ def test_accelerate_patches_the_compiled_model(tmp_path: Path) -> None:
     assert "forward" not in vars(model.backbone)
 
 
+@pytest.mark.habit("models: autocast", "the types of the backbone's, and the values without")
 def test_autocast_is_that_of_the_call() -> None:
     model = compiled("llama")
     inputs = batch(model)
@@ -219,6 +221,7 @@ def test_deleting_it_frees_it_at_once() -> None:
         gc.enable()
 
 
+@pytest.mark.habit("models: deepcopy, pickle, torch.save", "the original's values")
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
 def test_a_copy_is_its_own(how: str) -> None:
     model = compiled("bart", peftc.load_spec("mam", l=3, m=4, r=2))
@@ -245,6 +248,7 @@ def test_a_copy_is_its_own(how: str) -> None:
     assert all(p.requires_grad for p in peftc.detach(other).parameters())
 
 
+@pytest.mark.habit("files: save_pretrained(state_dict=...)", "the deltas saved")
 def test_save_pretrained_takes_what_others_give(tmp_path: Path) -> None:
     model = compiled()
     state = {k: v.clone() for k, v in model.state_dict().items()}
@@ -466,6 +470,7 @@ def test_tracing_leaves_the_model_as_it_was() -> None:
 # Threads
 
 
+@pytest.mark.habit("processes: threads", "one thread")
 def test_first_calls_from_threads(capfd: pytest.CaptureFixture[str]) -> None:
     models = [compiled("bert"), compiled("bert"), compiled("gpt2")]
     calls = [(model, batch(model, size=n)) for model in models for n in (2, 3)]
@@ -497,6 +502,7 @@ def test_first_calls_from_threads(capfd: pytest.CaptureFixture[str]) -> None:
 # Ordinary uses
 
 
+@pytest.mark.habit("models: heads of many labels, of regression", "the backbone's losses")
 @pytest.mark.parametrize("kind", ["multi-label", "regression", "regression column"])
 def test_labels_of_other_heads(kind: str) -> None:
     labels = {
@@ -514,6 +520,7 @@ def test_labels_of_other_heads(kind: str) -> None:
         assert torch.allclose(got, output(model.backbone, **short, labels=labels).loss, atol=1e-5)
 
 
+@pytest.mark.habit("models: masks of four axes", "the backbone's values")
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_masks_of_four_axes(family: str) -> None:
     model = peftc.compile(tiny(family), LORA)
@@ -545,6 +552,7 @@ DECODERS = {
 }
 
 
+@pytest.mark.habit("models: language models that keep no cache", "Hugging Face's tokens")
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", DECODERS)
 def test_what_keeps_no_cache_generates_without(name: str) -> None:
@@ -632,6 +640,7 @@ def test_hooks_inside_are_named_and_do_not_run() -> None:
     assert seen == [2]
 
 
+@pytest.mark.habit("training: NEFTune", "the backbone's losses")
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_noise_on_embeddings(family: str, tmp_path: Path) -> None:
     """NEFTune hooks the embedding: the losses are those of the backbone trained as it is, noise for noise."""
@@ -658,6 +667,7 @@ def test_noise_on_embeddings(family: str, tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # float32, two layers
 
 
+@pytest.mark.habit("models: forward hooks outside of layers", "the backbone's hooks")
 @pytest.mark.parametrize("method", ["lora", "prompt_tuning", "mam"])
 def test_hooks_outside_of_layers_run(method: str) -> None:
     """They see what the module gives, and what they give is read; beside deltas there too, and cached."""

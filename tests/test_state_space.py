@@ -143,6 +143,10 @@ def slow(*case: str) -> Any:
     return pytest.param(*case, marks=pytest.mark.slow)
 
 
+@pytest.mark.habit(
+    "generation: caches of states (Mamba, Falcon-Mamba, Bamba, Qwen 3.5, LFM2, ...)",
+    "Hugging Face's tokens",
+)
 @pytest.mark.parametrize(
     "name",
     [
@@ -260,6 +264,9 @@ class Told:
         self.ended = True
 
 
+@pytest.mark.habit(
+    "generation: constraints and streamers with a cache of states", "Hugging Face's tokens"
+)
 def test_constraints_and_streamers() -> None:
     """Of three tokens after each token, as `prefix_allowed_tokens_fn` says; and one by one, as a streamer is told."""
 

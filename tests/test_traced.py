@@ -32,6 +32,7 @@ def pieces(model: PreTrainedModel) -> tuple[int, int]:
     return len(_debug_get_cache_entry_list(code)), sum(counters["graph_break"].values())
 
 
+@pytest.mark.habit("models: torch.compile in one graph", "the model as it is")
 @pytest.mark.sampled(60)
 @pytest.mark.parametrize(("method", "family"), SAMPLE)
 def test_one_graph_for_all_batches(method: str, family: str) -> None:
@@ -118,6 +119,7 @@ def test_another_image_size() -> None:
     assert torch.equal(one, other)
 
 
+@pytest.mark.habit("models: torch.compile of decoding with a static cache", "the model as it is")
 @pytest.mark.parametrize(("family", "method"), [("llama", "prompt_tuning"), ("bart", "mam")])
 def test_decoding_from_a_static_cache(family: str, method: str) -> None:
     """One graph for all steps of a generation and for the next one; `generate` compiles as on a GPU."""
@@ -134,6 +136,7 @@ def test_decoding_from_a_static_cache(family: str, method: str) -> None:
     assert pieces(model) == (1, 0)
 
 
+@pytest.mark.habit("models: torch.compile by Inductor", "the model as it is")
 @pytest.mark.slow
 def test_inductor() -> None:
     """The same numbers from kernels that torch writes itself, values and gradients."""

@@ -96,6 +96,7 @@ def encoded(tokenizer: PreTrainedTokenizerFast, count: int) -> list[dict[str, li
     return [{"input_ids": one, "attention_mask": [1] * 4, "labels": one} for one in ids]
 
 
+@pytest.mark.habit("training: checkpoints and resume", "an uninterrupted training, to the bit")
 def test_checkpoints_resume_exactly(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     """Four steps equal two steps, a checkpoint, a new process's model, and two more."""
 
@@ -127,6 +128,7 @@ def test_checkpoints_resume_exactly(tokenizer: PreTrainedTokenizerFast, tmp_path
         assert torch.allclose(value, resumed.model.deltas.values()[name], atol=1e-6), name
 
 
+@pytest.mark.habit("training: activation checkpointing", "the same training without")
 @pytest.mark.parametrize("method", ["lora", "mam"])
 def test_a_trainer_computes_layers_twice(
     method: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
@@ -152,6 +154,7 @@ def test_a_trainer_computes_layers_twice(
     assert all(torch.equal(one, learned[1][name]) for name, one in learned[0].items())
 
 
+@pytest.mark.habit("training: the loss that a Trainer logs", "the model's own")
 def test_trainer_loss_is_the_models_own(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     backbone = tiny("gpt2")
     rows = encoded(tokenizer, 4)

@@ -48,6 +48,10 @@ def ran(python: str, *command: Path) -> str:
     return run.stdout.splitlines()[-1]
 
 
+@pytest.mark.habit(
+    "training: trl's SFTTrainer; DPOTrainer with ref_model=model.backbone",
+    "PEFT's model, losses, norms, rewards",
+)
 @pytest.mark.parametrize("trainer", ["sft", "dpo"])
 def test_as_peft(said: dict[str, Any], trainer: str) -> None:
     """Losses, norms, entropies, rewards: dropout too. Sums in another order move the last bit of some."""

@@ -1,0 +1,86 @@
+"""docs/habits.md: what works with what, as the tests that are marked with a habit say; `pytest --accept` writes it."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from test_habits import KEYS
+
+TESTS = Path(__file__).parent
+FILE = TESTS.parent / "docs" / "habits.md"
+HEAD = """# What works, and with what it was compared
+
+Each row is a test that compares numbers, never only that nothing is raised. `make test` runs those of CI (of some, each
+n-th case), `make slow` all. `tests/test_docs.py` writes this page from the tests (`pytest --accept tests/test_docs.py`).
+"""
+
+
+@dataclass(frozen=True)
+class Habit:
+    """`area: words` of a mark, what the test compares with, the test, and where it runs."""
+
+    area: str
+    words: str
+    against: str
+    test: str
+    runs: str
+
+
+def habits() -> Iterator[Habit]:
+    """Of each marked test, in the order of files and lines."""
+    for path in sorted(TESTS.glob("test_*.py")):
+        tree = ast.parse(path.read_text())
+        slow = any(_is_slow(mark) for mark in _of_all(tree))
+        for one in tree.body:
+            if isinstance(one, ast.FunctionDef):
+                marks = [mark for mark in one.decorator_list if _name(mark) == "habit"]
+                runs = "slow" if slow or any(_is_slow(m) for m in one.decorator_list) else "CI"
+                for mark in marks:
+                    said, against = (ast.literal_eval(given) for given in mark.args)  # type: ignore[attr-defined]
+                    area, _, words = said.partition(": ")
+                    yield Habit(area, words, against, f"{path.stem}::{one.name}", runs)
+
+
+def _of_all(tree: ast.Module) -> list[ast.expr]:
+    """The marks of all tests of a file."""
+    for one in tree.body:
+        if isinstance(one, ast.Assign) and ast.unparse(one.targets[0]) == "pytestmark":
+            return one.value.elts if isinstance(one.value, ast.List) else [one.value]
+    return []
+
+
+def _name(mark: ast.expr) -> str:
+    func = mark.func if isinstance(mark, ast.Call) else mark
+    return func.attr if isinstance(func, ast.Attribute) else ""
+
+
+def _is_slow(mark: ast.expr) -> bool:
+    return _name(mark) == "slow"
+
+
+def page() -> str:
+    lines, found = [HEAD], list(habits())
+    for area in sorted({one.area for one in found}):
+        rows = [one for one in found if one.area == area]
+        lines += [f"## {area[0].upper()}{area[1:]}\n", "| | compared with | test | runs in |"]
+        lines += ["|---|---|---|---|"]
+        lines += [f"| {one.words} | {one.against} | `{one.test}` | {one.runs} |" for one in rows]
+        lines += [""]
+    keys = ", ".join(f"`{key}`" for key in KEYS)
+    return "\n".join([*lines, f"## Keys of TrainingArguments\n\n{keys}\n"])
+
+
+def test_the_page_is_what_the_tests_say(request: pytest.FixtureRequest) -> None:
+    if request.config.getoption("--accept"):
+        FILE.parent.mkdir(exist_ok=True)
+        FILE.write_text(page())
+    assert FILE.read_text() == page()
+
+
+def test_each_habit_is_told_once() -> None:
+    said = [(one.area, one.words) for one in habits()]
+    assert len(said) == len(set(said)) and len({area for area, _ in said}) <= 6
