@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from test_habits import KEYS
+from test_habits import ELSEWHERE, KEYS, LIMITED, REFUSED
 
 TESTS = Path(__file__).parent
 FILE = TESTS.parent / "docs" / "habits.md"
@@ -70,8 +70,16 @@ def page() -> str:
         lines += ["|---|---|---|---|"]
         lines += [f"| {one.words} | {one.against} | `{one.test}` | {one.runs} |" for one in rows]
         lines += [""]
-    keys = ", ".join(f"`{key}`" for key in KEYS)
-    return "\n".join([*lines, f"## Keys of TrainingArguments\n\n{keys}\n"])
+    lines += ["## Keys of TrainingArguments\n", "| | |", "|---|---|"]
+    lines += [f"| as the backbone trained as it is | {_keys(KEYS)} |"]
+    lines += [f"| refused in the backbone's words on a CPU | {_keys(REFUSED)} |"]
+    lines += [f"| limited, as README says | {_keys(LIMITED)} |"]
+    lines += [f"| `{name}` | {', '.join(keys)} |" for name, keys in ELSEWHERE.items()]
+    return "\n".join([*lines, ""])
+
+
+def _keys(rows: Mapping[str, Mapping[str, object]]) -> str:
+    return ", ".join(sorted({key for row in rows.values() for key in row}))
 
 
 def test_the_page_is_what_the_tests_say(request: pytest.FixtureRequest) -> None:
