@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from test_habits import ELSEWHERE, KEYS, LIMITED, REFUSED
+from test_habits import ELSEWHERE, KEYS, LIMITED, REFUSED, UNTRIED
 
 TESTS = Path(__file__).parent
 FILE = TESTS.parent / "docs" / "habits.md"
@@ -72,14 +72,20 @@ def page() -> str:
         lines += [""]
     lines += ["## Keys of TrainingArguments\n", "| | |", "|---|---|"]
     lines += [f"| as the backbone trained as it is | {_keys(KEYS)} |"]
-    lines += [f"| refused in the backbone's words on a CPU | {_keys(REFUSED)} |"]
+    lines += [f"| refused in the backbone's words on a CPU | {_keys(REFUSED, KEYS)} |"]
     lines += [f"| limited, as README says | {_keys(LIMITED)} |"]
     lines += [f"| `{name}` | {', '.join(keys)} |" for name, keys in ELSEWHERE.items()]
+    lines += [f"| not tried: torch's, accelerate's and the hub's | {', '.join(UNTRIED)} |"]
     return "\n".join([*lines, ""])
 
 
-def _keys(rows: Mapping[str, Mapping[str, object]]) -> str:
-    return ", ".join(sorted({key for row in rows.values() for key in row}))
+Rows = Mapping[str, Mapping[str, object]]
+
+
+def _keys(rows: Rows, others: Rows = {}) -> str:  # noqa: B006
+    """The keys of some rows, without those of others."""
+    mine, theirs = ({key for row in some.values() for key in row} for some in (rows, others))
+    return ", ".join(sorted(mine - theirs))
 
 
 def test_the_page_is_what_the_tests_say(request: pytest.FixtureRequest) -> None:

@@ -119,26 +119,25 @@ REFUSED: dict[str, dict[str, object]] = {
 }
 # README's limits have it: layers are given a mask's minus infinity, at which this watch of the values stops.
 LIMITED = {"debug": dict(debug="underflow_overflow")}
-# What is tried elsewhere: every run here has the first, several processes have the second, the hub has the third.
+# What is tried elsewhere: each run here has the first, those of several processes the second.
 ELSEWHERE = {
     "test_habits.py": ("output_dir", "max_steps", "logging_steps", "report_to", "use_cpu"),
-    "test_launched.py": (
-        *("fsdp", "fsdp_config", "deepspeed", "parallelism_config", "local_rank"),
-        *("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers"),
-        *("ddp_static_graph", "ddp_backend", "ddp_timeout"),
-    ),
-    "test_hub.py": (
-        *("push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy"),
-        *("hub_always_push", "hub_revision"),
-    ),
+    "test_launched.py": ("fsdp", "fsdp_config", "deepspeed"),
+    "test_hub.py": ("push_to_hub", "hub_model_id", "hub_strategy"),
     "test_train.py": ("resume_from_checkpoint",),
 }
+# What torch's DDP, accelerate and the hub are told, and no model.
+UNTRIED = (
+    *("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers"),
+    *("ddp_static_graph", "ddp_backend", "ddp_timeout", "local_rank", "parallelism_config"),
+    *("hub_token", "hub_private_repo", "hub_always_push", "hub_revision"),
+)
 
 
 def test_every_key_has_its_place() -> None:
     """A key that a later transformers brings is not passed over."""
     tried = {key for row in (*KEYS.values(), *REFUSED.values(), *LIMITED.values()) for key in row}
-    there = {key for keys in ELSEWHERE.values() for key in keys}
+    there = {*UNTRIED, *(key for keys in ELSEWHERE.values() for key in keys)}
     known = {one.name for one in fields(TrainingArguments)}
     assert (tried | there, tried & there - {"max_steps"}) == (known, set())
     assert all((Path(__file__).parent / name).is_file() for name in ELSEWHERE)
