@@ -17,6 +17,8 @@ import torch
 from peftc import cli
 from peftc.store.directory import MANIFEST
 
+pytestmark = pytest.mark.xdist_group("test_artefacts")
+
 
 @pytest.fixture(scope="module")
 def made(body: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -24,6 +24,7 @@ from peftc.cli import progress
 from peftc.training.checkpoints import last_whole
 from peftc.training.report import REPORT
 
+pytestmark = pytest.mark.xdist_group("test_killed")  # what is left of a whole run is made once
 RECIPES: dict[str, dict[str, Any]] = {
     "steps": {"train": {"num_train_epochs": 2, "save_steps": 3, "logging_steps": 2}},
     "patience": {"patience": 2, "train": {"num_train_epochs": 5}},
