@@ -280,6 +280,20 @@ def logits(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Ten
     return out
 
 
+class Told:
+    """A streamer, which is put the prompt and then each token."""
+
+    def __init__(self) -> None:
+        self.tokens: list[torch.Tensor] = []
+        self.ended = False
+
+    def put(self, value: torch.Tensor) -> None:
+        self.tokens.append(value.reshape(1, -1).cpu())
+
+    def end(self) -> None:
+        self.ended = True
+
+
 # A model is traced once for all tests of a process: the product's store of graphs, without its bound.
 CAPTURES.bound = None
 # Graphs are many objects that stay: a worker spent a tenth of its time on looking through them.

@@ -14,7 +14,7 @@ TESTS = Path(__file__).parent
 FILE = TESTS.parent / "docs" / "habits.md"
 HEAD = """# What works, and with what it was compared
 
-Each row is a test that compares numbers, never only that nothing is raised. `make test` runs those of CI (of some, each
+Each row is a test, and what its numbers (or its error) are compared with. `make test` runs those of CI (of some, each
 n-th case), `make slow` all. `tests/test_docs.py` writes this page from the tests (`pytest --accept tests/test_docs.py`).
 """
 

@@ -284,7 +284,7 @@ def test_words_are_read_by_the_kernels(tmp_path: Path) -> None:
 
 
 @pytest.mark.habit(
-    "models: torchao's, loaded by transformers, trained by Trainer", "the dequantised model"
+    "models: torchao's, loaded by transformers, trained, merged", "the merge, saved and loaded"
 )
 def test_loaded_by_transformers_and_trained_by_its_trainer(tmp_path: Path) -> None:
     tiny("llama").save_pretrained(tmp_path / "whole")

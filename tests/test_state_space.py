@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, GROUPED, batch, logits, stir, wide
+from conftest import FAMILIES, GROUPED, Told, batch, logits, stir, wide
 from methods import spec
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
@@ -248,20 +248,6 @@ def test_what_cannot_go_on_is_refused() -> None:
     with pytest.raises(peftc.PeftcError, match="not LinearAttentionAndStaticFullAttentionLayer"):
         config = built("falcon_h1").config
         prepared(StaticCache(config, max_cache_len=8), config)
-
-
-class Told:
-    """A streamer, which is put the prompt and then each token."""
-
-    def __init__(self) -> None:
-        self.tokens: list[torch.Tensor] = []
-        self.ended = False
-
-    def put(self, value: torch.Tensor) -> None:
-        self.tokens.append(value.reshape(1, -1).cpu())
-
-    def end(self) -> None:
-        self.ended = True
 
 
 @pytest.mark.habit(
