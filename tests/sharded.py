@@ -1,4 +1,4 @@
-"""Two processes, each with a part of every layer: what `test_regions.py` starts, as `python sharded.py RANK FOLDER`."""
+"""Two processes, each with a part of every layer: what `test_regions.py` starts, as `python sharded.py RANK FOLDER METHOD`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ import peftc
 from peftc.graph.layers import layers_of
 
 LAYERS, STEPS = 12, 3
-METHODS = ("lora", "mam")
 
 
 def steps(method: str, sharded: bool) -> tuple[list[float], int, int]:
@@ -54,12 +53,12 @@ def whole(layers: list[nn.Module]) -> int:
 
 
 def main() -> None:
-    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+    rank, folder, method = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     torch.set_num_threads(1)
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
     )
-    found = {method: (steps(method, False), steps(method, True)) for method in METHODS}
+    found = steps(method, False), steps(method, True)
     (folder / f"{rank}.json").write_text(json.dumps(found))
     distributed.destroy_process_group()
 

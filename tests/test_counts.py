@@ -238,7 +238,7 @@ def planned(name: str, table: object) -> list[Plan]:
     return plans(backbone(name), specs(table))
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("model", MODELS)
 def test_weights(model: str) -> None:
     column = MODELS.index(model)
@@ -251,6 +251,7 @@ def test_weights(model: str) -> None:
                 planned(model, [key])
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("model", MODELS)
 def test_with_biases(model: str) -> None:
     want = {key: row[MODELS.index(model)] for key, row in STORED.items()}

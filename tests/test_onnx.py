@@ -23,7 +23,7 @@ MODES = {
 }
 
 
-@pytest.fixture(scope="module", params=sorted(SMALL))
+@pytest.fixture(scope="module", params=[pytest.param("lora", marks=pytest.mark.slow), "mam"])
 def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
     """(method, compiled BART with stirred deltas, its bundle)"""
     model = stir(
@@ -86,6 +86,7 @@ def test_rows_in_front(family: str, tmp_path: Path) -> None:
         assert torch.equal(generate(runner, "beam"), generate(model, "beam"))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("family", ["roberta", "bert"])
 @pytest.mark.parametrize("opset", [20, 23])
 def test_classifier(family: str, opset: int, tmp_path: Path) -> None:

@@ -99,6 +99,7 @@ def bound(family: str, attention: str) -> float:
     return 1e-6 if attention == "eager" and family in ("llama", "neox") else 1e-12
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
 @pytest.mark.parametrize("family", ["bart", "roberta", "gpt2", "mbart", "llama", "neox"])

@@ -146,7 +146,7 @@ def test_every_example_has_its_arguments() -> None:
 ELSEWHERE = "dpo.py"  # test_trl.py runs it, where there is trl
 # Of the others these take a minute; CI runs the first as `make demo`.
 REAL = ("demo.py", "classification.py", "summarization.py")
-LONG = (*REAL, "causal_lm.py", "quantized.py", "two_processes.py")
+LONG = (*REAL, "causal_lm.py", "quantized.py", "two_processes.py", "paper_tables.py")
 
 
 def marks(name: str) -> list[pytest.MarkDecorator]:

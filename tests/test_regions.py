@@ -45,6 +45,7 @@ def equal(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
     return all(torch.equal(one, other) for one, other in zip(some, others, strict=True))
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(("method", "family"), CELLS)
 def test_regions_are_the_graph(method: str, family: str) -> None:
     """With hooks on its layers, and with these computed twice, a step is the same to the bit, and as before after."""
@@ -187,12 +188,14 @@ def test_a_layer_is_one_region() -> None:
 
 
 @pytest.mark.habit("processes: fully_shard by layer", "one process, to the bit")
-def test_sharded_layer_by_layer(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", [pytest.param("lora", marks=pytest.mark.slow), "mam"])
+def test_sharded_layer_by_layer(method: str, tmp_path: Path) -> None:
     """Two processes: the losses of one process to the bit, and never more of the layers whole than one."""
     script = Path(__file__).parent / "sharded.py"
     running = [
         subprocess.Popen(
-            [sys.executable, "-W", "ignore", script, str(rank), tmp_path], stderr=subprocess.PIPE
+            [sys.executable, "-W", "ignore", script, str(rank), tmp_path, method],
+            stderr=subprocess.PIPE,
         )
         for rank in (0, 1)
     ]
@@ -200,6 +203,5 @@ def test_sharded_layer_by_layer(tmp_path: Path) -> None:
         _, errors = one.communicate(timeout=300)
         assert one.returncode == 0, errors.decode()[-2000:]
     for rank in (0, 1):
-        for alone, sharded in json.loads((tmp_path / f"{rank}.json").read_text()).values():
-            losses, _, layer = alone
-            assert sharded == [losses, layer, layer]
+        (losses, _, layer), sharded = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert sharded == [losses, layer, layer]
