@@ -121,7 +121,7 @@ STATIC = [
 
 
 @pytest.mark.habit("generation: a static cache", "the dynamic cache's tokens")
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("family", "method"), STATIC)
 def test_a_static_cache_holds_the_same(family: str, method: str) -> None:
     """Windows, rows in front, relative positions, beams that move, a cache that was used before."""

@@ -170,6 +170,7 @@ def rows(kind: str, family: str, path: Path) -> PreTrainedModel:
     return model
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("kind", "family"),
     [

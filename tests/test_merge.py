@@ -49,7 +49,7 @@ def test_the_commands_say_so(run: Run, lora: Path, doctored: None, tmp_path: Pat
     assert code == 1 and "FAILED" in out and "1 checks failed" in err
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("family", ["bert", "llama", "t5"])
 def test_other_types_merge_within_their_own_roundings(family: str, dtype: torch.dtype) -> None:

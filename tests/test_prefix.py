@@ -132,6 +132,7 @@ def test_without_a_mask(family: str, attention: str) -> None:
     assert (logits(model, inputs) - want).abs().max() < bound(family, attention)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("family", ["bart", "gpt2", "llama"])
 def test_token_by_token_through_the_cache(family: str, attention: str) -> None:

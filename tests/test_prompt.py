@@ -83,6 +83,7 @@ def test_left_padding_and_given_positions(family: str) -> None:
     assert (got - want)[mask > 0].abs().max() <= 1e-5 * want.abs().max().clamp(min=1)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("family", ["bart", "t5", "gpt2", "llama", "bloom"])
 def test_greedy_tokens(family: str) -> None:
     """Through the cache, which holds the rows once, and step by step by hand."""

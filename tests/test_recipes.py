@@ -424,6 +424,7 @@ LEARNED: dict[str, tuple[tuple[dict[str, Any], ...], dict[str, Any], str, set[st
 WELL = {"perplexity": 40.0, "mse": 0.2}  # better is less; 120 random words begin at 120
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", LEARNED)
 def test_each_task_is_learned(
     name: str, run: Run, folder: Path, tmp_path: Path, tokenizer: BertTokenizerFast

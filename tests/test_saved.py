@@ -78,6 +78,7 @@ def test_predicted_is_counted(method: str, family: str) -> None:
     assert sum(count * size for _, count, size in lines(predicted.rows)) == predicted.bytes
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("method", "family"), [("lora", "llama"), ("mam", "bart"), ("ia3", "bert")]
 )
@@ -99,7 +100,7 @@ def test_at_other_sizes(method: str, family: str, rows: int, length: int) -> Non
     assert predicted.bytes == counted(model, spec(method), real(model, rows, length))
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("family", ["bert", "gpt2", "t5", "whisper"])
 def test_more_is_never_less(family: str) -> None:
     model = meta(tiny(family))
