@@ -20,6 +20,7 @@ from peftc.store.fingerprint import fingerprint
 BART = ("--model", "facebook/bart-large", "--random-weights")
 
 
+@pytest.mark.xdist_group("bart-large")
 def test_plan_is_data_for_programs(run: Run) -> None:
     code, out, _ = run("plan", "mam", *BART, "--json")
     data = json.loads(out)

@@ -259,6 +259,7 @@ def test_with_biases(model: str) -> None:
     assert dict(zip(want, got, strict=True)) == want
 
 
+@pytest.mark.xdist_group("bart-large")
 def test_bart_large() -> None:
     counts = [plan.parameters for plan in planned("bart-large", BART)]
     got = [(one.weights, one.stored, one.training) for one in counts]

@@ -341,7 +341,7 @@ def stocked(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, bytes]:
 @pytest.mark.habit(
     "training: kill -9 with a stock Trainer", "an uninterrupted training, to the bit"
 )
-@pytest.mark.sampled(11)
+@pytest.mark.sampled(20)
 @pytest.mark.parametrize("seed", range(20))
 def test_a_stock_trainer_goes_on_too(seed: int, stocked: tuple[int, bytes], tmp_path: Path) -> None:
     total, wanted = stocked

@@ -36,6 +36,8 @@ NOTES = frozenset(
         *("name_or_path", "_name_or_path", "warnings_issued", "_is_hf_initialized"),
         *("transformers_version", "_commit_hash", "architectures"),
         "_output_capturing_hooks_installed",
+        # How it was loaded: weights by other names, and kernels, which stand in the modules' forwards.
+        *("_weight_conversions", "_use_kernels"),
         # bitsandbytes', of weights that are traced as plain ones.
         *("quant_state", "support_avx512bf16_for_cpu"),
     }
