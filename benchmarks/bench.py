@@ -158,6 +158,13 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
     found: dict[str, Any] = {}
+
+    def keep(label: str, row: dict[str, Any]) -> None:
+        """What was found stands in the file before the next row is taken."""
+        found[label] = row
+        if not options.only:
+            measured.write("bench", {"machine": measured.machine(), "rows": found})
+
     made = [lambda: one_token()]
     made += [lambda name=name: generation(name) for name in measured.MODELS]
     made += [lambda name=name: training(name) for name in measured.MODELS]
@@ -165,13 +172,11 @@ def main() -> None:
         for row in rows():
             label = f"{row.what} / {[*row.steps][1]}"
             if options.only in label:
-                found[label] = measure(row, options.pairs, options.seconds)
+                keep(label, measure(row, options.pairs, options.seconds))
     for layers in (0, 6, 12, 24, 48):
         for row in compiling(layers):
             if options.only in row.what:
-                found[row.what] = in_processes(row, 3)
-    if not options.only:
-        measured.write("bench", {"machine": measured.machine(), "rows": found})
+                keep(row.what, in_processes(row, 3))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"peak memory of this process {peak:.2f} GiB")
 
