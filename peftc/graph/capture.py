@@ -106,8 +106,8 @@ def capture(
         if not seen.shared:
             return trace()
         given = signature(inputs, labels), sizes_of(inputs, labels, exact)
-        key = (seen.value, entry, given, settings(flags), room.key, drop)
-        return CAPTURES.get(key, trace)
+        key = (seen.value, entry, given, settings(flags), room.key)
+        return CAPTURES.get(key, "dropped" if drop else "explicit", trace)
 
 
 def signature(inputs: Tensors, labels: Labels) -> tuple[Hashable, ...]:

@@ -18,14 +18,19 @@ class Captures:
     """
 
     bound: int | None
-    programs: OrderedDict[Hashable, Program] = field(default_factory=OrderedDict)
+    programs: OrderedDict[tuple[Hashable, str], Program] = field(default_factory=OrderedDict)
 
-    def get(self, key: Hashable, trace: Callable[[], Program]) -> Program:
-        """A graph of its own for each caller."""
-        if key not in self.programs:
-            self.programs[key] = trace()
-        self.programs.move_to_end(key)
-        kept = _copied(self.programs[key])
+    def get(self, key: Hashable, masks: str, trace: Callable[[], Program]) -> Program:
+        """A graph of its own for each caller, whose masks are "explicit" or "dropped", or one that serves both."""
+        known = [one for one in ((key, masks), (key, "any")) if one in self.programs]
+        if known:
+            one = known[0]
+        else:
+            program = trace()
+            one = key, program.masks
+            self.programs[one] = program
+        self.programs.move_to_end(one)
+        kept = _copied(self.programs[one])
         while self.bound is not None and len(self.programs) > self.bound:
             self.programs.popitem(last=False)
         return kept
