@@ -50,7 +50,7 @@ def told(row: Row, ratio: float, low: float, high: float) -> None:
     """A row's line."""
     (mine, other), verdict = row.steps, "ok" if ratio <= row.bound else "OVER"
     print(
-        f"{row.what:<44}{mine} / {other:<12}{ratio:5.2f} [{low:.2f}, {high:.2f}]  <= {row.bound:<5} {verdict}",
+        f"{row.what:<46}{mine} / {other:<12}{ratio:5.2f} [{low:.2f}, {high:.2f}]  <= {row.bound:<5} {verdict}",
         flush=True,
     )
 
