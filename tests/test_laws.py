@@ -224,12 +224,11 @@ def assert_same(
 
 def mixed(model: PreTrainedModel, draw: random.Random) -> PreTrainedModel:
     """Some modules in another mode, vectors perhaps frozen: a model as it comes from a user."""
-    draw = random.Random(draw.randrange(2))  # each pattern takes graphs of its own
     model.train(draw.random() < 0.5)
     for module in model.modules():
         if draw.random() < 0.2:
             module.training = not module.training
-    vectors = draw.random() < 0.5
+    vectors = draw.random() < 0.5  # flags are part of what tracing sees: few patterns, few graphs
     for weight in model.parameters():
         weight.requires_grad_(vectors or weight.ndim > 1)
     return model

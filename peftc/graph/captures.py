@@ -9,6 +9,9 @@ from dataclasses import dataclass, field, replace
 
 from peftc.graph.program import Program
 
+# The masks of graphs that serve where these are asked for.
+SERVES = {"dropped": ("dropped", "any"), "explicit": ("explicit", "any")}
+
 
 @dataclass
 class Captures:
@@ -22,10 +25,8 @@ class Captures:
 
     def get(self, key: Hashable, masks: str, trace: Callable[[], Program]) -> Program:
         """A graph of its own for each caller, whose masks are "explicit" or "dropped", or one that serves both."""
-        known = [one for one in ((key, masks), (key, "any")) if one in self.programs]
-        if known:
-            one = known[0]
-        else:
+        one = next((it for last in SERVES[masks] if (it := (key, last)) in self.programs), None)
+        if one is None:
             program = trace()
             one = key, program.masks
             self.programs[one] = program

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from peftc.graph.arguments import SIZES, Labels, axes, layout, unpadded
 from peftc.graph.capture import TRACING, capture, settings, signature, sizes_of
+from peftc.graph.captures import SERVES
 from peftc.graph.facts import ModelFacts
 from peftc.graph.layers import layers_of, outside
 from peftc.graph.placement import is_placed
@@ -273,7 +274,7 @@ class Programs:
 
 
 # The forms of masks that serve where one is asked for.
-_FORMS = {"plain": ("plain",), "dropped": ("dropped", "any"), "explicit": ("explicit", "any")}
+_FORMS = {"plain": ("plain",), **SERVES}
 # Of a step's axes no one is as long as it is alone.
 _OF_A_STEP = frozenset({"past", "query", "total"})
 
