@@ -430,6 +430,27 @@ def test_a_step_of_the_same_state_traces_nothing(monkeypatch: pytest.MonkeyPatch
     logits(model, inputs)
 
 
+def test_what_a_forward_decides_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A classifier notes in its configuration the kind of the first labels it sees: they are traced once, and a model
+    that finds the trace made notes it too."""
+    monkeypatch.setattr(CAPTURES, "programs", OrderedDict())
+    kinds = {
+        "multi_label_classification": torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 1.0]]),
+        "single_label_classification": torch.tensor([2, 0]),
+    }
+    for seed in (0, 1):
+        bare = tiny("bert", seed=seed)
+        model = peftc.compile(tiny("bert", seed=seed), LORA)
+        inputs = batch(bare, size=2)
+        for kind, labels in kinds.items():
+            model.config.problem_type = bare.config.problem_type = None
+            for _ in range(3):
+                want = output(bare, **inputs, labels=labels).loss
+                assert torch.allclose(output(model, **inputs, labels=labels).loss, want, atol=1e-5)
+                assert model.config.problem_type == bare.config.problem_type == kind
+        assert len(CAPTURES.programs) == held(model) == 1 + len(kinds)
+
+
 def test_a_shared_trace_tells_models_apart() -> None:
     """What differs in anything that tracing sees has another fingerprint; weights alone have not."""
     one = fingerprint(tiny("bert"))

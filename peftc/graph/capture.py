@@ -31,7 +31,7 @@ from peftc.graph.masks import deciding, proven
 from peftc.graph.program import Bound, Program, Slot
 from peftc.graph.quantized import readers, require_open
 from peftc.graph.rows import NONE, Room
-from peftc.graph.state import Fingerprint, fingerprint, undisturbed
+from peftc.graph.state import Fingerprint, fingerprint, note, noting, undisturbed
 
 _KINDS = {
     InputKind.PARAMETER: "parameter",
@@ -96,18 +96,27 @@ def capture(
     `layout`), `seen` is the model's fingerprint where it is known. With `drop` the graph is one for inputs whose
     masks are ones (`arguments.unpadded`), and has no attention mask where eager code has none then. Axes in `exact` are
     traced as long as they are. A graph that was traced before of a model that is the same to tracing is used again.
-    Where the model's code depends on a size, the graph's `bounds` say for which it holds. Raises CaptureError when the model cannot be traced.
+    Where the model's code depends on a size, the graph's `bounds` say for which it holds. What it decides once and notes
+    in its configuration stands there afterwards, and the graph holds for that too. Raises CaptureError when the model
+    cannot be traced.
     """
     labels = labels or layout(inputs, entry, bool(model.config.is_encoder_decoder))
     flags = flags or {}
     with TRACING:
         seen = seen or fingerprint(model)
-        trace = functools.partial(_traced, model, entry, inputs, flags, room, labels, drop, exact)
+
+        def trace() -> Program:
+            with noting(model) as notes:
+                program = _traced(model, entry, inputs, flags, room, labels, drop, exact)
+            return replace(program, notes=notes)
+
         if not seen.shared:
             return trace()
         given = signature(inputs, labels), sizes_of(inputs, labels, exact)
         key = (seen.value, entry, given, settings(flags), room.key)
-        return CAPTURES.get(key, "dropped" if drop else "explicit", trace)
+        program = CAPTURES.get(key, "dropped" if drop else "explicit", trace)
+        note(model, program.notes)
+        return program
 
 
 def signature(inputs: Tensors, labels: Labels) -> tuple[Hashable, ...]:

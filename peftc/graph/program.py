@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -90,6 +90,17 @@ class Reader:
     dtype: torch.dtype | None = None
 
 
+@dataclass(frozen=True)
+class Note:
+    """What a forward decided once and wrote into its configuration, into a field that held None, as classifiers do
+    with `problem_type` when they first see labels. `config` numbers the model's configurations. Who reads the field
+    goes the same way when it holds this value."""
+
+    config: int
+    name: str
+    value: Hashable
+
+
 @dataclass
 class Program:
     """A captured entry. `slots` maps each placeholder to what fills it; the graph holds no state, and what it calls
@@ -109,6 +120,7 @@ class Program:
     wide: frozenset[str] = frozenset()
     bounds: tuple[Bound, ...] = ()
     masks: str = "any"
+    notes: Sequence[Note] = ()
     held: tuple[Held, ...] = ()
     quantized: Mapping[str, Reader] = field(default_factory=dict)
     replaced: dict[fx.Node, fx.Node] = field(default_factory=dict)

@@ -21,6 +21,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from peftc.graph.layers import Forward
 from peftc.graph.placement import device_of, is_added, is_placed
+from peftc.graph.program import Note
 from peftc.graph.quantized import as_linears, is_four_bit, is_quantized, meant
 
 # The registries of a module whose hooks a graph cannot run.
@@ -218,6 +219,38 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextlib.contextmanager
+def noting(model: nn.Module) -> Iterator[list[Note]]:
+    """The notes that the model's code makes meanwhile, known in the end."""
+    configs = _configurations(model)
+    unset = [(i, k) for i, one in enumerate(configs) for k, v in vars(one).items() if v is None]
+    notes: list[Note] = []
+    yield notes
+    read = ((i, k, vars(configs[i]).get(k)) for i, k in unset)
+    notes += [Note(i, k, v) for i, k, v in read if v is not None and isinstance(v, PLAIN)]
+
+
+def note(model: nn.Module, notes: Iterable[Note]) -> None:
+    """Write down what a forward would have."""
+    if notes:
+        configs = _configurations(model)
+        for one in notes:
+            setattr(configs[one.config], one.name, one.value)
+
+
+def _configurations(model: nn.Module) -> list[PreTrainedConfig]:
+    """Each once, in the order of the modules that have it, what it holds behind it."""
+    found: dict[int, PreTrainedConfig] = {}
+    inside = [one for module in model.modules() for one in vars(module).values()]
+    while inside:
+        configs = [
+            one for one in inside if isinstance(one, PreTrainedConfig) and id(one) not in found
+        ]
+        found |= {id(one): one for one in configs}
+        inside = [value for one in configs for value in vars(one).values()]
+    return [*found.values()]
 
 
 @contextlib.contextmanager

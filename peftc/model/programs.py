@@ -137,6 +137,7 @@ class Programs:
                     return None
                 entry, _, flags = kind
                 runner = self._find(entry, inputs, dict(flags), "explicit")
+                key = self._number, kind
                 labels = layout(inputs, entry, self._facts.encoder_decoder)
                 self._names[key] = name = f"graph_{next(self._numbers)}"
                 vars(self.traced)[name] = Traced.of(
@@ -207,6 +208,9 @@ class Programs:
         program = capture(
             self._backbone, entry, inputs, flags, self._room, labels, seen, drop, exact
         )
+        if program.notes:
+            self._look()
+            key = (*self._key(entry, inputs, flags, labels, self._state), key[-1])
         return self._keep(key, program, form)
 
     def _keep(self, key: tuple[Hashable, ...], program: Program, form: str = "") -> Runner:
