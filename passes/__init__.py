@@ -18,12 +18,14 @@ from passes.normalize import Normalize
 from passes.penalize import Penalize
 from passes.products import Products
 from passes.quantized import Quantized
+from passes.rows import Rows
 from passes.slices import Slices
+from passes.turned import Turned
 from peftc.plan.edit import Edit
 
 FOLD = (FoldConstants(), FoldAffine())
 # Makes a graph that runs in torch no heavier than its algebra; an exported one is left to its runtime.
-LEAN = (Factors(), Slices(), Products(), Joined(), Masks(), HeldRows())
+LEAN = (Factors(), Slices(), Products(), Joined(), Turned(), Rows(), Masks(), HeldRows())
 
 
 def train(
@@ -48,6 +50,8 @@ __all__ = [
     "Penalize",
     "Products",
     "Quantized",
+    "Rows",
     "Slices",
+    "Turned",
     "train",
 ]

@@ -23,12 +23,10 @@ _STRIDED = (*POINTWISE, aten.matmul.default, aten.flatten.using_ints)
 @dataclass(frozen=True)
 class Joined:
     """`x @ A` and `x @ B` are the parts of `x @ [A, B]`: LoRA at q, k and v reads x once. Of n products of a layer n - 1
-    are saved, for the same FLOPs: the joined matrix is a constant of evaluation. Where it is none (with gradients,
-    layer by layer, under a tracer) it is made at each call, one kernel, and never more than are saved. It is a copy,
-    so what together is wider than x stays; so does a product with a bias.
-
-    A step of decoding is left alone: of one row a matrix nothing is saved by reading it once (measured), and to see at
-    each call that the constants still hold takes as long as some kernels."""
+    are saved, for a view and the same FLOPs: the joined matrix is a constant of evaluation. Where it is none (with
+    gradients, layer by layer, under a tracer) it is made at each call, one kernel, and never more than are saved. It is
+    a copy, so what together is wider than x stays; so does a product with a bias. A step of decoding is left alone: of
+    one row a matrix nothing is saved by reading it once (measured)."""
 
     name: str = "joined"
 

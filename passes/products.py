@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from peftc.graph.aten import CUT, LINEAR, MATMUL, MOVE
+from peftc.graph.aten import CUT, LINEAR, MATMUL, MOVE, VIEW, lies_flat
 from peftc.graph.program import Program, aten, is_call
 from peftc.rewrite.lower import Known
 from peftc.rewrite.nodes import made
@@ -19,8 +19,8 @@ _LOWERED = (*LINEAR, *MATMUL, aten.addmm.default)
 
 @dataclass(frozen=True)
 class Products:
-    """Of what was inserted, `h + c * (u @ W)` and `u @ W + b` are one kernel, `addmm`, each: LoRA is two kernels a
-    site, and a bottleneck three. Where h is no product itself it stays, for autocast would round it."""
+    """Of what was inserted, `h + c * (u @ W)` and `u @ W + b` are one kernel each, `addmm` and `linear`: LoRA is two
+    kernels a site, and a bottleneck three. Where h is no product itself it stays, for autocast would round it."""
 
     name: str = "products"
 
@@ -66,15 +66,7 @@ def _may_be_added(other: Any, product: fx.Node, node: fx.Node) -> bool:
     same = value.ndim == result.ndim and all(
         statically_known_true(a == b) for a, b in zip(value.shape, result.shape)
     )
-    return same and _is_flat(value) and is_call(_source(other), *_LOWERED)
-
-
-def _is_flat(value: Any) -> bool:
-    """Whether all axes but the last are one without a copy."""
-    return all(
-        statically_known_true(value.stride(i) == value.shape[i + 1] * value.stride(i + 1))
-        for i in range(value.ndim - 2)
-    )
+    return same and lies_flat(value) and is_call(_source(other), *_LOWERED)
 
 
 def _source(node: fx.Node) -> Any:
@@ -101,15 +93,33 @@ def _write(
         return made(program, node, op, args, kwargs, f"{node.name}_{name}", known)
 
     with program.graph.inserting_before(node):
+        if other.meta["val"].ndim == 1 and not scales:
+            turned = make(aten.transpose.int, right, 0, 1, name="transpose")
+            return _replace(
+                program,
+                node,
+                product,
+                make(aten.linear.default, left, turned, other, name="product"),
+            )
         rows = make(aten.flatten.using_ints, left, 0, -2, name="rows") if deep else left
         wide = deep and other.meta["val"].ndim > 1
         added = make(aten.flatten.using_ints, other, 0, -2, name="base") if wide else other
         result = make(aten.addmm.default, added, rows, right, name="product", **scales)
+        flat = result
         if wide:
             result = make(aten.view_as.default, result, other, name="shaped")
         elif deep:
             sizes = _leading(program, left, make)
             result = make(aten.view.default, result, [*sizes, -1], name="shaped")
+    _replace(program, node, product, result)
+    for user in list(result.users):
+        if result is not flat and is_call(user, *VIEW):  # of the same numbers in the same order
+            user.replace_input_with(result, flat)
+    if not result.users:
+        program.graph.erase_node(result)
+
+
+def _replace(program: Program, node: fx.Node, product: fx.Node, result: fx.Node) -> None:
     node.replace_all_uses_with(result)
     program.graph.erase_node(node)
     program.graph.erase_node(product)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from peftc.graph.program import aten, is_call
 
@@ -115,6 +116,14 @@ def is_convolution(node: object) -> bool:
 def static_shape(node: Any) -> tuple[int, ...]:
     """The sizes of a value; -1 for an axis that is dynamic."""
     return tuple(int(n) if isinstance(n, int) else -1 for n in node.meta["val"].shape)
+
+
+def lies_flat(value: Any) -> bool:
+    """Whether all axes but the last are one without a copy."""
+    return all(
+        statically_known_true(value.stride(i) == value.shape[i + 1] * value.stride(i + 1))
+        for i in range(value.ndim - 2)
+    )
 
 
 def features(linear: fx.Node) -> tuple[int, int]:
