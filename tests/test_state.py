@@ -26,6 +26,7 @@ from peftc.driver import Trace
 from peftc.errors import PeftcError
 from peftc.graph.captures import CAPTURES
 from peftc.graph.state import fingerprint
+from peftc.graph.watch import Watch
 from peftc.language.reader import parse_spec
 
 LORA = peftc.load_spec("lora", r=2, alpha=4)
@@ -428,6 +429,29 @@ def test_a_step_of_the_same_state_traces_nothing(monkeypatch: pytest.MonkeyPatch
     model.backbone.name_or_path = "there"  # what a model notes of itself is no state
     model.requires_grad_(False)
     logits(model, inputs)
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+def test_a_look_sees_other_data_in_place(guarded: bool) -> None:
+    """A weight stays the object that it is where its data is another's: by torch's guard, and where there is none."""
+    backbone = tiny("bert")
+    watch = Watch(backbone, nn.Module())
+    weight = backbone.classifier.weight
+    own = weight.data
+    for other in (own.half(), own[:2], own.to("meta"), own):
+        count = watch.look()
+        if not guarded:
+            watch._guard = None
+        assert watch.look() == count
+        weight.data = other
+        assert watch.look() == count + 1
+    count = watch.look()
+    weight.data = own.clone()  # others of the same kind
+    weight.requires_grad_(False)
+    with torch.autocast("cpu"):
+        assert watch.look() == count
+    with torch.inference_mode():
+        assert watch.look() == count
 
 
 def test_what_a_forward_decides_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -123,13 +123,19 @@ def layout(inputs: Tensors, entry: str, encoder_decoder: bool) -> dict[str, tupl
     which sees all that is behind it, and a static cache."""
     found = {k: axes(k, v.ndim, entry, encoder_decoder) for k, v in inputs.items()}
     sizes, still = _lengths(inputs, found, entry), _STILL if ENTRIES[entry].static else ()
-    return {
-        k: tuple(
-            label if label not in still and _moves(k, inputs[k], axis, label, sizes) else None
-            for axis, label in enumerate(labels)
-        )
-        for k, labels in found.items()
-    }
+    # What layers hold is of few shapes, and a step asks of each again.
+    known: dict[Hashable, tuple[str | None, ...]] = {}
+    layouts = {}
+    for name, labels in found.items():
+        one, row = inputs[name], argument(name)
+        alike = labels, one.shape, row.role, row.square, one.dtype
+        if alike not in known:
+            known[alike] = tuple(
+                label if label not in still and _moves(row, one, axis, label, sizes) else None
+                for axis, label in enumerate(labels)
+            )
+        layouts[name] = known[alike]
+    return layouts
 
 
 # What has one length in a static cache.
@@ -139,10 +145,10 @@ _STILL = ("past", "total")
 def _lengths(inputs: Tensors, found: Labels, entry: str) -> dict[str, int]:
     """The size of each axis in one call, by what it is read along."""
     sizes: dict[str, int] = {}
-    for name, labels in found.items():
-        if argument(name).role in ("ids", "states", "samples", "cache"):
-            for label, size in zip(labels, inputs[name].shape, strict=True):
-                sizes.setdefault(label or "", size)
+    long = [k for k in found if argument(k).role in ("ids", "states", "samples", "cache")]
+    for labels, shape in dict.fromkeys((found[k], inputs[k].shape) for k in long):
+        for label, size in zip(labels, shape, strict=True):
+            sizes.setdefault(label or "", size)
     if ENTRIES[entry].steps:
         sizes["total"] = sizes.get("past", 0) + sizes.get("query", 0)
     return sizes
@@ -165,10 +171,10 @@ def unpadded(inputs: Tensors, entry: str, encoder_decoder: bool) -> bool:
 
 
 def _moves(
-    name: str, value: torch.Tensor, axis: int, label: str | None, sizes: Mapping[str, int]
+    row: Argument, value: torch.Tensor, axis: int, label: str | None, sizes: Mapping[str, int]
 ) -> bool:
     """Whether an axis is as long as what it is named for, and so may be of any length."""
-    row, size = argument(name), value.shape[axis]
+    size = value.shape[axis]
     if label in ("query", "total") and sizes[label] == 1:
         return False
     if label is None or (axis and row.role == "labels" and value.is_floating_point()):

@@ -38,7 +38,7 @@ class Watch:
 
     def _same(self) -> bool:
         try:
-            return self._sweep() == self._seen
+            return self._sweep() == self._seen and self._of_kinds()
         except Exception:  # two tensors or arrays do not say whether they are equal
             return False
 
@@ -51,10 +51,15 @@ class Watch:
             *chain.from_iterable(self._lists),
             *map(type, self._modules),
             *map(_FORWARD, self._classes),
-            *map(KIND, self._tensors),
             *map(_VERSION, self._constants),
             torch.get_default_dtype(),
         )
+
+    def _of_kinds(self) -> bool:
+        """Whether tensors, which may have other data in place, are of the kinds that they were. torch's own guard is
+        a third as long at it, and strict: where it sees more than a kind, as autocast, the kinds are compared."""
+        quick = self._guard is not None and self._guard.check(*self._tensors)
+        return quick or [*map(KIND, self._tensors)] == self._kinds
 
     def _learn(self) -> None:
         self._modules = list(self.model.modules())
@@ -76,7 +81,12 @@ class Watch:
         for module in self._modules:
             self._follow({k: v for k, v in vars(module).items() if k not in NOTES}, seen)
         slots = (r.values() for m in every for r in (m._parameters, m._buffers))
-        self._tensors = [one for one in chain.from_iterable(slots) if one is not None]
+        # The guard takes each once; of one that is tied the others are it.
+        self._tensors = [
+            one for one in dict.fromkeys(chain.from_iterable(slots)) if one is not None
+        ]
+        self._kinds = [*map(KIND, self._tensors)]
+        self._guard = _guard(self._tensors)
         self.hooked = tuple(
             path for path, m in self.model.named_modules() if any(map(foreign, hooks_of(m)))
         )
@@ -108,6 +118,16 @@ class Watch:
             elif is_record(one):
                 self._dicts.append(vars(one))
                 self._follow({k: v for k, v in vars(one).items() if k not in NOTES}, seen)
+
+
+def _guard(tensors: list[torch.Tensor]) -> Any:
+    """What checks all kinds in one call, by a part of torch that it does not document; None where that is not to be had."""
+    try:
+        made: Any = torch._C._dynamo.guards.TensorGuards
+        sizes, strides = [[*one.shape] for one in tensors], [[*one.stride()] for one in tensors]
+        return made(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+    except Exception:
+        return None
 
 
 _FORWARD: Callable[[Any], Any] = operator.attrgetter("forward")
