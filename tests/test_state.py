@@ -438,7 +438,7 @@ def test_a_look_sees_other_data_in_place(guarded: bool) -> None:
     watch = Watch(backbone, nn.Module())
     weight = backbone.classifier.weight
     own = weight.data
-    for other in (own.half(), own[:2], own.to("meta"), own):
+    for other in (own.half(), own[:2], own.double(), own):
         count = watch.look()
         if not guarded:
             watch._guard = None
