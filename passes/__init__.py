@@ -15,6 +15,7 @@ from passes.insert import Insert
 from passes.joined import Joined
 from passes.masks import Masks
 from passes.normalize import Normalize
+from passes.norms import Norms
 from passes.penalize import Penalize
 from passes.products import Products
 from passes.quantized import Quantized
@@ -25,7 +26,7 @@ from peftc.plan.edit import Edit
 
 FOLD = (FoldConstants(), FoldAffine())
 # Makes a graph that runs in torch no heavier than its algebra; an exported one is left to its runtime.
-LEAN = (Factors(), Slices(), Products(), Joined(), Turned(), Rows(), Masks(), HeldRows())
+LEAN = (Factors(), Slices(), Products(), Joined(), Turned(), Rows(), Norms(), Masks(), HeldRows())
 
 
 def train(
@@ -47,6 +48,7 @@ __all__ = [
     "Joined",
     "Masks",
     "Normalize",
+    "Norms",
     "Penalize",
     "Products",
     "Quantized",

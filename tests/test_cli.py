@@ -103,7 +103,7 @@ def test_compile_prints_graphs(run: Run, folder: Path) -> None:
     code, _, err = run("compile", "lora", "-m", folder, "--no-save", "--print-after", "inline")
     assert (code, err.splitlines()[-1]) == (
         1,
-        "error: compile runs no pass 'inline'; it runs normalize, insert, penalize, factors, slices, products, joined, turned, rows, masks, held",
+        "error: compile runs no pass 'inline'; it runs normalize, insert, penalize, factors, slices, products, joined, turned, rows, norms, masks, held",
     )
 
 
@@ -114,7 +114,7 @@ def test_compile_leaves_passes_out(run: Run, folder: Path) -> None:
     code, _, err = run(*wanted, "--without", "insert")
     assert (code, err.splitlines()[-1]) == (
         1,
-        "error: --without: 'insert' cannot be left out; these passes can: factors, slices, products, joined, turned, rows, masks, held",
+        "error: --without: 'insert' cannot be left out; these passes can: factors, slices, products, joined, turned, rows, norms, masks, held",
     )
 
 
