@@ -167,12 +167,16 @@ def test_ctrl_c_writes_a_checkpoint_and_goes_on_to_the_same_bits(
     tmp_path: Path,
     run: Run,
     monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
     def interrupt(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == 4:
             os.kill(os.getpid(), signal.SIGINT)
 
     given = command("steps", body, rows, tmp_path)
+    # As a terminal has it; what runs in the background of a shell may be told to ignore it.
+    was = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, was))
     with monkeypatch.context() as patched:
         patched.setattr(progress.Shown, "on_step_begin", interrupt)
         code, out, err = run(*given)
