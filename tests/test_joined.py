@@ -11,13 +11,12 @@ import torch
 from conftest import batch, logits, stir, tiny
 from measured import Kernels
 from methods import spec
-from toys import program
+from toys import inserted
 from transformers import PreTrainedModel
 
 import peftc
-from passes import Insert, Joined, Normalize, Products
+from passes import Joined, Products
 from peftc.driver import Trace
-from peftc.driver import plan as make
 from peftc.graph.layers import layers_of
 from peftc.language.reader import parse_spec
 from peftc.language.spec import Spec
@@ -131,10 +130,7 @@ def test_training_is_left_alone() -> None:
 
 
 def test_joined(golden: Callable[[str, str], None]) -> None:
-    plan = make(tiny("bert", num_hidden_layers=1), lora(*QKV))
-    one = program()
-    for step in (Normalize(), Insert(plan.edits), Products()):
-        step.run(one)
+    one = inserted(lora(*QKV), Products())
     before = program_text(one)
     for left in (replace(one, training=True), replace(one, entry="decode")):
         assert Joined().run(left) == 0 and program_text(left) == before

@@ -7,11 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from conftest import batch, logits, stir, tiny
-from toys import SPECS, program
+from toys import SPECS, inserted
 
 import peftc
-from passes import Insert, Normalize, Products
-from peftc.driver import plan as make
+from passes import Products
 from peftc.graph.program import aten
 from peftc.language.expr import names, parse
 from peftc.language.reader import parse_spec
@@ -21,10 +20,7 @@ from peftc.rewrite.verify import check
 
 @pytest.mark.parametrize("name", ["adapter", "lora"])
 def test_products(name: str, golden: Callable[[str, str], None]) -> None:
-    plan = make(tiny("bert", num_hidden_layers=1), parse_spec(SPECS[name], f"{name}.yaml"))
-    one = program()
-    for step in (Normalize(), Insert(plan.edits)):
-        step.run(one)
+    one = inserted(parse_spec(SPECS[name], f"{name}.yaml"))
     before = program_text(one)
     assert Products().run(one) > 0 and check(one) == ()
     golden(f"products_{name}.diff", diff(before, program_text(one)))

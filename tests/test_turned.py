@@ -10,13 +10,12 @@ import torch
 from conftest import batch, stir, tiny
 from measured import kernels
 from methods import spec
-from toys import SPECS, program
+from toys import SPECS, inserted
 from transformers import PreTrainedModel
 
 import peftc
-from passes import Insert, Normalize, Products, Rows, Turned
+from passes import Products, Rows, Turned
 from peftc.driver import Trace
-from peftc.driver import plan as make
 from peftc.graph.program import Program
 from peftc.language.reader import parse_spec
 from peftc.rewrite.text import diff, program_text
@@ -24,11 +23,7 @@ from peftc.rewrite.verify import check
 
 
 def rewritten(name: str) -> Program:
-    plan = make(tiny("bert", num_hidden_layers=1), parse_spec(SPECS[name], f"{name}.yaml"))
-    one = program()
-    for step in (Normalize(), Insert(plan.edits), Products()):
-        step.run(one)
-    return one
+    return inserted(parse_spec(SPECS[name], f"{name}.yaml"), Products())
 
 
 def test_turned(golden: Callable[[str, str], None]) -> None:

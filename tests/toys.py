@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 from functools import cache
+from typing import Any
 
 from conftest import tiny
 
+from passes import Insert, Normalize
+from peftc.driver import plan as make
 from peftc.graph.arguments import dummy_inputs, forward_flags
 from peftc.graph.capture import capture
 from peftc.graph.program import Program
 from peftc.graph.rows import NONE, Room
+from peftc.language.spec import Spec
 
 LORA = """
 deltas:
@@ -51,6 +55,15 @@ def traced(family: str, room: Room = NONE) -> Program:
 
 
 once = cache(traced)
+
+
+def inserted(spec: Spec, *more: Any) -> Program:
+    """One layer of BERT with the deltas of `spec` in it, and what `more` passes make of it."""
+    plan = make(tiny("bert", num_hidden_layers=1), spec)
+    one = program()
+    for step in (Normalize(), Insert(plan.edits), *more):
+        step.run(one)
+    return one
 
 
 def program(family: str = "bert", room: Room = NONE) -> Program:
