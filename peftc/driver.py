@@ -12,7 +12,8 @@ import torch
 from transformers import PreTrainedModel
 
 import passes
-from peftc.graph.arguments import dummy_inputs, forward_flags, seeded_inputs, unpadded
+from peftc.graph.arguments import dummy_inputs, forward_flags, seeded_inputs
+from peftc.graph.call import Call
 from peftc.graph.capture import capture, exclusive
 from peftc.graph.facts import Stacks
 from peftc.graph.program import Program
@@ -117,8 +118,8 @@ def _captured(model: PreTrainedModel, example: Batch | None, trace: Trace) -> Ca
     inputs, flags = example or dummy_inputs(model), forward_flags(model)
     with evaluating(model):
         seen = fingerprint(model)
-        drop = unpadded(inputs, "forward", bool(model.config.is_encoder_decoder))
-        program = capture(model, "forward", inputs, flags, seen=seen, drop=drop)
+        call = Call.of(model, "forward", inputs)
+        program = capture(model, call, flags, seen=seen, drop=call.unpadded)
     trace.run((passes.Normalize(),), program)
     return Captured(program, inputs, flags, seen)
 

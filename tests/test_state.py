@@ -24,6 +24,7 @@ from transformers.cache_utils import DynamicCache
 import peftc
 from peftc.driver import Trace
 from peftc.errors import PeftcError
+from peftc.graph import watch as watching
 from peftc.graph.captures import CAPTURES
 from peftc.graph.state import fingerprint
 from peftc.graph.watch import Watch
@@ -452,6 +453,41 @@ def test_a_look_sees_other_data_in_place(guarded: bool) -> None:
         assert watch.look() == count
     with torch.inference_mode():
         assert watch.look() == count
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_a_look_sees_every_write(monkeypatch: pytest.MonkeyPatch, counted: bool) -> None:
+    """By the number of the latest write to each dict, and where nobody counts these; what is there again is no
+    change, however often it was written."""
+    if not counted:
+        monkeypatch.setattr(watching, "_VERSION_OF", None)
+    backbone = tiny("bert")
+    watch, layer, config = (
+        Watch(backbone, nn.Module()),
+        backbone.bert.encoder.layer[0],
+        backbone.config,
+    )
+    config.odd, was = {"rates": [1, 2]}, config.hidden_size
+    writes: list[Callable[[], object]] = [
+        lambda: setattr(layer.attention.self.dropout, "p", 0.7),
+        lambda: layer.output.dropout.train(),
+        lambda: setattr(config, "hidden_act", "relu"),
+        lambda: config.odd["rates"].append(3),
+        lambda: config.odd.update(more=1),
+        lambda: setattr(layer, "told", "so"),
+        lambda: delattr(layer, "told"),
+        lambda: setattr(layer, "output", nn.Identity()),
+        lambda: layer.register_forward_hook(print),
+        lambda: layer.register_buffer("more", torch.ones(2)),
+    ]
+    for write in writes:
+        count = watch.look()
+        for _ in range(2):
+            for value in (7, was):
+                config.hidden_size = value
+            assert watch.look() == count
+        write()
+        assert watch.look() == count + 1
 
 
 def test_what_a_forward_decides_once(monkeypatch: pytest.MonkeyPatch) -> None:

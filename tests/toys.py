@@ -11,6 +11,7 @@ from conftest import tiny
 from passes import Insert, Normalize
 from peftc.driver import plan as make
 from peftc.graph.arguments import dummy_inputs, forward_flags
+from peftc.graph.call import Call
 from peftc.graph.capture import capture
 from peftc.graph.program import Program
 from peftc.graph.rows import NONE, Room
@@ -51,7 +52,9 @@ SPECS = {"lora": LORA, "prefix": PREFIX, "adapter": ADAPTER}
 
 def traced(family: str, room: Room = NONE) -> Program:
     model = tiny(family, num_hidden_layers=1)
-    return capture(model, "forward", dummy_inputs(model), forward_flags(model), room)
+    return capture(
+        model, Call.of(model, "forward", dummy_inputs(model)), forward_flags(model), room
+    )
 
 
 once = cache(traced)

@@ -15,6 +15,7 @@ from peftc.driver import outputs
 from peftc.export.graph import Case, ExportError, Graph, Tensors
 from peftc.graph.arguments import forward_flags, reads_its_end
 from peftc.graph.cache import CacheSlot, flatten_cache
+from peftc.graph.call import Call
 from peftc.graph.capture import capture, exclusive
 from peftc.graph.program import Program
 from peftc.graph.rows import room_of
@@ -54,7 +55,7 @@ def program_of(model: PreTrainedModel, entry: str, inputs: Tensors) -> Program:
     flags = forward_flags(model) if entry == "forward" else {}
     if isinstance(model, CompiledModel):
         return model.program(entry, inputs, flags)
-    program = capture(model, entry, inputs, flags)
+    program = capture(model, Call.of(model, entry, inputs), flags)
     passes.Normalize().run(program)
     return program
 

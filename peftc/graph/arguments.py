@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +12,8 @@ from transformers import PreTrainedModel
 
 from peftc.errors import PeftcError
 from peftc.graph.cache import FILLED, STATES
-from peftc.graph.entries import ENTRIES, Tensors
+from peftc.graph.entries import ENTRIES
 from peftc.graph.facts import ModelFacts
-from peftc.graph.state import readable
 
 Labels = Mapping[str, tuple[str | None, ...]]
 IMAGE = (224, 224)  # of models whose configuration names no size, because any is theirs
@@ -115,73 +114,6 @@ def _length(row: Argument, entry: str, encoder_decoder: bool, whole: bool = Fals
     if ENTRIES[entry].steps and (of_decoder or not encoder_decoder):
         return "total" if whole else "query"
     return "target" if of_decoder else "seq"
-
-
-def layout(inputs: Tensors, entry: str, encoder_decoder: bool) -> dict[str, tuple[str | None, ...]]:
-    """The dynamic axes of every input of one call. A size that is not the batch's is fixed: a mask's axis of one
-    for all heads, a position row for all texts, the classes of a multi-label head. So is a step of one token,
-    which sees all that is behind it, and a static cache."""
-    found = {k: axes(k, v.ndim, entry, encoder_decoder) for k, v in inputs.items()}
-    sizes, still = _lengths(inputs, found, entry), _STILL if ENTRIES[entry].static else ()
-    # What layers hold is of few shapes, and a step asks of each again.
-    known: dict[Hashable, tuple[str | None, ...]] = {}
-    layouts = {}
-    for name, labels in found.items():
-        one, row = inputs[name], argument(name)
-        alike = labels, one.shape, row.role, row.square, one.dtype
-        if alike not in known:
-            known[alike] = tuple(
-                label if label not in still and _moves(row, one, axis, label, sizes) else None
-                for axis, label in enumerate(labels)
-            )
-        layouts[name] = known[alike]
-    return layouts
-
-
-# What has one length in a static cache.
-_STILL = ("past", "total")
-
-
-def _lengths(inputs: Tensors, found: Labels, entry: str) -> dict[str, int]:
-    """The size of each axis in one call, by what it is read along."""
-    sizes: dict[str, int] = {}
-    long = [k for k in found if argument(k).role in ("ids", "states", "samples", "cache")]
-    for labels, shape in dict.fromkeys((found[k], inputs[k].shape) for k in long):
-        for label, size in zip(labels, shape, strict=True):
-            sizes.setdefault(label or "", size)
-    if ENTRIES[entry].steps:
-        sizes["total"] = sizes.get("past", 0) + sizes.get("query", 0)
-    return sizes
-
-
-def unpadded(inputs: Tensors, entry: str, encoder_decoder: bool) -> bool:
-    """Whether every token of a call counts: what masks it has are as long as what they mask, and ones. False where
-    values cannot be asked for, as while tracing, and in a static cache, which has empty places."""
-    if ENTRIES[entry].static:
-        return False
-    masks = {k: v for k, v in inputs.items() if argument(k).role == "mask"}
-    if not masks:
-        return True
-    found = {k: axes(k, v.ndim, entry, encoder_decoder) for k, v in inputs.items()}
-    sizes = _lengths(inputs, found, entry)
-    fit = all(
-        v.ndim == 2 and sizes.get(found[k][1] or "", -1) == v.shape[1] for k, v in masks.items()
-    )
-    return fit and readable(masks.values()) and all(bool(v.all()) for v in masks.values())
-
-
-def _moves(
-    row: Argument, value: torch.Tensor, axis: int, label: str | None, sizes: Mapping[str, int]
-) -> bool:
-    """Whether an axis is as long as what it is named for, and so may be of any length."""
-    size = value.shape[axis]
-    if label in ("query", "total") and sizes[label] == 1:
-        return False
-    if label is None or (axis and row.role == "labels" and value.is_floating_point()):
-        return False  # floating labels have one number for each class
-    if sizes.get(label, size) == size:
-        return True
-    return not (size == 1 or row.role == "labels" or (row.square and value.ndim > 2))
 
 
 def example(

@@ -23,8 +23,9 @@ from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 from transformers import PreTrainedModel
 
-from peftc.graph.arguments import SIZES, CaptureError, Labels, axes, layout, resized
+from peftc.graph.arguments import SIZES, CaptureError, Labels, resized
 from peftc.graph.cache import keys_of
+from peftc.graph.call import Call
 from peftc.graph.captures import CAPTURES
 from peftc.graph.entries import ENTRIES, Tensors
 from peftc.graph.masks import deciding, proven
@@ -80,60 +81,40 @@ class _Stopped(Exception):
 
 def capture(
     model: PreTrainedModel,
-    entry: str,
-    inputs: Tensors,
+    call: Call,
     flags: Mapping[str, Any] | None = None,
     room: Room = NONE,
-    labels: Labels | None = None,
     seen: Fingerprint | None = None,
     drop: bool = False,
     exact: frozenset[str] = frozenset(),
 ) -> Program:
-    """One entry of `model` in its current mode as a graph, with every batch and length axis dynamic.
+    """The entry of a call of `model` in its current mode as a graph, with every batch and length axis dynamic.
 
-    `inputs` are real or meta tensors by argument name; only their dtype, device, rank and the sizes of fixed axes
-    matter. The model runs on them with `room` for rows in front. `labels` names their dynamic axes (by default
-    `layout`), `seen` is the model's fingerprint where it is known. With `drop` the graph is one for inputs whose
-    masks are ones (`arguments.unpadded`), and has no attention mask where eager code has none then. Axes in `exact` are
-    traced as long as they are. A graph that was traced before of a model that is the same to tracing is used again.
+    Of the call's inputs, real or meta tensors, only dtype, device, rank and the sizes of fixed axes matter. The model
+    runs on them with `room` for rows in front. `seen` is the model's fingerprint where it is known. With `drop` the
+    graph is one for calls that are `unpadded`, and has no attention mask where eager code has none then. Axes in
+    `exact` are traced as long as they are. A graph that was traced before of a model that is the same to tracing is
+    used again.
     Where the model's code depends on a size, the graph's `bounds` say for which it holds. What it decides once and notes
     in its configuration stands there afterwards, and the graph holds for that too. Raises CaptureError when the model
     cannot be traced.
     """
-    labels = labels or layout(inputs, entry, bool(model.config.is_encoder_decoder))
     flags = flags or {}
     with TRACING:
         seen = seen or fingerprint(model)
 
         def trace() -> Program:
             with noting(model) as notes:
-                program = _traced(model, entry, inputs, flags, room, labels, drop, exact)
+                program = _traced(model, call, flags, room, drop, exact)
             return replace(program, notes=notes)
 
         if not seen.shared:
             return trace()
-        given = signature(inputs, labels), sizes_of(inputs, labels, exact)
-        key = (seen.value, entry, given, settings(flags), room.key)
+        given = call.entry, call.signature, call.sizes_of(exact)
+        key = (seen.value, given, settings(flags), room.key)
         program = CAPTURES.get(key, "dropped" if drop else "explicit", trace)
         note(model, program.notes)
         return program
-
-
-def signature(inputs: Tensors, labels: Labels) -> tuple[Hashable, ...]:
-    """What a graph depends on of its inputs: names, kinds, and the sizes of the axes that are fixed."""
-    return tuple(
-        (k, v.dtype, v.device, *[n if a is None else a for n, a in zip(v.shape, labels[k])])
-        for k, v in sorted(inputs.items())
-    )
-
-
-def sizes_of(inputs: Tensors, labels: Labels, named: frozenset[str]) -> tuple[tuple[str, int], ...]:
-    """How long the axes are that go by these names."""
-    return tuple(
-        sorted(
-            {(a, n) for k, v in inputs.items() for a, n in zip(labels[k], v.shape) if a in named}
-        )
-    )
 
 
 def settings(flags: Mapping[str, Any]) -> tuple[Hashable, ...]:
@@ -142,23 +123,21 @@ def settings(flags: Mapping[str, Any]) -> tuple[Hashable, ...]:
 
 def _traced(
     model: PreTrainedModel,
-    entry: str,
-    inputs: Tensors,
+    call: Call,
     flags: Mapping[str, Any],
     room: Room,
-    labels: Labels,
     drop: bool,
     exact: frozenset[str],
 ) -> Program:
+    entry, inputs, labels = call.entry, call.inputs, call.labels
     if _get_current_dispatch_mode() is not None:
         raise CaptureError(
             f"{type(model).__name__}: its graph for such inputs ({entry}) would be captured while another trace is "
             "being made; run the model once on them before, with a mask that has a zero if it has a mask"
         )
     require_open(model)
-    seq2seq = bool(model.config.is_encoder_decoder)
-    new = _new_tokens(inputs, labels, entry, seq2seq)
-    now = dict(sizes_of(inputs, labels, exact))
+    seq2seq = call.encoder_decoder
+    new, now = _new_tokens(call), dict(call.sizes_of(exact))
     tensors = {
         k: resized(v, labels[k], _at(_sizes(inputs, flags, room.held(k, seq2seq), new), now))
         for k, v in inputs.items()
@@ -167,13 +146,13 @@ def _traced(
     shapes = {k: {i: auto for i, a in enumerate(labels[k]) if a} for k in tensors}
     output_types: list[type] = []
 
-    def call(arguments: Tensors) -> dict[str, Any]:
+    def run(arguments: Tensors) -> dict[str, Any]:
         wide = room.widened(model, entry, arguments)
         output_type, fields = ENTRIES[entry].call(model, wide, flags)
         output_types.append(output_type)
         return room.cut(model, entry, wide, fields)
 
-    traced = _Traced(model, call)
+    traced = _Traced(model, run)
     with _alone(model), deciding(drop) as decision:
         try:
             exported = torch.export.export(
@@ -191,7 +170,7 @@ def _traced(
     program = _program(exported, entry, model, labels, wide, output_types[-1])
     program.quantized = readers(model)
     if not proven(program):
-        explicit = _traced(model, entry, inputs, flags, room, labels, False, exact)
+        explicit = _traced(model, call, flags, room, False, exact)
         return replace(explicit, masks="any")
     if decision.met:
         program.masks = "dropped" if drop else "explicit"
@@ -222,12 +201,12 @@ def _at(sizes: Mapping[str, int], now: Mapping[str, int]) -> dict[str, int]:
     return found
 
 
-def _new_tokens(inputs: Tensors, labels: Labels, entry: str, seq2seq: bool) -> int:
+def _new_tokens(call: Call) -> int:
     """How many tokens a step is traced with: as many as it has, where the graph is one for their number."""
-    for name, value in inputs.items():
-        for axis, label in enumerate(axes(name, value.ndim, entry, seq2seq)):
-            if label == "query" and labels[name][axis] is None:
-                return value.shape[axis]
+    for name, labels in call.named.items():
+        for axis, label in enumerate(labels):
+            if label == "query" and call.labels[name][axis] is None:
+                return call.inputs[name].shape[axis]
     return SIZES["query"]
 
 

@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import find_labels
 
 from peftc.errors import PeftcError
-from peftc.graph.arguments import argument, dummy_inputs, layout, resized
+from peftc.graph.arguments import argument, dummy_inputs, resized
+from peftc.graph.call import Call
 from peftc.graph.facts import ModelFacts
 from peftc.graph.rows import Room
 
@@ -41,8 +42,8 @@ def step_inputs(
     if example is None and _makes_its_own(model, facts):
         inputs.pop("decoder_input_ids", None)
     sizes = {"batch": batch, "seq": length or 0, "target": length or 0}
-    named = layout(inputs, "forward", facts.encoder_decoder)
-    found = {name: resized(one, named[name], sizes) for name, one in inputs.items()}
+    labels = Call.of(model, "forward", inputs).labels
+    found = {name: resized(one, labels[name], sizes) for name, one in inputs.items()}
     varying = (batch, *[length or 0] * len(logits))
     predicted = tuple(n if one is None else one for one, n in zip(logits, varying))
     for name in find_labels(type(model)):

@@ -20,34 +20,57 @@ class Watch:
     """A look, quick enough for each call, whether anything changed that tracing sees: all attributes of all
     modules, configurations and containers among them, classes, hooks, and kinds of tensors.
 
-    `count` rises with every change that a look finds. What it compares by is identity, in one sweep in C. Of
-    `stores`, modules that run no code, only the tensors count.
+    `count` rises with every change that a look finds. What it compares by is identity, in one sweep in C, and a dict
+    that nobody wrote to is passed over. Of `stores`, modules that run no code, only the tensors count.
     """
 
     def __init__(self, model: nn.Module, stores: nn.Module) -> None:
         self.model, self.stores = model, stores
         self.count = 0
         self.hooked: tuple[str, ...] = ()
-        self._seen: tuple[Any, ...] | None = None
+        self._learnt = False
+        self._known: list[int] = []
+        self._seen: tuple[Any, ...] = ()
+        self._others: tuple[Any, ...] = ()
 
     def look(self) -> int:
-        if self._seen is None or not self._same():
+        if not self._learnt or not self._same():
             self._learn()
             self.count += 1
         return self.count
 
     def _same(self) -> bool:
         try:
-            return self._sweep() == self._seen and self._of_kinds()
+            return self._untouched() and self._beside() == self._others and self._of_kinds()
         except Exception:  # two tensors or arrays do not say whether they are equal
             return False
 
-    def _sweep(self) -> tuple[Any, ...]:
+    def _untouched(self) -> bool:
+        """Whether all dicts hold what they held: none was written to, or what was written is what was there."""
+        if any(self._empty):
+            return False
+        versions = self._versions()
+        if versions and versions == self._known:
+            return True
+        same = self._held() == self._seen
+        if same:
+            self._known = versions
+        return same
+
+    def _versions(self) -> list[int]:
+        """Which write to each dict was the last."""
+        return [] if _VERSION_OF is None else [*map(_VERSION_OF, self._written)]
+
+    def _held(self) -> tuple[Any, ...]:
         return (
-            any(self._empty),
             *map(len, self._own),
             *map(operator.call, self._getters, self._own),
             *chain.from_iterable(map(dict.values, self._dicts)),
+        )
+
+    def _beside(self) -> tuple[Any, ...]:
+        """What is in no dict."""
+        return (
             *chain.from_iterable(self._lists),
             *map(type, self._modules),
             *map(_FORWARD, self._classes),
@@ -90,7 +113,9 @@ class Watch:
         self.hooked = tuple(
             path for path, m in self.model.named_modules() if any(map(foreign, hooks_of(m)))
         )
-        self._seen = self._sweep()
+        self._written = [*self._own, *self._dicts]
+        self._known = self._versions()
+        self._seen, self._others, self._learnt = self._held(), self._beside(), True
 
     def readings(self) -> Iterator[Reading]:
         """Every plain value of the model that tracing sees, once, by a way to it."""
@@ -130,6 +155,10 @@ def _guard(tensors: list[torch.Tensor]) -> Any:
         return None
 
 
+# Numbers the latest write to a dict, by a part of torch that it does not document; None where that is not to be had.
+_VERSION_OF: Callable[[dict[Any, Any]], int] | None = getattr(
+    getattr(torch._C._dynamo, "guards", None), "dict_version", None
+)
 _FORWARD: Callable[[Any], Any] = operator.attrgetter("forward")
 _VERSION: Callable[[Any], Any] = operator.attrgetter("_version")
 

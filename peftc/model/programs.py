@@ -14,8 +14,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from peftc.graph.arguments import SIZES, Labels, axes, layout, unpadded
-from peftc.graph.capture import TRACING, capture, settings, signature, sizes_of
+from peftc.graph.arguments import SIZES, Labels, axes
+from peftc.graph.call import Call
+from peftc.graph.capture import TRACING, capture, settings
 from peftc.graph.captures import SERVES
 from peftc.graph.facts import ModelFacts
 from peftc.graph.layers import layers_of, outside
@@ -99,7 +100,8 @@ class Programs:
         """The rewritten graph for an entry and this kind of inputs, to be read or exported: with explicit masks, and
         in the words of the spec."""
         with TRACING:
-            return self._find(entry, inputs, flags, "plain").program
+            self._look()
+            return self._find(self._call(entry, inputs), flags, "plain").program
 
     def adopt(
         self,
@@ -112,17 +114,17 @@ class Programs:
         with TRACING:
             self._look()
             self._sizes |= {(k, v.ndim): v.shape for k, v in inputs.items()}
-            labels = layout(inputs, program.entry, self._facts.encoder_decoder)
-            state = replace(self._state, seen=seen)
-            self._keep((*self._key(program.entry, inputs, flags, labels, state), ()), program)
+            call, state = self._call(program.entry, inputs), replace(self._state, seen=seen)
+            self._keep((*self._key(call, flags, state), ()), program)
 
     def ready(
         self, entry: str, inputs: Mapping[str, Any], flags: Mapping[str, Any]
     ) -> tuple[Runner, list[torch.Tensor]]:
         """The graph with the stored tensors as they are now."""
         with TRACING:
-            drop = unpadded(inputs, entry, self._facts.encoder_decoder)
-            runner = self._find(entry, inputs, flags, "dropped" if drop else "explicit")
+            self._look()
+            call = self._call(entry, inputs)
+            runner = self._find(call, flags, "dropped" if call.unpadded else "explicit")
             return runner, runner.fetch(self._count)
 
     def trace(self, kind: Kind) -> str | None:
@@ -136,13 +138,11 @@ class Programs:
                 if inputs is None:
                     return None
                 entry, _, flags = kind
-                runner = self._find(entry, inputs, dict(flags), "explicit")
+                call = self._call(entry, inputs)
+                runner = self._find(call, dict(flags), "explicit")
                 key = self._number, kind
-                labels = layout(inputs, entry, self._facts.encoder_decoder)
                 self._names[key] = name = f"graph_{next(self._numbers)}"
-                vars(self.traced)[name] = Traced.of(
-                    runner, labels, inputs, [*self._watch.readings()]
-                )
+                vars(self.traced)[name] = Traced.of(runner, call, [*self._watch.readings()])
                 while len(self._names) > self._bound:
                     oldest = next(iter(self._names))
                     del vars(self.traced)[self._names.pop(oldest)]
@@ -171,46 +171,36 @@ class Programs:
             for runner in self._runners.values():
                 runner.forget()
 
-    def _find(
-        self, entry: str, inputs: Mapping[str, Any], flags: Mapping[str, Any], form: str
-    ) -> Runner:
-        self._look()
-        labels = layout(inputs, entry, self._facts.encoder_decoder)
-        runner = self._kept(entry, inputs, flags, labels, form)
-        outside = _outside(runner, inputs)
+    def _call(self, entry: str, inputs: Mapping[str, Any]) -> Call:
+        return Call(entry, inputs, self._facts.encoder_decoder)
+
+    def _find(self, call: Call, flags: Mapping[str, Any], form: str) -> Runner:
+        runner = self._kept(call, flags, form)
+        outside = _outside(runner, call.inputs)
         if not outside:
             return runner
-        key = self._key(entry, inputs, flags, labels, self._state)
+        key = self._key(call, flags, self._state)
         for (*kind, _, last), other in self._runners.items():
-            if tuple(kind) == key and last in _FORMS[form] and not _outside(other, inputs):
+            if tuple(kind) == key and last in _FORMS[form] and not _outside(other, call.inputs):
                 return other
-        return self._kept(entry, inputs, flags, labels, form, _exact(outside, labels))
+        return self._kept(call, flags, form, _exact(outside, call.labels))
 
     def _kept(
-        self,
-        entry: str,
-        inputs: Mapping[str, Any],
-        flags: Mapping[str, Any],
-        labels: Labels,
-        form: str,
-        exact: frozenset[str] = frozenset(),
+        self, call: Call, flags: Mapping[str, Any], form: str, exact: frozenset[str] = frozenset()
     ) -> Runner:
         """A graph whose masks are "explicit" or "dropped", or one that serves both; or a "plain" one, as traced. It was
         traced with the sizes of now on axes in `exact`."""
-        key = self._key(entry, inputs, flags, labels, self._state)
-        key = (*key, sizes_of(inputs, labels, exact))
+        key = (*self._key(call, flags, self._state), call.sizes_of(exact))
         for one in ((*key, last) for last in _FORMS[form]):
             if one in self._runners:
                 self._runners.move_to_end(one)
                 return self._runners[one]
-        self._sizes |= {(k, v.ndim): v.shape for k, v in inputs.items()}
+        self._sizes |= {(k, v.ndim): v.shape for k, v in call.inputs.items()}
         seen, drop = self._state.seen, form == "dropped"
-        program = capture(
-            self._backbone, entry, inputs, flags, self._room, labels, seen, drop, exact
-        )
+        program = capture(self._backbone, call, flags, self._room, seen, drop, exact)
         if program.notes:
             self._look()
-            key = (*self._key(entry, inputs, flags, labels, self._state), key[-1])
+            key = (*self._key(call, flags, self._state), key[-1])
         return self._keep(key, program, form)
 
     def _keep(self, key: tuple[Hashable, ...], program: Program, form: str = "") -> Runner:
@@ -229,16 +219,9 @@ class Programs:
         self._states = {state: i for state, i in self._states.items() if i in used}
         return runner
 
-    def _key(
-        self,
-        entry: str,
-        inputs: Mapping[str, Any],
-        flags: Mapping[str, Any],
-        labels: Labels,
-        state: State,
-    ) -> tuple[Hashable, ...]:
+    def _key(self, call: Call, flags: Mapping[str, Any], state: State) -> tuple[Hashable, ...]:
         number = self._number if state is self._state else self._numbered(state)
-        return (number, entry, signature(inputs, labels), settings(flags))
+        return (number, call.entry, call.signature, settings(flags))
 
     def _numbered(self, state: State) -> int:
         if state not in self._states:

@@ -18,7 +18,7 @@ import torch
 import torch._dynamo
 from torch import nn
 
-from peftc.graph.arguments import Labels
+from peftc.graph.call import Call
 from peftc.graph.layers import submodule
 from peftc.graph.program import Bound, Program
 from peftc.graph.watch import Reading
@@ -60,19 +60,14 @@ class Traced:
     readings: tuple[Reading, ...]
 
     @staticmethod
-    def of(
-        runner: Runner,
-        labels: Labels,
-        inputs: Mapping[str, torch.Tensor],
-        readings: Sequence[Reading],
-    ) -> Traced:
-        """As it is for `inputs`, whose dynamic axes are `labels`."""
+    def of(runner: Runner, call: Call, readings: Sequence[Reading]) -> Traced:
+        """As it is for a call."""
         named: dict[str, list[tuple[str, int]]] = {}
         fixed = []
-        for name, axes in labels.items():
+        for name, axes in call.labels.items():
             for axis, label in enumerate(axes):
                 if label is None:
-                    size = inputs[name].shape[axis]
+                    size = call.inputs[name].shape[axis]
                     fixed.append(Bound(name, axis, size, size))
                 else:
                     named.setdefault(label, []).append((name, axis))
