@@ -23,7 +23,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 import peftc
 from passes import Insert, Masks, Normalize
 from peftc.driver import plan as make
-from peftc.graph.arguments import unpadded
+from peftc.graph.call import Call
 from peftc.graph.masks import deciding
 from peftc.graph.program import Program, aten
 from peftc.language.reader import parse_spec
@@ -138,7 +138,7 @@ def test_a_mask_made_of_something_else_stays() -> None:
     model = peftc.compile(backbone, "lora")
     inputs = batch(backbone)
     inputs["input_ids"][0, -5:] = 7
-    assert unpadded(inputs, "forward", False)
+    assert Call("forward", inputs, False).unpadded
     assert torch.allclose(logits(model, inputs), logits(backbone, inputs), atol=1e-5)
     assert [*graphs(model)] == ["any"]
 
@@ -156,7 +156,7 @@ def test_a_mask_made_of_something_else_stays() -> None:
 )
 def test_what_counts_as_unpadded(mask: torch.Tensor, whole: bool) -> None:
     inputs = {"input_ids": torch.ones(2, 4, dtype=torch.long), "attention_mask": mask}
-    assert unpadded(inputs, "forward", False) is whole
+    assert Call("forward", inputs, False).unpadded is whole
 
 
 def test_other_threads_and_later_calls_decide_for_themselves() -> None:
