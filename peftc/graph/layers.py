@@ -13,6 +13,7 @@ from weakref import ref
 
 from torch import fx, nn
 
+from peftc.graph.code import function_of
 from peftc.graph.program import Program
 
 # The argument by which a layer is given what it runs; its own code never sees it.
@@ -209,7 +210,7 @@ def _code(
         copies[node] = graph.node_copy(node, copies.__getitem__)
     results = tuple(copies[node] for node in given)
     graph.output(results[0] if len(results) == 1 else results)
-    return fx.GraphModule(program.root, graph).forward
+    return function_of(program.root, graph)
 
 
 def _dropping(regions: Sequence[Region], returns: Sequence[Any]) -> Iterator[Region]:

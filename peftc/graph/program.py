@@ -11,6 +11,8 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from peftc.graph.code import function_of
+
 aten = torch.ops.aten
 
 
@@ -196,7 +198,7 @@ class Program:
 
     def code(self) -> Callable[..., Any]:
         """The graph as it is now, as a function of its placeholders in their order."""
-        return fx.GraphModule(self.root, self.graph).forward
+        return function_of(self.root, self.graph)
 
     def order(self) -> Iterator[Slot]:
         """What fills the placeholders, in their order."""

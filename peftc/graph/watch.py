@@ -20,13 +20,14 @@ class Watch:
     """A look, quick enough for each call, whether anything changed that tracing sees: all attributes of all
     modules, configurations and containers among them, classes, hooks, and kinds of tensors.
 
-    `count` rises with every change that a look finds. What it compares by is identity, in one sweep in C, and a dict
+    `count` rises with every change that a look finds, `writes` with every look but one that knows that no dict was
+    written to: until it rises, every tensor is the object that it was. What it compares by is identity, in one sweep in C, and a dict
     that nobody wrote to is passed over. Of `stores`, modules that run no code, only the tensors count.
     """
 
     def __init__(self, model: nn.Module, stores: nn.Module) -> None:
         self.model, self.stores = model, stores
-        self.count = 0
+        self.count = self.writes = 0
         self.hooked: tuple[str, ...] = ()
         self._learnt = False
         self._known: list[int] = []
@@ -36,7 +37,7 @@ class Watch:
     def look(self) -> int:
         if not self._learnt or not self._same():
             self._learn()
-            self.count += 1
+            self.count, self.writes = self.count + 1, self.writes + 1
         return self.count
 
     def _same(self) -> bool:
@@ -47,12 +48,11 @@ class Watch:
 
     def _untouched(self) -> bool:
         """Whether all dicts hold what they held: none was written to, or what was written is what was there."""
-        if any(self._empty):
-            return False
-        versions = self._versions()
-        if versions and versions == self._known:
+        empty, versions = not any(self._empty), self._versions()
+        if empty and versions and versions == self._known:
             return True
-        same = self._held() == self._seen
+        self.writes += 1
+        same = empty and self._held() == self._seen
         if same:
             self._known = versions
         return same
@@ -138,7 +138,8 @@ class Watch:
                 self._dicts.append(one)
                 self._follow(one, seen)
             elif isinstance(one, list | tuple | set | frozenset):
-                self._lists.append(one)
+                if not isinstance(one, tuple | frozenset):
+                    self._lists.append(one)
                 self._follow(dict(enumerate(one)), seen)  # type: ignore[arg-type]
             elif is_record(one):
                 self._dicts.append(vars(one))

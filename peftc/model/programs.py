@@ -64,6 +64,9 @@ class Programs:
         self._numbers = itertools.count()
         self._told: set[str] = set()
         self._count = -1
+        # The stored tensors of graphs, until a dict of the model is written to.
+        self._fetched: dict[Runner, list[torch.Tensor]] = {}
+        self._writes = -1
         self.number = enrol(self)
         # What torch.compile sees, each an attribute, which it looks at alone; and their names.
         self.traced = types.SimpleNamespace()
@@ -125,7 +128,15 @@ class Programs:
             self._look()
             call = self._call(entry, inputs)
             runner = self._find(call, flags, "dropped" if call.unpadded else "explicit")
-            return runner, runner.fetch(self._count)
+            return runner, self._stored(runner)
+
+    def _stored(self, runner: Runner) -> list[torch.Tensor]:
+        if self._writes != self._watch.writes:
+            self._writes = self._watch.writes
+            self._fetched.clear()
+        if runner not in self._fetched:
+            self._fetched[runner] = runner.fetch(self._count)
+        return self._fetched[runner]
 
     def trace(self, kind: Kind) -> str | None:
         """The name of the graph, with explicit masks, for who traces a call of this kind; None where sizes of its
@@ -214,7 +225,7 @@ class Programs:
         }
         self._runners[key] = runner = Runner(program, roots)
         while len(self._runners) > self._bound:
-            self._runners.popitem(last=False)
+            self._fetched.pop(self._runners.popitem(last=False)[1], None)
         used = {self._number, *(one[0] for one in self._runners)}
         self._states = {state: i for state, i in self._states.items() if i in used}
         return runner

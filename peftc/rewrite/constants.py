@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from peftc.graph.code import function_of
 from peftc.graph.program import Program
 
 # Of the slots, those whose values a trained delta is made of.
@@ -54,8 +55,8 @@ def split(program: Program) -> Split | None:
             copies[node] = rest.node_copy(node, copies.__getitem__)
     at = {node: i for i, node in enumerate(stored)}
     return Split(
-        fx.GraphModule(program.root, head).forward,
-        fx.GraphModule(program.root, rest).forward,
+        function_of(program.root, head),
+        function_of(program.root, rest),
         tuple(at[n] for n in reads),
         tuple(at[n] for n in keeps),
         tuple(program.slots[n.name].name for n in inputs),
