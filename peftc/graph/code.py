@@ -56,7 +56,8 @@ NAMED: dict[Any, Callable[..., Any]] = {
 
 def function_of(root: nn.Module, graph: fx.Graph) -> Callable[..., Any]:
     """A graph, which calls what is in `root`, as a function of its placeholders in their order."""
-    named, found = fx.Graph(), {}
+    named = fx.Graph()
+    found: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         args, kwargs = fx.map_arg((node.args, node.kwargs), found.__getitem__)
         target = NAMED.get(node.target, node.target)
