@@ -63,16 +63,20 @@ def generation(name: str, tokens: int = 24) -> Iterator[Row]:
     steps = {k: measured.generating(model, inputs, tokens) for k, model in models.items()}
     ours, peft = steps["ours"], steps["peft"]
     alone = measured.generating(plain, inputs, tokens)
-    yield Row(f"{name}: generate, lora", {"ours": ours, "bare": alone}, 1.05)
-    yield Row(f"{name}: generate, lora", {"ours": ours, "peft": peft}, 1.0)
+    both = models["ours"], plain
+    yield Row(f"{name}: generate, lora", {"ours": ours, "bare": alone}, 1.05, both)
+    both = models["ours"], models["peft"]
+    yield Row(f"{name}: generate, lora", {"ours": ours, "peft": peft}, 1.0, both)
     folded, _ = peftc.merge(models["ours"])
     merged = measured.generating(folded, inputs, tokens)
-    yield Row(f"{name}: generate, lora folded", {"ours": merged, "bare": alone}, 1.02)
+    yield Row(
+        f"{name}: generate, lora folded", {"ours": merged, "bare": alone}, 1.02, (folded, plain)
+    )
     for stored in (False, True):
         model = adapted.mam(name, stored, **_eight(name))
         step = measured.generating(model, inputs, tokens)
         what = f"{name}: generate, mam" + (" stored" if stored else "")
-        yield Row(what, {"ours": step, "bare": alone}, 1.5)
+        yield Row(what, {"ours": step, "bare": alone}, 1.5, (model, plain))
 
 
 def _eight(name: str) -> dict[str, int]:
@@ -84,7 +88,8 @@ def training(name: str) -> Iterator[Row]:
     inputs = measured.batch(name, length=128)
     models = adapted.pair(name, "lora q,v")
     steps = {k: measured.training_step(model, inputs) for k, model in models.items()}
-    yield Row(f"{name}: training step, lora", {"ours": steps["ours"], "peft": steps["peft"]}, 1.0)
+    what, both = f"{name}: training step, lora", {k: steps[k] for k in ("ours", "peft")}
+    yield Row(what, both, 1.0, tuple(models.values()))
     followed = adapted.pair(name, "lora q,v")["ours"]
     for layer in followed._programs.layers.values():
         layer.register_forward_hook(lambda *_: None)
