@@ -22,9 +22,10 @@ from passes.quantized import Quantized
 from passes.rows import Rows
 from passes.slices import Slices
 from passes.turned import Turned
+from passes.widen import Widen
 from peftc.plan.edit import Edit
 
-FOLD = (FoldConstants(), FoldAffine())
+FOLD = (FoldConstants(), FoldAffine(), Widen())
 # Makes a graph that runs in torch no heavier than its algebra; an exported one is left to its runtime.
 LEAN = (Factors(), Slices(), Products(), Joined(), Turned(), Rows(), Norms(), Masks(), HeldRows())
 
@@ -55,5 +56,6 @@ __all__ = [
     "Rows",
     "Slices",
     "Turned",
+    "Widen",
     "train",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NoReturn, TypeVar
 
 import torch
@@ -28,6 +29,7 @@ from peftc.plan.sets import apart
 from peftc.rewrite import tying, verify
 from peftc.rewrite.folding import Folding, Report, rounded
 from peftc.rewrite.tolerance import tolerance as rounding
+from peftc.rewrite.widths import Shapes, refit, refitted
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -61,7 +63,7 @@ def merge(
             "into the backbone as you load it without a device_map"
         )
     trace = trace or Trace()
-    backbone, folding = fold(model, trace, tying.separable)
+    backbone, folding = fold(model, trace, tying.separable, refitted)
     untied = folding.weights.keys() & folding.tied
     if untied:
         tying.untie(backbone)
@@ -73,6 +75,8 @@ def merge(
     quantizer = getattr(backbone, "hf_quantizer", None)
     if quantizer is not None and not quantized(backbone):
         quantizer.remove_quantization_config(backbone)
+    if folding.like is not None:
+        refit(backbone, folding.like, folding.weights)
     weights = dict(backbone.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for path, weight in folding.weights.items():
@@ -137,12 +141,13 @@ def fold(
     model: CompiledModel,
     trace: Trace,
     separable: Callable[[PreTrainedModel], frozenset[str]] = lambda _: frozenset(),
+    refitted: Callable[[PreTrainedModel, Shapes], PreTrainedModel | None] | None = None,
     as_stored: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = rounded,
 ) -> tuple[PreTrainedModel, Folding]:
     """A copy of the backbone as it is, and the folding of the deltas into its weights.
 
-    `separable` says which tied paths may get a weight of their own; `as_stored(stored, folded)` what is kept of a
-    folded weight, which is float64. Raises MergeError where a delta holds infinities or no numbers.
+    `separable` says which tied paths may get a weight of their own, `refitted` gives a model that has parameters of
+    other shapes, `as_stored(stored, folded)` what is kept of a folded weight, which is float64. Raises MergeError where a delta holds infinities or no numbers.
     """
     slots = model.deltas.values()
     values = {path: slots[path] for path in model.plan.tensors}
@@ -163,6 +168,7 @@ def fold(
         tied,
         separable(backbone) if concerned and not trains else frozenset(),
         as_stored,
+        None if refitted is None else partial(refitted, backbone),
     )
     trace.run(passes.FOLD, folding)
     return backbone, folding

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
+from transformers import PreTrainedModel
 
 from peftc.plan.edit import Edit
 
@@ -54,7 +55,8 @@ def rounded(stored: torch.Tensor, folded: torch.Tensor) -> torch.Tensor:
 class Folding:
     """`read` fetches a backbone weight by path. Of the `tied` paths the `separable` ones may get a weight of
     their own. Fold passes take edits out of `edits` and say where they went (`folded`) or why they stay
-    (`reasons`), by the edit's key. `weights` has what `as_stored` makes of a stored weight and its folded value as
+    (`reasons`), by the edit's key. `refitted` gives a model on the meta device that has parameters of other
+    shapes, all of these at once, or None, and is None where no shape may change; `like` is the one that was taken. `weights` has what `as_stored` makes of a stored weight and its folded value as
     soon as all of a weight's edits are done, so that no float64 copy is kept."""
 
     edits: list[Edit]
@@ -63,9 +65,16 @@ class Folding:
     tied: frozenset[str] = frozenset()
     separable: frozenset[str] = frozenset()
     as_stored: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = rounded
+    refitted: Callable[[Mapping[str, torch.Size]], PreTrainedModel | None] | None = None
+    like: PreTrainedModel | None = None
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
     folded: dict[Key, str] = field(default_factory=dict)
     reasons: dict[Key, str] = field(default_factory=dict)
+
+    def now(self, path: str) -> torch.Tensor:
+        """A weight with what was folded into it so far, float64."""
+        found = self.weights[path] if path in self.weights else self.read(path)
+        return found.detach().double()
 
     def put(self, path: str, value: torch.Tensor) -> None:
         """A rewritten weight, float64, as the model stores it."""

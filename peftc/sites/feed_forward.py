@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import fx
 
@@ -19,11 +20,12 @@ from peftc.graph.aten import (
 )
 from peftc.graph.facts import Stacks
 from peftc.graph.program import Read, Value, is_call, scope_of
+from peftc.language.ops import OPS, Op
 from peftc.sites import attention, fused
 from peftc.sites.dataflow import residual_add
 from peftc.sites.index import Index
 from peftc.sites.linear import computed, linear_site
-from peftc.sites.site import NoSite, Place, Site, layer_of
+from peftc.sites.site import Hidden, NoSite, Place, Site, layer_of
 from peftc.sites.view import Columns, Port, Weight
 
 
@@ -127,7 +129,27 @@ def find(index: Index, stacks: Stacks) -> Iterator[Site | NoSite]:
             yield NoSite(("ffn",), one.scope, computed(weight_of(gone)))
             continue
         n_in, n_out = features(one.up)[0], features(one.down)[1]
-        yield _site("ffn", one, stacks, weights, {"in": n_in, "out": n_out, "d": n_out})
+        site = _site("ffn", one, stacks, weights, {"in": n_in, "out": n_out, "d": n_out})
+        yield replace(site, hidden=_hidden(index, one))
+
+
+def _hidden(index: Index, one: FeedForward) -> Hidden | None:
+    """What is between the linears, where it is one op and nothing else."""
+    node: Any = one.down.args[0]
+    while is_call(node, *DROPOUT):
+        node = node.args[0]
+    named = (op.name for op in OPS.values() if _is_of(node, op))
+    op = next(named, "") if isinstance(node, fx.Node) else ""
+    if not op or node.args[0] is not one.up:
+        return None
+    bias = index.weights(one.up).get("b")
+    return Hidden(op, "" if bias is None else bias.path)
+
+
+def _is_of(node: fx.Node, op: Op) -> bool:
+    """Whether a node is what an op of one argument is lowered to."""
+    same = str(node.target) == op.lowering and op.arity == 1
+    return same and (node.args[1:], node.kwargs) == (op.args, op.options)
 
 
 def find_hidden(index: Index, stacks: Stacks) -> Iterator[Site | NoSite]:

@@ -16,6 +16,15 @@ class SiteError(PeftcError):
 
 
 @dataclass(frozen=True)
+class Hidden:
+    """What a feed-forward computes between its two linears: one `op` of the op table, of the result of the first, whose
+    bias is at the path `bias`, "" where it has none."""
+
+    op: str
+    bias: str
+
+
+@dataclass(frozen=True)
 class Site:
     """A place, named by parameter paths and its module path.
 
@@ -23,7 +32,7 @@ class Site:
     convolution, norm or table that makes `h` (of `ffn.hidden`: that reads it); other roles (`q` of an attention,
     `up` and `gate` of a feed-forward) are the parameters that the site is found by. `ids` is the input that an
     embedding reads; `dims` are the sizes that specs may use; `absent` has the ports that this site lacks, each
-    with the reason.
+    with the reason. `hidden` is of a feed-forward whose activation is one op.
     """
 
     at: str
@@ -35,6 +44,7 @@ class Site:
     weights: Mapping[str, Weight] = field(hash=False)
     ids: str = ""
     absent: Mapping[str, str] = field(default_factory=dict, hash=False)
+    hidden: Hidden | None = None
 
     @property
     def name(self) -> str:
