@@ -28,6 +28,7 @@ from peftc.graph.cache import keys_of
 from peftc.graph.call import Call
 from peftc.graph.captures import CAPTURES
 from peftc.graph.entries import ENTRIES, Tensors
+from peftc.graph.finite import Finite, selected
 from peftc.graph.masks import deciding, proven
 from peftc.graph.program import Bound, Program, Slot
 from peftc.graph.quantized import readers, require_open
@@ -128,6 +129,7 @@ def _traced(
     room: Room,
     drop: bool,
     exact: frozenset[str],
+    finite: bool = False,
 ) -> Program:
     entry, inputs, labels = call.entry, call.inputs, call.labels
     if _get_current_dispatch_mode() is not None:
@@ -145,10 +147,12 @@ def _traced(
     auto = torch.export.Dim.AUTO
     shapes = {k: {i: auto for i, a in enumerate(labels[k]) if a} for k in tensors}
     output_types: list[type] = []
+    answers = Finite(finite)
 
     def run(arguments: Tensors) -> dict[str, Any]:
         wide = room.widened(model, entry, arguments)
-        output_type, fields = ENTRIES[entry].call(model, wide, flags)
+        with answers:
+            output_type, fields = ENTRIES[entry].call(model, wide, flags)
         output_types.append(output_type)
         return room.cut(model, entry, wide, fields)
 
@@ -168,6 +172,15 @@ def _traced(
             traced.forget()
     wide = room.wide(entry, seq2seq)
     program = _program(exported, entry, model, labels, wide, output_types[-1])
+    if finite:
+        return program
+    if answers.asked:
+        other = _traced(model, call, flags, room, drop, exact, finite=True)
+        if not selected(program, other):
+            raise CaptureError(
+                f"{type(model).__name__} cannot be traced ({entry}): whether values are finite decides more than whether "
+                "they are bounded"
+            )
     program.quantized = readers(model)
     if not proven(program):
         explicit = _traced(model, call, flags, room, False, exact)

@@ -1,0 +1,114 @@
+"""Finite: code that bounds values of half precision, where not all of them are finite, does so in a graph by a selection.
+
+`if not isfinite(h).all(): h = clamp(h, ...)` asks for values, which a trace has not. It is told that some are not finite,
+and the bounded value stands in the graph; then whether all are selects between it and the value as it was. That the code
+does nothing else there is seen in a second trace, which is told that all are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from peftc.graph.program import Program, aten, is_call
+
+# What asks of each value, what asks of all, and the answer where all are finite.
+_EACH = {
+    torch.isfinite: True,
+    torch.isinf: False,
+    torch.Tensor.isfinite: True,
+    torch.Tensor.isinf: False,
+}
+_ALL = {torch.all: True, torch.Tensor.all: True, torch.any: False, torch.Tensor.any: False}
+_ASKED = {True: "all values are finite", False: "some value is not finite"}
+_BOUND = (aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default)
+
+
+class Finite(TorchFunctionMode):
+    """Answers while a model is traced: all values are `finite`, or some of all that are asked for are not; `asked`
+    counts."""
+
+    def __init__(self, finite: bool) -> None:
+        super().__init__()
+        self.finite, self.asked = finite, 0
+        self._known: Any = WeakTensorKeyDictionary()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.__bool__ and args[0] in self._known:
+            self.asked += 1
+            answer: bool = self._known[args[0]]
+            aten._assert_async.msg(args[0], _ASKED[answer])
+            return answer is self.finite
+        result = func(*args, **(kwargs or {}))
+        if func in _EACH:
+            self._known[result] = _EACH[func]
+        elif func in _ALL and len(args) == 1 and self._known.get(args[0]) is _ALL[func]:
+            self._known[result] = _ALL[func]
+        return result
+
+
+def selected(program: Program, other: Program) -> bool:
+    """Make what was traced as if some values were not finite select: each bounded value only where its own are not.
+    `other` was traced as if all were. False, and nothing changed, where more than bounding hangs on the answers."""
+    marks = [
+        node
+        for node in program.graph.find_nodes(op="call_function", target=_MARK)
+        if _is_ours(node)
+    ]
+    bounded: dict[fx.Node, fx.Node] = {}
+    for mark in marks:
+        value = _asked_of(mark)
+        found = [user for user in value.users if is_call(user, *_BOUND) and mark < user]
+        if len(found) != 1:
+            return False
+        bounded[found[0]] = mark
+    if not _alike(program, other, bounded):
+        return False
+    for node, mark in bounded.items():
+        whole, value = mark.args[0], _asked_of(mark)
+        sides = (value, node) if mark.args[1] == _ASKED[True] else (node, value)
+        with program.graph.inserting_after(node):
+            one = program.graph.call_function(aten.where.self, (whole, *sides))
+        one.meta.update(node.meta)
+        for user in [*node.users]:
+            if user is not one:
+                user.replace_input_with(node, one)
+        program.graph.erase_node(mark)
+    return True
+
+
+_MARK = aten._assert_async.msg
+
+
+def _is_ours(mark: fx.Node) -> bool:
+    return mark.args[1] in _ASKED.values()
+
+
+def _asked_of(mark: fx.Node) -> fx.Node:
+    """h of `isfinite(h).all()`."""
+    whole: Any = mark.args[0]
+    value: fx.Node = whole.args[0].args[0]
+    return value
+
+
+def _alike(program: Program, other: Program, bounded: Mapping[fx.Node, fx.Node]) -> bool:
+    """Whether two graphs are one, but for values that only one bounds."""
+    found: dict[fx.Node, fx.Node] = {}
+    ones = (node for node in other.graph.nodes)
+    for node in program.graph.nodes:
+        if node in bounded:
+            found[node] = found[_asked_of(bounded[node])]
+            continue
+        twin = next(ones, None)
+        if twin is None or (node.op, str(node.target)) != (twin.op, str(twin.target)):
+            return False
+        given = fx.map_arg((node.args, node.kwargs), found.__getitem__)
+        if repr(given) != repr((twin.args, twin.kwargs)):
+            return False
+        found[node] = twin
+    return next(ones, None) is None
