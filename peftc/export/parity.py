@@ -58,14 +58,14 @@ def check(model: PreTrainedModel, graph: Graph, file: Path) -> Parity:
     The bound is a share of the largest value that an output takes on the whole grid: one case may have small
     values alone.
     """
-    session = Session.open(file)
+    session, code = Session.open(file), graph.program.code()
     generator = torch.Generator().manual_seed(0)
     seen = {name: _Output() for name in graph.outputs}
     cases = list(grid(graph, longest(model, "seq") - 8))
     for case in cases:
         inputs = graph.feeds(case, generator)
         with torch.no_grad():
-            want = run_program(model, graph.program, inputs)
+            want = run_program(model, graph.program, inputs, code)
         got = session.run({graph.names[name]: value for name, value in inputs.items()})
         for ours, theirs in graph.outputs.items():
             if want[ours].shape != got[theirs].shape:
