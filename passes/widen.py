@@ -54,14 +54,9 @@ class Widen:
 
 def _widened(edits: Sequence[Edit], folding: Folding) -> dict[str, torch.Tensor]:
     """The parameters of one feed-forward with all its edits in it. Raises NotAffine."""
-    site = edits[0].site
-    hidden, first, last, bias = (
-        site.hidden,
-        site.weights["up"],
-        site.weights["W"],
-        site.weights.get("b"),
-    )
+    weights, hidden = edits[0].site.weights, edits[0].site.hidden
     assert hidden is not None
+    first, last, bias = weights["up"], weights["W"], weights.get("b")
     for one in (first, last):
         if one.path in folding.tied or one.also:
             raise NotAffine(f"'{one.path}' is read elsewhere too")
@@ -97,7 +92,10 @@ def _with(
     scope = {one.name: tensors[one.path] for one in edit.parameters}, numbers(edit)
     calls = dict.fromkeys(_called(assigned["h"], op))
     x = Affine(_eye(edit.site.dims["in"]))
-    units = [affine(one.args[0], {"x": x}, *scope) for one in calls]
+    try:
+        units = [affine(one.args[0], {"x": x}, *scope) for one in calls]
+    except NotAffine as reason:
+        raise NotAffine(f"'{op}' is not affine, nor what it is of a map of x") from reason
     # The result is a map of h, as it was, and of the units.
     names: dict[Expr, Name] = {one: Name(f"unit {i}") for i, one in enumerate(calls)}
     sizes = [edit.site.dims["out"], *(one.matrix.shape[1] for one in units)]
@@ -121,8 +119,7 @@ def _offset(maps: Sequence[Affine]) -> torch.Tensor | None:
     """The offsets side by side; None where no map has one."""
     if all(one.offset is None for one in maps):
         return None
-    every = [(one.matrix[0] * 0 if one.offset is None else one.offset) for one in maps]
-    return torch.cat(every)
+    return torch.cat([one.matrix[0] * 0 if one.offset is None else one.offset for one in maps])
 
 
 def _sum(one: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor | None:

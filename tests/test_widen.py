@@ -39,6 +39,12 @@ deltas:
     )
 
 
+SEQUENTIAL = parse_spec(
+    "name: after\ndeltas:\n  - at: ffn\n    params:\n      down: {shape: [out, 4], init: normal}\n"
+    "      up: {shape: [4, out], init: normal}\n    delta: gelu(h @ down) @ up\n    compose: h + delta\n"
+)
+
+
 def compiled(backbone: PreTrainedModel, *specs: object) -> PreTrainedModel:
     return stir(peftc.compile(backbone, [*specs]))
 
@@ -185,8 +191,9 @@ def test_in_both_sets_of_two() -> None:
         ("llama", adapter("silu"), "'silu' is not affine"),
         ("gpt2", adapter("gelu_tanh"), "'gelu_tanh' is not affine"),
         ("t5", adapter("relu"), "the delta adds a bias and the feed-forward has none"),
+        ("bert", SEQUENTIAL, "'gelu' is not affine, nor what it is of a map of x"),
     ],
-    ids=["another activation", "one layer", "gated", "composed", "no bias"],
+    ids=["another activation", "one layer", "gated", "composed", "no bias", "sequential"],
 )
 def test_what_stays_says_why(family: str, spec: peftc.Spec, reason: str) -> None:
     model = compiled(tiny(family), spec)

@@ -45,7 +45,7 @@ def run_program(
     inputs: Mapping[str, torch.Tensor],
     by: Callable[..., Any] | None = None,
 ) -> dict[str, Any]:
-    """Run a graph (`by` an interpreter of it) on the tensors that `model`, compiled or plain, holds now."""
+    """Run a graph (`by` an interpreter, or code, of it) on the tensors that `model`, compiled or plain, holds now."""
     stored = [registry[name] for registry, name in places(program, roots_of(model))]
     return program.structured((by or program.code())(*_arguments(program, stored, inputs)))
 
