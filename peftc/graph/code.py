@@ -46,7 +46,6 @@ NAMED: dict[Any, Callable[..., Any]] = {
     aten.sub.Tensor: torch.sub,
     aten.sym_size.int: torch.Tensor.size,
     aten.tanh.default: torch.tanh,
-    aten.to.dtype: torch.Tensor.to,
     aten.transpose.int: torch.transpose,
     aten.unsqueeze.default: torch.unsqueeze,
     aten.view.default: torch.Tensor.view,
