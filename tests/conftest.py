@@ -262,11 +262,12 @@ def stir(model: PreTrainedModel, scale: float = 0.3, seed: int = 2) -> PreTraine
 
 
 def overlay(folder: Path, *packages: str, needs: Sequence[str] = ()) -> str:
-    """A Python that has `packages`, without what they ask for, over the packages of this one; and what they `need`."""
+    """A Python that has `packages`, without what they ask for, over the packages of this one and peftc; and what they
+    `need`."""
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     python = str(folder / "bin" / "python")
     own = next((folder / "lib").glob("python*")) / "site-packages"
-    (own / "below.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    (own / "below.pth").write_text(f"{sysconfig.get_path('purelib')}\n{ROOT}\n")
     install = [python, "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt"]
     for more in (["setuptools", "wheel"], needs, ["--no-deps", "--no-build-isolation", *packages]):
         if more:

@@ -31,7 +31,10 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> str:
 )
 @pytest.mark.parametrize(
     ("arguments", "count"),
-    [(["test_quantized.py", "-k", "nf4 or fp4"], 42), (["four_bits.py"], 17)],
+    [
+        (["test_quantized.py", "-m", "slow or not slow", "-k", "nf4 or fp4"], 42),
+        (["four_bits.py"], 17),
+    ],
     ids=["laws", "models"],
 )
 def test_there(python: str, arguments: list[str], count: int) -> None:
