@@ -62,7 +62,7 @@ def test_what_stays_says_why() -> None:
     assert len(report.outcomes) == len(model.plan.edits) == len(merged.plan.edits)
     assert {one.note for one in report.kept} == {
         "'prepend' rewrites 'k, v', which is no linear's result",
-        "'relu' is not affine",
+        "'relu' is not affine, and its feed-forward's own is 'gelu'",
     }
 
 

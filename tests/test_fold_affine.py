@@ -1,8 +1,9 @@
-"""FoldAffine, behind FoldConstants: what is left of each delta after each pass is the golden."""
+"""The passes that fold: what is left of each delta after each pass is the golden."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from peftc.language.reader import parse_spec
 from peftc.rewrite.folding import Folding
 from peftc.rewrite.text import folding_text
 from peftc.rewrite.verify import check
+from peftc.rewrite.widths import refitted
 
 
 @pytest.mark.parametrize("name", sorted(SPECS))
@@ -22,7 +24,8 @@ def test_fold(name: str, golden: Callable[[str, str], None]) -> None:
     model = tiny("bert", num_hidden_layers=1)
     plan = make(model, parse_spec(SPECS[name], f"{name}.yaml"))
     tensors = {p.path: torch.ones(p.shape) for e in plan.edits for p in e.parameters}
-    folding = Folding(list(plan.edits), tensors, model.get_parameter)
+    wider = partial(refitted, model)
+    folding = Folding(list(plan.edits), tensors, model.get_parameter, refitted=wider)
     text = folding_text(folding)
     for one in FOLD:
         one.run(folding)
