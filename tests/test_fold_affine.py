@@ -18,7 +18,6 @@ from peftc.rewrite.text import folding_text
 from peftc.rewrite.verify import check
 from peftc.rewrite.widths import refitted
 
-
 # An adapter beside the feed-forward, which reads what that reads.
 FOLDED = {**SPECS, "beside": SPECS["adapter"].replace("gelu(h @", "gelu(x @")}
 
