@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import itertools
 import linecache
 import logging
@@ -59,6 +60,20 @@ def exclusive(call: Callable[P, R]) -> Callable[P, R]:
     return alone
 
 
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """While graphs are made, Python's collector passes over what was there before: it would walk through all that is
+    loaded several times, a seventh of the time. Only for who holds TRACING: it is the process's."""
+    mine = gc.get_freeze_count() == 0
+    if mine:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if mine:
+            gc.unfreeze()
+
+
 class _Traced(nn.Module):
     def __init__(self, model: PreTrainedModel, call: Callable[[Tensors], dict[str, Any]]) -> None:
         super().__init__()
@@ -101,7 +116,7 @@ def capture(
     cannot be traced.
     """
     flags = flags or {}
-    with TRACING:
+    with TRACING, uncollected():
         seen = seen or fingerprint(model)
 
         def trace() -> Program:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from peftc.graph.arguments import SIZES, Labels, axes
 from peftc.graph.call import Call
-from peftc.graph.capture import TRACING, capture, settings
+from peftc.graph.capture import TRACING, capture, settings, uncollected
 from peftc.graph.captures import SERVES
 from peftc.graph.facts import ModelFacts
 from peftc.graph.layers import layers_of, outside
@@ -217,7 +217,8 @@ class Programs:
     def _keep(self, key: tuple[Hashable, ...], program: Program, form: str = "") -> Runner:
         plain = form == "plain"
         key = (*key, form if plain else program.masks)
-        self._transform(program, dict(self._state.dtypes), not plain)
+        with uncollected():
+            self._transform(program, dict(self._state.dtypes), not plain)
         roots: dict[str, nn.Module] = {
             "parameter": self._backbone,
             "buffer": self._backbone,
