@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from peftc.graph.arguments import Argument, Labels, argument, axes
 from peftc.graph.entries import ENTRIES, Tensors
+from peftc.graph.facts import ModelFacts
 from peftc.graph.state import readable
 
 
@@ -24,7 +25,7 @@ class Call:
 
     @staticmethod
     def of(model: PreTrainedModel, entry: str, inputs: Tensors) -> Call:
-        return Call(entry, inputs, bool(model.config.is_encoder_decoder))
+        return Call(entry, inputs, ModelFacts.read(model).encoder_decoder)
 
     @property
     def labels(self) -> Labels:
