@@ -223,12 +223,11 @@ def run(demo: Demo) -> None:
         expected = predict(merged, batches)
     row.accuracy = demo.accuracy(expected)
     runner = peftc.runtime.load(bundle)
-    assert isinstance(runner, peftc.runtime.Classifier)
     with demo.step("test split, ONNX Runtime") as row:
-        served = torch.cat([runner.logits(**batch) for batch in batches])
+        served = torch.cat([runner(**batch).logits for batch in batches])
     row.accuracy = demo.accuracy(served)
     row.agrees, said = agreement(expected, served)
-    label, score = runner.classify([EXAMPLE])[0]
+    best = runner.text_classification([EXAMPLE])[0]
     console = Console(highlight=False, soft_wrap=True)
     console.print(demo.table())
     console.print(f"text: {demo.corpus.origin}")
@@ -237,7 +236,7 @@ def run(demo: Demo) -> None:
         f"max |folded - unfolded| = {folding.error:.1e}"
     )
     console.print(f"agree: {said}")
-    console.print(f"'{EXAMPLE}' belongs in {label} ({score:.0%})")
+    console.print(f"'{EXAMPLE}' belongs in {best['label']} ({best['score']:.0%})")
 
 
 if __name__ == "__main__":

@@ -236,13 +236,13 @@ def test_export_run_and_verify_a_classifier(
     code, out, _ = run("run", bundle, "a b", "c", "--json")
     answers = [json.loads(line) for line in out.splitlines()]
     assert code == 0
-    assert [set(one) for one in answers] == [{"text", "label", "probability"}] * 2
+    assert [set(one) for one in answers] == [{"text", "label", "score"}] * 2
     assert len(run("run", bundle, "--input", rows)[1].splitlines()) == 64
     monkeypatch.setattr("sys.stdin", io.StringIO("a b\n\nc\n"))
     label, probability = run("run", bundle)[1].splitlines()[1].split("\t")
     assert label == answers[1]["label"]
-    assert float(probability) == pytest.approx(answers[1]["probability"], abs=1e-4)
-    assert "ONNX logits against torch, now" in run("verify", bundle, "-m", lora)[1]
+    assert float(probability) == pytest.approx(answers[1]["score"], abs=1e-4)
+    assert "ONNX outputs against torch, now" in run("verify", bundle, "-m", lora)[1]
     (bundle / "model.onnx").write_bytes(b"not a graph")
     assert run("verify", bundle)[0] == 1
 

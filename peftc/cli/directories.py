@@ -70,6 +70,16 @@ def save(
 
 def tokenizer(directory: Path, model: PreTrainedModel) -> Any | None:
     """The tokenizer beside deltas, or that of their backbone."""
+    return _beside(backbones.tokenizer, directory, model)
 
-    beside = backbones.tokenizer(str(directory)) if directory.is_dir() else None
-    return beside or backbones.tokenizer(model.config.name_or_path or "")
+
+def processor(directory: Path, model: PreTrainedModel) -> Any | None:
+    """What makes the inputs of a model that reads no texts, beside deltas or their backbone."""
+    if model.main_input_name == "input_ids":
+        return None
+    return _beside(backbones.processor, directory, model)
+
+
+def _beside(find: Callable[[str], Any], directory: Path, model: PreTrainedModel) -> Any | None:
+    beside = find(str(directory)) if directory.is_dir() else None
+    return beside or find(model.config.name_or_path or "")

@@ -30,12 +30,12 @@ def export(
     """
     directories.new_directory(output)
     compiled = directories.model_of(directory, model)
-    tokenizer = directories.tokenizer(directory, compiled)
-
+    made = {
+        "tokenizer": directories.tokenizer(directory, compiled),
+        "processor": directories.processor(directory, compiled),
+    }
     with step("exporting") as progress:
-        parity = bundle.export(
-            compiled, output, opset=opset, tokenizer=tokenizer, progress=progress
-        )
+        parity = bundle.export(compiled, output, opset=opset, progress=progress, **made)
     for one in parity:
         say(
             f"{one.graph}: max |ONNX - torch| = {one.error:.3g} "

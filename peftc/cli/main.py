@@ -38,7 +38,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "Fold deltas into their backbone and write an ordinary Hugging Face checkpoint.",
     ),
     "export": ("export:export", "Write an ONNX bundle that `peftc run` and ONNX Runtime serve."),
-    "run": ("run:run", "Classify or write with an ONNX bundle; one line for each text."),
+    "run": ("run:run", "Answer with an ONNX bundle, by its task; one line for each text."),
     "verify": (
         "verify:verify",
         "Check deltas or a bundle again, by numbers. Exit code 1 when a check fails.",

@@ -1,10 +1,11 @@
-"""`peftc run`: texts through an ONNX bundle, by ONNX Runtime."""
+"""`peftc run`: texts, images or sounds through an ONNX bundle, by ONNX Runtime."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,21 +15,28 @@ from peftc import runtime
 from peftc.cli import options
 from peftc.cli.console import raw, step
 from peftc.cli.rows import read_rows
+from peftc.store.directory import read_manifest
+
+Answer = Mapping[str, Any]
 
 
 def run(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="What `peftc export` wrote.")],
     texts: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[TEXT]...", help="Texts; none: --input, or stdin by lines."),
+        typer.Argument(
+            metavar="[TEXT]...",
+            help="Texts, or files of images or sounds; none: --input, or stdin by lines.",
+        ),
     ] = None,
     source: Annotated[
         Path | None,
-        typer.Option("--input", metavar="FILE", help="JSON lines or CSV to read texts from."),
+        typer.Option("--input", metavar="FILE", help="JSON lines or CSV to read rows from."),
     ] = None,
     text_column: Annotated[
-        str, typer.Option("--text-column", help="Where a row holds its text.")
-    ] = "text",
+        str | None,
+        typer.Option("--text-column", help="Where a row holds its text, image or sound."),
+    ] = None,
     as_json: options.Json = False,
     num_beams: Annotated[
         int, typer.Option("--num-beams", min=1, help="Beams of a written answer.")
@@ -37,39 +45,93 @@ def run(
         int, typer.Option("--max-new-tokens", min=1, help="Its length.")
     ] = 64,
 ) -> None:
-    """Classify or write with an ONNX bundle; one line for each text.
+    """Answer with an ONNX bundle, by its task; one line for each text.
+
+    A question stands in a line with its context: QUESTION<tab>CONTEXT.
 
     \b
     peftc run bundle "a great film" "a waste of time"
     peftc run bundle --input test.jsonl --json
     """
-    chosen = _texts(texts, source, text_column)
+    kind = runtime.kind_of(read_manifest(bundle, runtime.KEYS))
+    asked = ASKED.get(kind, _TEXT)
+    columns = (text_column, *asked.columns[1:]) if text_column else asked.columns
+    chosen = _items(texts, source, columns)
     with step(f"loading {bundle}"):
         options.quiet()
         runner = runtime.load(bundle)
-    with step(f"running {len(chosen)} texts"):
-        if isinstance(runner, runtime.Classifier):
-            answers = [{"label": a, "probability": p} for a, p in runner.classify(chosen)]
-        else:
-            settings = {"num_beams": num_beams, "max_new_tokens": max_new_tokens}
-            answers = [{"output": one} for one in runner.write(chosen, **settings)]
-    for text, answer in zip(chosen, answers, strict=True):
-        raw(json.dumps({"text": text, **answer}) if as_json else _line(answer))
+    writes = {"num_beams": num_beams, "max_new_tokens": max_new_tokens}
+    more = writes if runner.can_generate() else {}
+    with step(f"running {len(chosen)} {asked.columns[0]}s"):
+        given = [list(one) for one in zip(*chosen, strict=True)]
+        answers = getattr(runner, kind.replace("-", "_"))(*given, **more)
+    for item, answer in zip(chosen, answers, strict=True):
+        row = {**dict(zip(columns, item, strict=True)), **asked.row(answer)}
+        raw(json.dumps(row, default=float) if as_json else asked.line(answer))
 
 
-def _line(answer: dict[str, Any]) -> str:
-    if "output" in answer:
-        return str(answer["output"])
-    return f"{answer['label']}\t{answer['probability']:.4f}"
+@dataclass(frozen=True)
+class Asked:
+    """How one kind of runner is asked and its answer told: the columns of a row, the answer as JSON and as a line."""
+
+    columns: tuple[str, ...]
+    row: Callable[[Any], Answer]
+    line: Callable[[Any], str]
 
 
-def _texts(texts: Sequence[str] | None, source: Path | None, column: str) -> list[str]:
+def _first(answer: Any) -> Any:
+    """The likeliest of several answers."""
+    while isinstance(answer, list):
+        answer = answer[0]
+    return answer
+
+
+def _scored(name: str) -> Callable[[Any], str]:
+    return lambda answer: f"{_first(answer)[name]}\t{_first(answer)['score']:.4f}"
+
+
+def _vector(answer: Any) -> list[Any]:
+    found: list[Any] = answer.tolist()
+    return found
+
+
+_TEXT = Asked(("text",), lambda one: one, _scored("label"))
+ASKED: Mapping[str, Asked] = {
+    "question-answering": Asked(("question", "context"), lambda one: one, _scored("answer")),
+    "image-classification": Asked(("image",), lambda one: {"labels": one}, _scored("label")),
+    "token-classification": Asked(
+        ("text",),
+        lambda one: {"tokens": one},
+        lambda answer: " ".join(f"{one['word']}/{one['entity']}" for one in answer),
+    ),
+    "fill-mask": Asked(("text",), lambda one: {"masks": one}, _scored("token_str")),
+    "feature-extraction": Asked(
+        ("text",),
+        lambda one: {"vector": _vector(one)},
+        lambda answer: json.dumps(_vector(answer)),
+    ),
+    "text-generation": Asked(("text",), _first, lambda one: str(_first(one)["generated_text"])),
+    "text2text-generation": Asked(("text",), lambda one: one, lambda one: one["generated_text"]),
+    "automatic-speech-recognition": Asked(
+        ("sound",), lambda one: {"heard": one["text"]}, lambda one: str(one["text"])
+    ),
+}
+
+
+def _items(
+    texts: Sequence[str] | None, source: Path | None, columns: tuple[str, ...]
+) -> list[tuple[str, ...]]:
+    """What is asked, a value for each column."""
     if texts and source:
         raise options.OptionError("give texts or --input, not both")
-    if texts:
-        return list(texts)
-    if source is None:
-        lines = [line.rstrip("\n") for line in sys.stdin]
-        return [line for line in lines if line.strip()]
-
-    return [str(row[column]) for row in read_rows(source, (column,))]
+    if source is not None:
+        rows = read_rows(source, columns)
+        return [tuple(str(row[column]) for column in columns) for row in rows]
+    lines = list(texts) if texts else [line.rstrip("\n") for line in sys.stdin]
+    found = [tuple(line.split("\t", len(columns) - 1)) for line in lines if texts or line.strip()]
+    for one in found:
+        if len(one) < len(columns):
+            raise options.OptionError(
+                f"a line holds {' and '.join(columns)} with a tab between them; '{one[0][:40]}' does not"
+            )
+    return found

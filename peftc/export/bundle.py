@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from peftc.driver import sample
-from peftc.export.graph import ExportError, Graph, require_onnx, to_onnx
+from peftc.export.graph import ExportError, plain_experts, ports_of, require_onnx, to_onnx
 from peftc.export.parity import Parity, check
+from peftc.export.source import Source
 from peftc.export.tasks import task_of
 from peftc.export.weights import write_models
 from peftc.graph.placement import weights
@@ -24,6 +26,7 @@ from peftc.merging import merge
 from peftc.model.compiled import CompiledModel
 from peftc.rewrite.folding import Report
 from peftc.rewrite.tolerance import tolerance
+from peftc.runtime.writing import ROWS
 from peftc.store.directory import FORMAT, MANIFEST, read_manifest, require_ours, write_directory
 from peftc.store.fingerprint import fingerprint
 from peftc.store.versions import versions
@@ -38,6 +41,7 @@ def export(
     *,
     opset: int = 23,
     tokenizer: Any = None,
+    processor: Any = None,
     example: Mapping[str, torch.Tensor] | None = None,
     progress: Progress | None = None,
 ) -> tuple[Parity, ...]:
@@ -45,13 +49,13 @@ def export(
 
     `model` is compiled or plain, and suits one of `peftc.export.tasks`. Every graph is compared with torch on
     a grid of batch sizes, lengths, paddings and past lengths; `example` is one batch by argument name, where the
-    inputs cannot be guessed. Raises ExportError, and then nothing is left at `bundle_dir`; MergeError when
+    inputs cannot be guessed. `tokenizer`, and `processor` of images or sounds, go into the bundle. Raises ExportError, and then nothing is left at `bundle_dir`; MergeError when
     folding changes the outputs; DeltaError when that directory is not ours.
     """
     path = Path(bundle_dir)
     _require(model, path)
     inputs = sample(model, example)
-    task = task_of(model, inputs)
+    task = task_of(Source(model, inputs))
     say = progress or (lambda _: None)
     mode, folded, report = model.training, model, Report(())
     if isinstance(model, CompiledModel) and model.plan.edits:
@@ -61,20 +65,25 @@ def export(
     certificate: list[Parity] = []
 
     def fill(directory: Path) -> Mapping[str, Any]:
-        graphs = tuple(task.graphs(folded, inputs))
+        graphs = tuple(task.graphs(Source(folded, inputs)))
         models = {}
         for graph in graphs:
             say(f"exporting {graph.role}")
             models[graph.role] = to_onnx(folded, graph, opset)
+        ports = {role: ports_of(one) for role, one in models.items()}
         say("writing weights")
         size = write_models(models, directory)
         del models
         for graph in graphs:
             say(f"checking {graph.role}")
             certificate.append(check(folded, graph, directory / f"{graph.role}.onnx"))
-        _settings(folded, tokenizer, directory)
+        rows = {g.names[k]: v.contiguous() for g in graphs for k, v in g.rows.items()}
+        if rows:
+            save_file(rows, directory / ROWS)
+        _settings(folded, (tokenizer, processor), directory)
         return {
-            **_about(model, folded, graphs),
+            **_about(model, folded),
+            "graphs": {role: {"file": f"{role}.onnx", **one} for role, one in ports.items()},
             "kind": task.name,
             "opset": opset,
             "data_bytes": size,
@@ -83,7 +92,8 @@ def export(
         }
 
     try:
-        write_directory(path, fill)
+        with plain_experts(folded):
+            write_directory(path, fill)
     finally:
         model.train(mode)
     return tuple(certificate)
@@ -109,7 +119,7 @@ def _require(model: PreTrainedModel, path: Path) -> None:
         )
 
 
-def _settings(folded: PreTrainedModel, tokenizer: Any, directory: Path) -> None:
+def _settings(folded: PreTrainedModel, makers: Iterable[Any], directory: Path) -> None:
     """The files of Hugging Face that a runner needs beside the graphs."""
     config = folded.config.to_dict()
     config.pop("_name_or_path", None)
@@ -118,27 +128,18 @@ def _settings(folded: PreTrainedModel, tokenizer: Any, directory: Path) -> None:
         # Its save_pretrained refuses what generate() accepts, such as a temperature without sampling.
         settings = folded.generation_config.to_json_string()
         (directory / "generation_config.json").write_text(settings)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(directory)
-        _forget_paths(directory / "tokenizer_config.json")
+    for one in makers:
+        if one is not None:
+            one.save_pretrained(directory)
+    _forget_paths(directory / "tokenizer_config.json")
 
 
-def _about(
-    model: PreTrainedModel, folded: PreTrainedModel, graphs: tuple[Graph, ...]
-) -> dict[str, Any]:
+def _about(model: PreTrainedModel, folded: PreTrainedModel) -> dict[str, Any]:
     """What the bundle is and what it was made of; the fingerprint is that of the backbone under the deltas."""
     plan = model.plan if isinstance(model, CompiledModel) else None
     learned = frozenset(one.path for one in plan.unfrozen) if plan else frozenset()
     return {
         "format": FORMAT,
-        "graphs": {
-            g.role: {
-                "file": f"{g.role}.onnx",
-                "inputs": [g.names[k] for k in g.inputs],
-                "outputs": list(g.outputs.values()),
-            }
-            for g in graphs
-        },
         "max_tokens": _max_tokens(folded),
         "dtype": str(folded.dtype).removeprefix("torch."),
         "min_onnxruntime": MIN_ORT,

@@ -32,31 +32,32 @@ class ExportError(PeftcError):
 Tensors = Mapping[str, torch.Tensor]
 
 
+LENGTHS = (1, 7, 33)
+
+
 @dataclass(frozen=True)
 class Case:
-    """Sizes of one batch; `padding` is none, left or right and reaches into the first row."""
+    """Sizes of one batch: `length` is that of the mask, `past` and `query` a step's; `padding` is none, left or right
+    and reaches into the first row."""
 
     rows: int
     length: int
-    padding: str
     past: int
     query: int
-
-    def mask(self) -> torch.Tensor:
-        """[rows, length] of ones, two zeros in the first row where it is padded."""
-        mask = torch.ones(self.rows, self.length, dtype=torch.long)
-        if self.padding != "none":
-            mask[0, slice(0, 2) if self.padding == "left" else slice(-2, None)] = 0
-        return mask
+    padding: str
 
 
 @dataclass(frozen=True)
 class Graph:
-    """A Program with its real inputs and the names they have in ONNX. `outputs` maps ours to ONNX's; `held`
-    says how many rows in front of the tokens an input has already.
+    """A Program with its real inputs and the names they have in ONNX. `outputs` maps ours to ONNX's.
 
-    For the certificate: `feeds` makes the inputs of a case, `steps` are its (past, query) lengths, and
-    `padded` gives, by our names, the axis of an output along which padding is no one's business.
+    `rows` are put in front of an input by who runs the graph, [1, heads, rows, width] each; `held` says how many rows
+    an input has besides, because an earlier graph gave them. `after` computes more fields of those of the Program and
+    its inputs.
+
+    For the certificate: `feeds` makes the inputs of a case, without `rows`; `cases` are (length, past, query);
+    `padded` gives, by our names, the axis of an output along which padding is no one's business. `reference` is what
+    the graph is compared with, one that takes the inputs without `rows`; without it, the Program itself.
     """
 
     role: str
@@ -64,10 +65,32 @@ class Graph:
     inputs: Tensors
     names: Mapping[str, str]
     outputs: Mapping[str, str]
-    held: Mapping[str, int]
     feeds: Callable[[Case, torch.Generator], dict[str, torch.Tensor]]
-    steps: tuple[tuple[int, int], ...] = ((0, 0),)
+    cases: tuple[tuple[int, int, int], ...] = ((0, 0, 0),)
     padded: Mapping[str, int] = field(default_factory=dict)
+    rows: Tensors = field(default_factory=dict)
+    held: Mapping[str, int] = field(default_factory=dict)
+    reference: Program | None = None
+    after: Callable[[Tensors, Tensors], dict[str, torch.Tensor]] | None = None
+
+    def fields(
+        self, model: PreTrainedModel, program: Program, inputs: Tensors, by: Any = None
+    ) -> dict[str, torch.Tensor]:
+        """What the graph gives, by our names."""
+        found = run_program(model, program, inputs, by)
+        return found if self.after is None else self.after(found, inputs)
+
+    def full(self, inputs: Tensors) -> dict[str, torch.Tensor]:
+        """The inputs with the rows in front of them."""
+        wide = dict(inputs)
+        for name, rows in self.rows.items():
+            first = rows.expand(inputs[name].shape[0], -1, -1, -1)
+            wide[name] = torch.cat([first, inputs[name]], 2)
+        return wide
+
+    def count(self, name: str) -> int:
+        """How many rows an input has in front of the tokens."""
+        return self.held.get(name, 0) + (self.rows[name].shape[2] if name in self.rows else 0)
 
 
 class _Export(nn.Module):
@@ -78,7 +101,7 @@ class _Export(nn.Module):
 
     def forward(self, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         graph: Graph = self.__dict__["graph"]
-        fields = run_program(self.model, graph.program, tensors)
+        fields = graph.fields(self.model, graph.program, tensors)
         return tuple(fields[name] for name in graph.outputs)
 
 
@@ -88,7 +111,8 @@ def to_onnx(model: PreTrainedModel, graph: Graph, opset: int) -> Any:
     seq2seq = bool(model.config.is_encoder_decoder)
     entry = graph.program.entry
     inputs = {
-        k: example(k, v, entry, seq2seq, graph.held[k]).clone() for k, v in graph.inputs.items()
+        k: example(k, v, entry, seq2seq, graph.count(k)).clone()
+        for k, v in graph.full(graph.inputs).items()
     }
     dims = {label: Dim(label, min=1, max=longest(model, label)) for label in set(AXES.values())}
 
@@ -100,7 +124,7 @@ def to_onnx(model: PreTrainedModel, graph: Graph, opset: int) -> Any:
 
     shapes = {
         name: {
-            i: dim(a, graph.held[name])
+            i: dim(a, graph.count(name))
             for i, a in enumerate(axes(name, v.ndim, entry, seq2seq))
             if a
         }
@@ -126,6 +150,17 @@ def to_onnx(model: PreTrainedModel, graph: Graph, opset: int) -> Any:
     strip(program.model)
     check_ops(program.model, graph.role)
     return program.model
+
+
+def ports_of(model: Any) -> dict[str, dict[str, Any]]:
+    """The inputs and outputs of an onnx_ir Model by name: their types, and their axes, sizes or names."""
+
+    def told(value: Any) -> dict[str, Any]:
+        shape = [one if isinstance(one, int) else str(one.value) for one in value.shape]
+        return {"dtype": value.dtype.name.lower(), "shape": shape}
+
+    sides = {"inputs": model.graph.inputs, "outputs": model.graph.outputs}
+    return {side: {one.name: told(one) for one in values} for side, values in sides.items()}
 
 
 def longest(model: PreTrainedModel, label: str) -> int:
@@ -169,6 +204,20 @@ def require_onnx() -> None:
             'exporting needs ONNX: pip install "peftc[cpu]" or "peftc[gpu]"'
         ) from error
     del onnx, onnxruntime, onnxscript
+
+
+@contextlib.contextmanager
+def plain_experts(model: PreTrainedModel) -> Iterator[None]:
+    """Let the experts of a mixture be computed by ops that ONNX has: transformers' grouped product is none."""
+    before = model.get_experts_implementation()
+    grouped = {k: v for k, v in before.items() if v == "grouped_mm"}
+    if grouped:
+        model.set_experts_implementation({**before, **dict.fromkeys(grouped, "batched_mm")})
+    try:
+        yield
+    finally:
+        if grouped:
+            model.set_experts_implementation(before)
 
 
 @contextlib.contextmanager

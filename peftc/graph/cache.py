@@ -61,9 +61,10 @@ class CacheSlot:
     def cross(self) -> bool:
         return self.part == "cross"
 
-    def onnx(self, prefix: str) -> str:
-        """`present.0.decoder.key`, as optimum and others name it."""
-        return f"{prefix}.{self.layer}.{_ONNX[self.part]}.{self._last}"
+    def onnx(self, prefix: str, several: bool) -> str:
+        """`present.0.decoder.key` of `several` parts, `present.0.key` of one, as optimum and others name it."""
+        part = f"{_ONNX[self.part]}." if several else ""
+        return f"{prefix}.{self.layer}.{part}{self._last}"
 
     @property
     def _last(self) -> str:

@@ -81,11 +81,20 @@ def _evaluating(model: Any) -> PreTrainedModel:
 
 def tokenizer(name: str) -> Any | None:
     """The tokenizer that lies with a model, or None where there is none."""
+    return _beside(name, transformers.AutoTokenizer)
+
+
+def processor(name: str) -> Any | None:
+    """What makes inputs of texts, images or sounds and lies with a model, or None where there is none."""
+    return _beside(name, transformers.AutoProcessor)
+
+
+def _beside(name: str, kind: Any) -> Any | None:
     name = name.removeprefix(RANDOM)
     if not name:
         return None
     try:
-        return transformers.AutoTokenizer.from_pretrained(name, local_files_only=True)
+        return kind.from_pretrained(name, local_files_only=True)
     except _UNREADABLE:
         return None
 

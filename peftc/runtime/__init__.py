@@ -3,33 +3,67 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peftc.runtime.classifier import Classifier
-from peftc.runtime.seq2seq import Seq2Seq
+from peftc.runtime.predicting import (
+    FeatureExtraction,
+    FillMask,
+    ImageClassification,
+    QuestionAnswering,
+    TextClassification,
+    TokenClassification,
+)
+from peftc.runtime.runner import KEYS, Runner, opened
 from peftc.runtime.session import CPU, RuntimeFault, Session
+from peftc.runtime.writing import SpeechRecognition, Text2TextGeneration, TextGeneration
 from peftc.store.directory import MANIFEST, check_files, read_manifest
 
-__all__ = ["RUNNERS", "Classifier", "RuntimeFault", "Seq2Seq", "load"]
+__all__ = ["KEYS", "RUNNERS", "Runner", "RuntimeFault", "kind_of", "load"]
 
-# The runner of each kind of bundle, and the graphs it takes in order.
-RUNNERS: Mapping[str, tuple[Any, tuple[str, ...]]] = {
-    "classifier": (Classifier, ("model",)),
-    "seq2seq": (Seq2Seq, ("encoder", "decoder")),
+
+@dataclass(frozen=True)
+class Row:
+    """The runner of a kind of bundle, and the graphs that it takes in order."""
+
+    runner: type[Runner]
+    roles: tuple[str, ...] = ("model",)
+
+
+# Kinds have the names of Hugging Face's pipelines, and a runner has a method of that name.
+RUNNERS: Mapping[str, Row] = {
+    "text-classification": Row(TextClassification),
+    "token-classification": Row(TokenClassification),
+    "question-answering": Row(QuestionAnswering),
+    "fill-mask": Row(FillMask),
+    "feature-extraction": Row(FeatureExtraction),
+    "image-classification": Row(ImageClassification),
+    "text-generation": Row(TextGeneration),
+    "text2text-generation": Row(Text2TextGeneration, ("encoder", "decoder")),
+    "automatic-speech-recognition": Row(SpeechRecognition, ("encoder", "decoder")),
 }
+# What bundles were called that were written before there were others.
+_BEFORE = {"classifier": "text-classification", "seq2seq": "text2text-generation"}
+
+
+def kind_of(manifest: Mapping[str, Any]) -> str:
+    """The row of RUNNERS that a bundle says it is for."""
+    said = str(manifest["kind"])
+    return _BEFORE.get(said, said)
 
 
 def load(
     bundle_dir: str | Path, providers: Sequence[str] = CPU, *, allow_cpu_fallback: bool = False
-) -> Classifier | Seq2Seq:
-    """A runner for a bundle. Raises RuntimeFault or DeltaError when the bundle is damaged, or a provider
-    is missing and falling back to the CPU was not allowed."""
+) -> Any:
+    """A runner for a bundle: a model of the class that it was made of, whose forward runs its graphs, with a method of
+    its task's name. Raises RuntimeFault or DeltaError when the bundle is damaged, or a provider is missing and
+    falling back to the CPU was not allowed."""
     directory = Path(bundle_dir)
-    manifest = read_manifest(directory, ("kind", "graphs"))
+    manifest = read_manifest(directory, KEYS)
     try:
-        runner, roles = RUNNERS[manifest["kind"]]
-        files = [directory / Path(manifest["graphs"][role]["file"]).name for role in roles]
+        row, made_of = RUNNERS[kind_of(manifest)], manifest["backbone"]["class"]
+        files = [directory / Path(manifest["graphs"][role]["file"]).name for role in row.roles]
     except (KeyError, TypeError) as error:
         raise RuntimeFault(
             f"{directory / MANIFEST} is damaged: no such kind or graph: {error}"
@@ -39,5 +73,4 @@ def load(
             raise RuntimeFault(f"{directory} lacks {file.name}")
     check_files(directory, manifest, content=False)
     sessions = [Session.open(file, providers, allow_cpu_fallback) for file in files]
-    opened: Classifier | Seq2Seq = runner(directory, *sessions)
-    return opened
+    return opened(row.runner, directory, made_of, sessions)

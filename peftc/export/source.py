@@ -1,0 +1,120 @@
+"""The model that is exported, and what is known of it from one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from transformers import PreTrainedModel
+
+import passes
+from peftc.driver import outputs
+from peftc.export.graph import Case, Tensors
+from peftc.export.pooling import Pooling
+from peftc.graph.arguments import forward_flags
+from peftc.graph.call import Call
+from peftc.graph.capture import capture, exclusive
+from peftc.graph.facts import ModelFacts
+from peftc.graph.program import Program
+from peftc.graph.rows import Room, room_of
+from peftc.model.compiled import CompiledModel
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A compiled or a plain model and one batch, tensors by argument name."""
+
+    model: PreTrainedModel
+    inputs: Tensors
+
+    @cached_property
+    def facts(self) -> ModelFacts:
+        return ModelFacts.read(self.model)
+
+    @cached_property
+    def room(self) -> Room:
+        return room_of(self.model)
+
+    @property
+    def reads(self) -> str:
+        """The input that tells what it reads."""
+        return self.facts.main_input
+
+    @cached_property
+    def _ran(self) -> Mapping[str, torch.Tensor] | Exception:
+        try:
+            return outputs(self.model, self.inputs)
+        except Exception as error:  # whatever a model raises that is called otherwise
+            return error
+
+    @property
+    def outputs(self) -> Mapping[str, torch.Tensor]:
+        """What it gives of the batch, without a cache."""
+        return {} if isinstance(self._ran, Exception) else self._ran
+
+    @property
+    def error(self) -> str:
+        """Why it does not run on the batch, or nothing."""
+        if not isinstance(self._ran, Exception):
+            return ""
+        return str(self._ran).splitlines()[0][:200] if str(self._ran) else type(self._ran).__name__
+
+    @cached_property
+    def sizes(self) -> Mapping[str, int]:
+        """Sizes of axes by what they are."""
+        found = {"words": self.facts.vocabulary or 0, "labels": int(self.model.config.num_labels)}
+        for axis, size in zip(("batch", "length"), self.inputs[self.reads].shape, strict=False):
+            found[axis] = size
+        return found
+
+    @cached_property
+    def pooling(self) -> Pooling | None:
+        return Pooling.of(self.model.config.name_or_path or "")
+
+    @exclusive
+    def program(self, entry: str, inputs: Tensors) -> Program:
+        """The graph of an entry."""
+        flags = forward_flags(self.model) if entry == "forward" else {}
+        if isinstance(self.model, CompiledModel):
+            return self.model.program(entry, inputs, flags)
+        program = capture(self.model, Call.of(self.model, entry, inputs), flags)
+        passes.Normalize().run(program)
+        return program
+
+
+def masked(inputs: Tensors) -> dict[str, torch.Tensor]:
+    """Ids and their mask; a batch without one has no padding."""
+    ids = inputs["input_ids"]
+    return {"input_ids": ids, "attention_mask": inputs.get("attention_mask", torch.ones_like(ids))}
+
+
+def mask_of(case: Case, length: int) -> torch.Tensor:
+    """[rows, length] of ones, two zeros in the first row where it is padded."""
+    mask = torch.ones(case.rows, length, dtype=torch.long)
+    if case.padding != "none":
+        mask[0, slice(0, 2) if case.padding == "left" else slice(-2, None)] = 0
+    return mask
+
+
+def fed(inputs: Tensors, case: Case, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """A batch for a case: ids of `inputs` anew, padded as it says, in two segments where there are segments; noise for
+    what is no text."""
+    made: dict[str, torch.Tensor] = {}
+    for name, real in inputs.items():
+        if name == "attention_mask":
+            made[name] = mask_of(case, case.length)
+        elif name == "token_type_ids":
+            made[name] = (torch.arange(case.length) * 2 // case.length).repeat(case.rows, 1)
+        elif real.is_floating_point():
+            made[name] = torch.randn((case.rows, *real.shape[1:]), generator=generator).to(real)
+        else:
+            made[name] = drawn(real, (case.rows, case.length), generator)
+    return made
+
+
+def drawn(values: torch.Tensor, size: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
+    """Values of a tensor, in any order."""
+    pool = values.reshape(-1)
+    return pool[torch.randint(0, len(pool), size, generator=generator)]
