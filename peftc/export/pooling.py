@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from peftc.export.graph import ExportError, Tensors
 

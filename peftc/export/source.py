@@ -64,7 +64,7 @@ class Source:
     @cached_property
     def sizes(self) -> Mapping[str, int]:
         """Sizes of axes by what they are."""
-        found = {"words": self.facts.vocabulary or 0, "labels": int(self.model.config.num_labels)}
+        found = {"words": self.facts.vocabulary or 0, "labels": self.model.config.num_labels or 0}
         for axis, size in zip(("batch", "length"), self.inputs[self.reads].shape, strict=False):
             found[axis] = size
         return found

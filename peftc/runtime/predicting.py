@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers.modeling_outputs import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from peftc.runtime.runner import Runner, fed
 
@@ -46,7 +46,9 @@ class FillMask(Predicts):
         """For each text the likeliest words at its mask, as transformers' pipeline of this name."""
         cut = {"truncation": True, "max_length": self.longest()}
         pipe = self.pipeline("fill-mask", tokenizer=self.tokenizer, tokenizer_kwargs=cut)
-        return pipe(texts, **options)
+        found = pipe(texts, **options)
+        alone = isinstance(texts, list) and len(texts) == 1  # which the pipeline gives by itself
+        return [found] if alone else found
 
 
 class ImageClassification(Predicts):
@@ -79,7 +81,7 @@ class QuestionAnswering(Predicts):
         self, questions: Sequence[str], contexts: Sequence[str], stride: int = 64
     ) -> Found:
         """For each question the likeliest span of its context: `{"answer", "score", "start", "end"}`, in characters; a
-        long context is read in windows that share `stride` tokens."""
+        long context is read in windows that share `stride` tokens, or a quarter of what is read at once."""
         return [self._answer(*pair, stride) for pair in zip(questions, contexts, strict=True)]
 
     def _answer(self, question: str, context: str, stride: int) -> dict[str, Any]:
@@ -88,7 +90,7 @@ class QuestionAnswering(Predicts):
             context,
             truncation="only_second",
             max_length=self.longest(),
-            stride=stride,
+            stride=min(stride, self.longest() // 4),
             padding=True,
             return_overflowing_tokens=True,
             return_offsets_mapping=True,

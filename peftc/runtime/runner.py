@@ -74,7 +74,7 @@ class Runner:
 
     def longest(self, wanted: int | None = None) -> int:
         """How many tokens of a text are read."""
-        most = self.tokenizer.model_max_length  # RoBERTa's is below its positions
+        most = int(self.tokenizer.model_max_length)  # RoBERTa's is below its positions
         return min(most, self.max_tokens, wanted or most)
 
     def encode(self, texts: Sequence[str], longest: int | None = None) -> dict[str, torch.Tensor]:
@@ -86,7 +86,8 @@ class Runner:
         """transformers' pipeline of this name over this model, a batch of inputs at a time."""
         pads = "tokenizer" not in parts or parts["tokenizer"].pad_token_id is not None
         more = {"device": self.device, "batch_size": _BATCH if pads else 1}
-        return transformers.pipeline(task, model=self, **parts, **more)
+        make: Any = transformers.pipeline
+        return make(task, model=self, **parts, **more)
 
 
 def fed(session: Session, given: Mapping[str, Any], known: Sequence[str] = ()) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class _Layer(DynamicLayer):
     see; of a view that comes back as it was, the whole is known."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.wholes: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def hold(self, attribute: str, tokens: torch.Tensor) -> None:
