@@ -212,7 +212,11 @@ def test_merge_writes_a_plain_checkpoint(run: Run, lora: Path, tmp_path: Path) -
 
 def test_merge_keeps_what_does_not_fold(run: Run, folder: Path, tmp_path: Path) -> None:
     deltas = saved("mam", folder, tmp_path / "mam")
-    code, out, _ = run("merge", deltas, "-o", tmp_path / "out")
+    code, out, error = run("merge", deltas, "-o", tmp_path / "out")
+    assert (code, (tmp_path / "out").exists()) == (1, False)
+    assert "kept 2 prefix_tuning" in out
+    assert "4 of 4 deltas do not fold" in error
+    code, out, _ = run("merge", deltas, "-o", tmp_path / "out", "--partial")
     assert code == 0
     assert "kept 2 prefix_tuning" in out
     assert "kept 2 scaled_parallel_adapter" in out

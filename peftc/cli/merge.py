@@ -14,6 +14,7 @@ from peftc.cli import directories, options
 from peftc.cli.console import say, step
 from peftc.graph.quantized import quantized
 from peftc.language.resolved import digest
+from peftc.merging import MergeError
 from peftc.merging import merge as fold
 from peftc.model.compiled import CompiledModel
 from peftc.model.saving import fingerprint_under
@@ -32,13 +33,18 @@ def merge(
     dequantize: Annotated[
         bool, typer.Option("--dequantize", help="Make ordinary weights of quantised ones.")
     ] = False,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Write what is left as deltas in OUT/deltas.")
+    ] = False,
 ) -> None:
     """Fold deltas into their backbone and write an ordinary Hugging Face checkpoint.
 
-    What cannot fold stays as deltas in OUT/deltas, and the reason is printed.
+    What cannot fold is told with the reason; then nothing is written, unless
+    --partial is given. Exit code 1 in that case.
 
     \b
     peftc merge lora-my-bert -o merged
+    peftc merge mam-my-bert -o merged --partial
     """
     directories.new_directory(output)
     compiled = directories.load(deltas, model)
@@ -46,6 +52,11 @@ def merge(
     with step("folding"):
         merged, report = fold(compiled, dequantize=dequantize)
     say(report_text(report))
+    if report.kept and not partial:
+        raise MergeError(
+            f"{len(report.kept)} of {len(report.outcomes)} deltas do not fold, so there is no ordinary checkpoint; "
+            "--partial writes them beside a backbone with what folded, peftc export takes them as they are"
+        )
     tokenizer = directories.tokenizer(deltas, compiled)
 
     def fill(directory: Path) -> None:
