@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -151,3 +152,14 @@ def test_a_damaged_bundle_says_so(written, tmp_path: Path) -> None:  # type: ign
         runner.sessions[0].run(
             {"input_ids": torch.ones(1, 3, dtype=torch.long), "attention_mask": mask}
         )
+
+
+@pytest.mark.parametrize(("family", "kind"), [("bert", "classifier"), ("bart", "seq2seq")])
+def test_a_bundle_by_the_name_that_its_kind_had(family: str, kind: str, tmp_path: Path) -> None:
+    peftc.export(tiny(family), tmp_path / "b")
+    manifest = json.loads((tmp_path / "b" / "peftc.json").read_text())
+    said = {k: v for k, v in manifest.items() if k != "files"} | {"kind": kind}
+    (tmp_path / "b" / "peftc.json").write_text(json.dumps(said))
+    runner = peftc.runtime.load(tmp_path / "b")
+    inputs = batch(tiny(family))
+    assert runner(**inputs).logits.shape == tiny(family)(**inputs).logits.shape
