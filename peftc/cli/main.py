@@ -43,6 +43,10 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "verify:verify",
         "Check deltas or a bundle again, by numbers. Exit code 1 when a check fails.",
     ),
+    "doctor": (
+        "doctor:doctor",
+        "Tell what is installed, what really runs, and what conflicts. Exit code 1 when something does.",
+    ),
     "specs": ("language:specs", "List the shipped specs, or print one: the start of your own."),
     "new": ("language:new", "Write a commented skeleton of a spec to NAME.yaml."),
     "schema": (

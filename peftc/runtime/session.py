@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,6 +101,32 @@ class Session:
         found = {n: _to_torch(v) for n, v in zip(self.outputs, values, strict=True)}
         del kept
         return found
+
+
+def providers() -> dict[str, bool]:
+    """The providers that ONNX Runtime lists, and whether a session with each really has it: without a GPU, the wheel
+    for GPUs lists CUDA and runs on the CPU. Raises RuntimeFault where ONNX Runtime or onnx is not there or broken."""
+    try:
+        import onnxruntime as ort
+        from onnx import TensorProto, helper
+
+        listed = ort.get_available_providers()
+    except (ImportError, AttributeError) as error:
+        raise RuntimeFault(f"ONNX Runtime cannot be used here: {error}") from error
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy")
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "one", [x], [y])
+    opsets = [helper.make_opsetid("", 20)]
+    model = helper.make_model(graph, ir_version=10, opset_imports=opsets).SerializeToString()
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    found = {}
+    for name in listed:
+        try:
+            with warnings.catch_warnings(action="ignore"):  # the answer is what is asked for here
+                found[name] = name in ort.InferenceSession(model, options, [name]).get_providers()
+        except Exception:  # whatever a provider raises that lacks its device
+            found[name] = False
+    return found
 
 
 def _to_torch(value: Any) -> torch.Tensor:
