@@ -871,3 +871,19 @@ def test_what_is_overwritten_is_not_drawn(tmp_path: Path) -> None:
     again = peftc.load(tmp_path, backbone=backbone)
     peftc.merge(again)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_trace_keeps_nothing_from_the_collector() -> None:
+    """What was garbage before a model was traced is gone behind it, without a walk through all that is loaded."""
+
+    class Ring:
+        def __init__(self) -> None:
+            self.own = self
+
+    before = gc.get_threshold()
+    gone = weakref.ref(Ring())
+    model = peftc.compile(tiny("bert"), "lora")
+    model(**batch(model))
+    gc.collect(1)
+    assert gone() is None
+    assert (gc.get_threshold(), gc.get_freeze_count()) == (before, 0)
