@@ -128,9 +128,6 @@ def test_a_bundle_does_not_replace_deltas(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "deltas")
     with pytest.raises(PeftcError, match="holds deltas, which a bundle would replace"):
         peftc.export(model, tmp_path / "deltas")
-    with pytest.raises(PeftcError, match="these are float64 on cpu"):
-        peftc.export(model.double(), tmp_path / "bundle")
-    assert not (tmp_path / "bundle").exists()
 
 
 def test_a_damaged_bundle_says_so(written, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

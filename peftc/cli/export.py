@@ -10,6 +10,7 @@ import typer
 from peftc.cli import directories, options
 from peftc.cli.console import say, step
 from peftc.export import bundle
+from peftc.export.precision import PRECISIONS, QUANTIZED
 
 
 def export(
@@ -20,6 +21,13 @@ def export(
         Path, typer.Option("--output", "-o", metavar="BUNDLE", help="A new directory.")
     ],
     opset: Annotated[int, typer.Option("--opset", help="ONNX opset.")] = 23,
+    precision: Annotated[
+        str, typer.Option("--precision", metavar="|".join(PRECISIONS), help="What it computes in.")
+    ] = "fp32",
+    quantize: Annotated[
+        str | None,
+        typer.Option("--quantize", metavar="|".join(QUANTIZED), help="Matrices in whole numbers."),
+    ] = None,
     model: options.Backbone = None,
 ) -> None:
     """Write an ONNX bundle that `peftc run` and ONNX Runtime serve.
@@ -27,6 +35,7 @@ def export(
     \b
     peftc export lora-my-bert -o bundle
     peftc export merged -o bundle --opset 20
+    peftc export merged -o small --quantize int4
     """
     directories.new_directory(output)
     compiled = directories.model_of(directory, model)
@@ -35,11 +44,21 @@ def export(
         "processor": directories.processor(directory, compiled),
     }
     with step("exporting") as progress:
-        parity = bundle.export(compiled, output, opset=opset, progress=progress, **made)
+        parity = bundle.export(
+            compiled,
+            output,
+            opset=opset,
+            precision=precision,
+            quantize=quantize,
+            progress=progress,
+            **made,
+        )
     for one in parity:
         say(
             f"{one.graph}: max |ONNX - torch| = {one.error:.3g} "
             f"in {one.cases} cases (at most {one.tolerance:.1e})"
         )
+        if one.agreement < 1 or one.divergence > 1e-6:
+            say(f"{one.graph}: {one.agreement:.1%} of choices are torch's, KL {one.divergence:.2g}")
     size = sum(one.stat().st_size for one in output.rglob("*") if one.is_file())
     say(f"wrote {output} ({size:,} bytes)")

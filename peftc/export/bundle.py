@@ -15,11 +15,12 @@ from transformers import PreTrainedModel
 from peftc.driver import sample
 from peftc.export.graph import ExportError, plain_experts, ports_of, require_onnx, to_onnx
 from peftc.export.parity import Parity, check
+from peftc.export.precision import on_the_cpu, precision_of, quantized
 from peftc.export.source import Source
 from peftc.export.tasks import task_of
 from peftc.export.weights import write_models
 from peftc.graph.placement import weights
-from peftc.graph.quantized import quantized
+from peftc.graph.quantized import quantized as held_small
 from peftc.graph.rows import room_of
 from peftc.language.resolved import digest
 from peftc.merging import merge
@@ -40,6 +41,8 @@ def export(
     bundle_dir: str | Path,
     *,
     opset: int = 23,
+    precision: str = "fp32",
+    quantize: str | None = None,
     tokenizer: Any = None,
     processor: Any = None,
     example: Mapping[str, torch.Tensor] | None = None,
@@ -49,15 +52,20 @@ def export(
 
     `model` is compiled or plain, and suits one of `peftc.export.tasks`. Every graph is compared with torch on
     a grid of batch sizes, lengths, paddings and past lengths; `example` is one batch by argument name, where the
-    inputs cannot be guessed. `tokenizer`, and `processor` of images or sounds, go into the bundle. Raises ExportError, and then nothing is left at `bundle_dir`; MergeError when
-    folding changes the outputs; DeltaError when that directory is not ours.
+    inputs cannot be guessed. `tokenizer`, and `processor` of images or sounds, go into the bundle.
+
+    `precision` is a row of `peftc.export.precision.PRECISIONS`, whatever the model's own type and device are; `quantize`
+    one of QUANTIZED. What a bundle computes is compared with the model in float32. Raises ExportError, and then nothing
+    is left at `bundle_dir`; MergeError when folding changes the outputs; DeltaError when that directory is not ours.
     """
     path = Path(bundle_dir)
     _require(model, path)
+    asked = precision_of(precision, quantize)
+    given, model = model, on_the_cpu(model, torch.float32)
     inputs = sample(model, example)
     task = task_of(Source(model, inputs))
     say = progress or (lambda _: None)
-    mode, folded, report = model.training, model, Report(())
+    mode, folded, report = given.training, model, Report(())
     if isinstance(model, CompiledModel) and model.plan.edits:
         say("folding")
         folded, report = merge(model, example=example)
@@ -66,23 +74,30 @@ def export(
 
     def fill(directory: Path) -> Mapping[str, Any]:
         graphs = tuple(task.graphs(Source(folded, inputs)))
+        made, low = on_the_cpu(folded, asked.dtype), graphs
+        if made is not folded:
+            low = tuple(task.graphs(Source(made, sample(made, inputs))))
         models = {}
-        for graph in graphs:
+        for graph in low:
             say(f"exporting {graph.role}")
-            models[graph.role] = to_onnx(folded, graph, opset)
+            models[graph.role] = to_onnx(made, graph, opset)
+            if asked.bits is not None:
+                models[graph.role] = quantized(models[graph.role], asked.bits)
         ports = {role: ports_of(one) for role, one in models.items()}
         say("writing weights")
         size = write_models(models, directory)
         del models
         for graph in graphs:
             say(f"checking {graph.role}")
-            certificate.append(check(folded, graph, directory / f"{graph.role}.onnx"))
-        rows = {g.names[k]: v.contiguous() for g in graphs for k, v in g.rows.items()}
+            certificate.append(check(folded, graph, directory / f"{graph.role}.onnx", asked))
+        rows = {g.names[k]: v.contiguous() for g in low for k, v in g.rows.items()}
         if rows:
             save_file(rows, directory / ROWS)
         _settings(folded, (tokenizer, processor), directory)
         return {
             **_about(model, folded),
+            "dtype": str(asked.dtype).removeprefix("torch."),
+            "precision": asked.name,
             "graphs": {role: {"file": f"{role}.onnx", **one} for role, one in ports.items()},
             "kind": task.name,
             "opset": opset,
@@ -95,7 +110,7 @@ def export(
         with plain_experts(folded):
             write_directory(path, fill)
     finally:
-        model.train(mode)
+        given.train(mode)
     return tuple(certificate)
 
 
@@ -107,15 +122,10 @@ def _require(model: PreTrainedModel, path: Path) -> None:
         raise ExportError(
             f"{path} holds deltas, which a bundle would replace; choose another directory"
         )
-    for name, one in quantized(model).items():
+    for name, one in held_small(model).items():
         raise ExportError(
             f"'{name}' of this {type(model).__name__} is quantised ({type(one).__name__}), and export writes ordinary "
             "weights: merge(dequantize=True) first, or quantise what was exported with ONNX Runtime"
-        )
-    if model.dtype != torch.float32 or model.device.type != "cpu":
-        kind = f"{model.dtype} on {model.device}".removeprefix("torch.")
-        raise ExportError(
-            f"export takes float32 weights on the CPU, these are {kind}: model.float().cpu() first"
         )
 
 
@@ -141,7 +151,6 @@ def _about(model: PreTrainedModel, folded: PreTrainedModel) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "max_tokens": _max_tokens(folded),
-        "dtype": str(folded.dtype).removeprefix("torch."),
         "min_onnxruntime": MIN_ORT,
         "spec": {"name": plan.spec.name, "digest": digest(plan.spec)} if plan else None,
         "backbone": {

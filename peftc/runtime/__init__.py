@@ -62,7 +62,7 @@ def load(
     directory = Path(bundle_dir)
     manifest = read_manifest(directory, KEYS)
     try:
-        row, made_of = RUNNERS[kind_of(manifest)], manifest["backbone"]["class"]
+        row = RUNNERS[kind_of(manifest)]
         files = [directory / Path(manifest["graphs"][role]["file"]).name for role in row.roles]
     except (KeyError, TypeError) as error:
         raise RuntimeFault(
@@ -73,4 +73,4 @@ def load(
             raise RuntimeFault(f"{directory} lacks {file.name}")
     check_files(directory, manifest, content=False)
     sessions = [Session.open(file, providers, allow_cpu_fallback) for file in files]
-    return opened(row.runner, directory, made_of, sessions)
+    return opened(row.runner, directory, manifest, sessions)

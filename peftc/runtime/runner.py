@@ -32,14 +32,11 @@ class Runner:
     directory: Path
     sessions: tuple[Session, ...]
     arguments: tuple[str, ...]
+    dtype: torch.dtype
 
     @property
     def device(self) -> torch.device:
         return torch.device(self.sessions[0].device)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.float32
 
     def to(self, *_: Any, **__: Any) -> Any:
         """It runs where its sessions do."""
@@ -103,12 +100,16 @@ def fed(session: Session, given: Mapping[str, Any], known: Sequence[str] = ()) -
     return feeds
 
 
-def opened(kind: Any, directory: Path, named: Any, sessions: Sequence[Session]) -> Any:
-    """A runner of a kind for a bundle, made of the class that its manifest `named`. Raises RuntimeFault."""
-    cls = getattr(transformers, str(named), None)
+def opened(
+    kind: Any, directory: Path, manifest: Mapping[str, Any], sessions: Sequence[Session]
+) -> Any:
+    """A runner of a kind for a bundle, made of the class that its manifest names. Raises RuntimeFault."""
+    named = str(manifest["backbone"]["class"])
+    cls = getattr(transformers, named, None)
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
         raise RuntimeFault(f"{directory} was made of a {named}, which transformers does not have")
-    body = {"__module__": cls.__module__, "forward": _signed(kind, cls)}
+    dtype = getattr(torch, str(manifest.get("dtype", "float32")))
+    body = {"__module__": cls.__module__, "forward": _signed(kind, cls), "dtype": dtype}
     config = settings(transformers.AutoConfig, directory, "config.json")
     with torch.device("meta"):
         runner = type(cls.__name__, (kind, cls), body)(config).eval()

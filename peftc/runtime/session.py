@@ -13,6 +13,7 @@ import torch
 from peftc.errors import PeftcError
 
 CPU = ("CPUExecutionProvider",)
+CUDA = "CUDAExecutionProvider"
 
 
 class RuntimeFault(PeftcError):
@@ -53,13 +54,20 @@ class Session:
         silent = [p for p in providers if p not in session.get_providers()]
         if silent and not allow_cpu_fallback:
             raise RuntimeFault(f"{silent[0]} did not start; ONNX Runtime would run on the CPU")
-        device = "cuda" if "CUDAExecutionProvider" in session.get_providers() else "cpu"
+        device = "cuda" if CUDA in session.get_providers() else "cpu"
         names = tuple(one.name for one in session.get_inputs())
         return Session(session, names, tuple(one.name for one in session.get_outputs()), device)
 
     def shape(self, name: str) -> tuple[int | str, ...]:
         """The axes of an input: sizes, and names of the dynamic ones."""
         return next(tuple(one.shape) for one in self.session.get_inputs() if one.name == name)
+
+    def run_as_it_is(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """`run` of numbers in any floating type; they come back on the CPU in float32."""
+        types = {one.name: _TYPES.get(one.type) for one in self.session.get_inputs()}
+        given = {k: v.to(types.get(k)) if v.is_floating_point() else v for k, v in feeds.items()}
+        found = self.run(given)
+        return {k: v.cpu().float() if v.is_floating_point() else v for k, v in found.items()}
 
     def run(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Outputs by name. Unknown inputs are an error; an empty past is bound as it is."""
@@ -69,7 +77,7 @@ class Session:
         missing = [name for name in self.inputs if name not in feeds]
         if unknown or missing:
             raise RuntimeFault(f"inputs differ: unknown {unknown}, missing {missing}")
-        odd = [f"{name}: {one.dtype}" for name, one in feeds.items() if one.dtype not in _NUMPY]
+        odd = [f"{name}: {one.dtype}" for name, one in feeds.items() if one.dtype not in _KINDS]
         if odd:
             raise RuntimeFault(f"token ids and masks are int64, not {odd[0]}")
         binding = self.session.io_binding()
@@ -78,7 +86,7 @@ class Session:
             tensor = tensor.detach().to(self.device).contiguous()
             buffer = tensor if tensor.numel() else tensor.new_empty(1)  # no null pointers
             kept.append(buffer)
-            dtype = _NUMPY[tensor.dtype]
+            dtype = _KINDS[tensor.dtype]
             binding.bind_input(
                 name,
                 self.device,
@@ -134,15 +142,10 @@ def _to_torch(value: Any) -> torch.Tensor:
     return tensor
 
 
-def _numpy_types() -> dict[torch.dtype, Any]:
-    import numpy as np
-
-    return {
-        torch.float32: np.float32,
-        torch.float16: np.float16,
-        torch.int64: np.int64,
-        torch.bool: np.bool_,
-    }
-
-
-_NUMPY = _numpy_types()
+# Element types of ONNX.
+_KINDS = {torch.float32: 1, torch.int64: 7, torch.bool: 9, torch.float16: 10, torch.bfloat16: 16}
+_TYPES = {
+    "tensor(float)": torch.float32,
+    "tensor(float16)": torch.float16,
+    "tensor(bfloat16)": torch.bfloat16,
+}

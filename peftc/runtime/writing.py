@@ -106,7 +106,9 @@ class Writes(Runner):
             tokens, rows = getattr(layer, slot.attribute), self._rows.get(slot.name)
             if tokens is None:
                 _, heads, _, width = self._decoder.shape(slot.name)
-                tokens = torch.zeros(batch, int(heads), 0, int(width), device=self.device)
+                tokens = torch.zeros(
+                    batch, int(heads), 0, int(width), device=self.device, dtype=self.dtype
+                )
             if rows is None:
                 yield slot.name, tokens
                 continue
