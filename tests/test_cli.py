@@ -260,6 +260,26 @@ def test_export_run_and_verify_a_writer(run: Run, folder: Path, tmp_path: Path) 
     assert "tokens of beam search that differ, now" in out
 
 
+@pytest.mark.parametrize("writes", [True, False])
+def test_bench_measures_beside_torch(
+    writes: bool, run: Run, folder: Path, lora: Path, tmp_path: Path
+) -> None:
+    model, bundle = _writer(folder, tmp_path) if writes else lora, tmp_path / "bundle"
+    assert run("export", model, "-o", bundle)[0] == 0
+    asked = ("--length", 4, "--new-tokens", 3, "--seconds", 0)
+    code, out, _ = run("bench", bundle, "-m", model, *asked, "--json")
+    found = json.loads(out)
+    assert (code, found["unit"], found["calls"]) == (0, "tokens", 5)
+    for way in ("bundle", "torch"):
+        one = found[way]
+        assert 0 < one["p50"] <= one["p90"] <= one["p99"]
+        assert one["per_second"] == pytest.approx(1e3 * (3 if writes else 4) / one["p50"])
+    middle, low, high = found["times_torch"]
+    assert 0 < low <= middle <= high
+    code, out, _ = run("bench", bundle, *asked)
+    assert (code, "torch" in out, "tokens a second" in out) == (0, False, True)
+
+
 def test_specs_and_schema(run: Run) -> None:
     assert "mam" in run("specs")[1]
     assert run("specs", "lora")[1].startswith("# LoRA")

@@ -43,6 +43,10 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "verify:verify",
         "Check deltas or a bundle again, by numbers. Exit code 1 when a check fails.",
     ),
+    "bench": (
+        "bench:bench",
+        "Time a bundle: latencies, tokens a second, and beside torch with --model.",
+    ),
     "doctor": (
         "doctor:doctor",
         "Tell what is installed, what really runs, and what conflicts. Exit code 1 when something does.",
