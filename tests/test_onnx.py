@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -111,6 +113,17 @@ def test_what_is_refused(written, tmp_path: Path) -> None:  # type: ignore[no-un
     assert [one.name for one in (tmp_path / "mine").iterdir()] == ["notes.txt"]
     broken = tmp_path / "broken"
     shutil.copytree(directory, broken)
+    assert peftc.runtime.load(broken, check=True).can_generate()
+    for name, plain in (("encoder.onnx", False), ("model.onnx.data", True)):
+        whole = (broken / name).read_bytes()
+        middle = len(whole) // 2
+        (broken / name).write_bytes(
+            whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+        )
+        said = rf"{re.escape(name)} is not the file that peftc\.json was written with"
+        with pytest.raises(PeftcError, match=said):
+            peftc.runtime.load(broken, check=plain)
+        (broken / name).write_bytes(whole)
     (broken / "encoder.onnx").write_bytes(b"not a graph")
     with pytest.raises(PeftcError, match=r"encoder\.onnx is damaged"):
         peftc.runtime.load(broken)
@@ -160,3 +173,21 @@ def test_a_bundle_by_the_name_that_its_kind_had(family: str, kind: str, tmp_path
     runner = peftc.runtime.load(tmp_path / "b")
     inputs = batch(tiny(family))
     assert runner(**inputs).logits.shape == tiny(family)(**inputs).logits.shape
+
+
+def test_two_hundred_threads(written) -> None:  # type: ignore[no-untyped-def]
+    """One runner, called by all of them at once, gives each its own answer: caches are the callers'."""
+    _, _, directory, _ = written
+    runner = peftc.runtime.load(directory)
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(4, 120, (1, 3 + i % 5), generator=generator) for i in range(200)]
+
+    def write(ids: torch.Tensor) -> list[int]:
+        found: list[int] = runner.generate(input_ids=ids, max_new_tokens=4, do_sample=False)[
+            0
+        ].tolist()
+        return found
+
+    with ThreadPoolExecutor(200) as pool:
+        at_once = [*pool.map(write, texts)]
+    assert at_once == [write(ids) for ids in texts]

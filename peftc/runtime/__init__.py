@@ -18,7 +18,7 @@ from peftc.runtime.predicting import (
 from peftc.runtime.runner import KEYS, Runner, opened
 from peftc.runtime.session import CPU, RuntimeFault, Session
 from peftc.runtime.writing import SpeechRecognition, Text2TextGeneration, TextGeneration
-from peftc.store.directory import MANIFEST, check_files, read_manifest
+from peftc.store.directory import FILES, MANIFEST, WEIGHTS, check_files, read_manifest
 
 __all__ = ["KEYS", "RUNNERS", "Runner", "RuntimeFault", "kind_of", "load"]
 
@@ -54,11 +54,16 @@ def kind_of(manifest: Mapping[str, Any]) -> str:
 
 
 def load(
-    bundle_dir: str | Path, providers: Sequence[str] = CPU, *, allow_cpu_fallback: bool = False
+    bundle_dir: str | Path,
+    providers: Sequence[str] = CPU,
+    *,
+    allow_cpu_fallback: bool = False,
+    check: bool = False,
 ) -> Any:
     """A runner for a bundle: a model of the class that it was made of, whose forward runs its graphs, with a method of
-    its task's name. Raises RuntimeFault or DeltaError when the bundle is damaged, or a provider is missing and
-    falling back to the CPU was not allowed."""
+    its task's name. Sizes of files are compared with what was written, and digests, of the weights only with `check`.
+    Raises RuntimeFault or DeltaError when the bundle is damaged, or a provider is missing and falling back to the CPU
+    was not allowed."""
     directory = Path(bundle_dir)
     manifest = read_manifest(directory, KEYS)
     try:
@@ -71,6 +76,9 @@ def load(
     for file in files:
         if not file.is_file():
             raise RuntimeFault(f"{directory} lacks {file.name}")
-    check_files(directory, manifest, content=False)
+    check_files(directory, manifest, content=check)
+    small = [name for name in manifest.get(FILES, {}) if not name.endswith(WEIGHTS)]
+    if small and not check:
+        check_files(directory, manifest, content=True, only=small)
     sessions = [Session.open(file, providers, allow_cpu_fallback) for file in files]
     return opened(row.runner, directory, manifest, sessions)

@@ -22,7 +22,8 @@ except ImportError:  # Windows: what a killed write leaves there stays
 
 MANIFEST = "peftc.json"
 FILES, UNFINISHED = "files", "unfinished"  # keys of a manifest
-NUMBERS = (".safetensors", ".onnx", ".data")
+WEIGHTS = ".data"
+NUMBERS = (".safetensors", ".onnx", WEIGHTS)
 # Without these nothing reads a directory, so they come after what they speak of.
 LAST = ("adapter_config.json", "config.json", MANIFEST)
 FORMAT = 2
