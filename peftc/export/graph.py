@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from peftc.errors import PeftcError
 from peftc.graph.arguments import axes, example
 from peftc.graph.capture import exclusive
+from peftc.graph.grid import Case
 from peftc.graph.program import Program
 from peftc.graph.rows import room_of
 from peftc.model.compiled import run_program
@@ -30,21 +31,6 @@ class ExportError(PeftcError):
 
 
 Tensors = Mapping[str, torch.Tensor]
-
-
-LENGTHS = (1, 7, 33)
-
-
-@dataclass(frozen=True)
-class Case:
-    """Sizes of one batch: `length` is that of the mask, `past` and `query` a step's; `padding` is none, left or right
-    and reaches into the first row."""
-
-    rows: int
-    length: int
-    past: int
-    query: int
-    padding: str
 
 
 @dataclass(frozen=True)

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.nn import functional
 from transformers import PreTrainedModel
 
-from peftc.export.graph import Case, ExportError, Graph, longest
+from peftc.export.graph import ExportError, Graph, longest
 from peftc.export.precision import Precision, providers_for
+from peftc.graph.grid import cases, real
+from peftc.rewrite.compared import CHOICES, Compared, choices_of
 from peftc.runtime.session import Session
-
-# The outputs that are distributions over their last axis.
-CHOICES = ("logits", "start_logits", "end_logits")
 
 
 @dataclass(frozen=True)
@@ -32,42 +29,6 @@ class Parity:
     agreement: float = 1.0
 
 
-def grid(graph: Graph, most: int) -> Iterator[Case]:
-    """Batch x lengths x padding; a single token has nothing to pad."""
-    for rows, sizes in itertools.product((1, 3), graph.cases):
-        if sizes[0] <= most:
-            for padding in ("none", "left", "right") if sizes[0] > 2 else ("none",):
-                yield Case(rows, *sizes, padding)
-
-
-@dataclass
-class _Output:
-    """What the grid has shown of one output so far: its largest value, the largest difference and where, and of how many
-    positions the likeliest is the same."""
-
-    scale: float = 0.0
-    error: float = 0.0
-    worst: Case | None = None
-    divergence: float = 0.0
-    same: int = 0
-    positions: int = 0
-
-    def see(self, want: torch.Tensor, got: torch.Tensor, case: Case) -> None:
-        if not want.numel():
-            return
-        self.scale = max(self.scale, want.abs().max().item())
-        error = (want - got).abs().max().item()
-        if not error <= self.error:  # true for nan
-            self.error, self.worst = error, case
-
-    def see_choices(self, want: torch.Tensor, got: torch.Tensor) -> None:
-        """Of logits [..., labels or words]."""
-        left, right = want.double().log_softmax(-1), got.double().log_softmax(-1)
-        self.divergence += (left.exp() * (left - right)).sum().item()
-        self.same += int((left.argmax(-1) == right.argmax(-1)).sum())
-        self.positions += left[..., 0].numel()
-
-
 def check(model: PreTrainedModel, graph: Graph, file: Path, precision: Precision) -> Parity:
     """Raises ExportError where an output is out of the bounds of `precision`, not finite or of another shape.
 
@@ -77,9 +38,9 @@ def check(model: PreTrainedModel, graph: Graph, file: Path, precision: Precision
     reference = graph.reference or graph.program
     session, code = Session.open(file, providers_for(precision)), reference.code()
     generator = torch.Generator().manual_seed(0)
-    seen = {name: _Output() for name in graph.outputs}
-    cases = list(grid(graph, longest(model, "seq") - 8))
-    for case in cases:
+    seen = {name: Compared() for name in graph.outputs}
+    tried = list(cases(graph.cases, longest(model, "seq") - 8))
+    for case in tried:
         tokens = graph.feeds(case, generator)
         inputs = graph.full(tokens)
         with torch.no_grad():
@@ -96,19 +57,16 @@ def check(model: PreTrainedModel, graph: Graph, file: Path, precision: Precision
                     f"{list(one.shape)}, at {case}"
                 )
             mask, axis = tokens.get("attention_mask"), graph.padded.get(ours)
-            left, right = (_real(tensor, mask, axis) for tensor in (one, other))
-            seen[ours].see(left, right, case)
-            if ours in CHOICES:
-                seen[ours].see_choices(left, right)
-    return _verdict(graph, seen, len(cases), precision)
+            left, right = (real(tensor, mask, axis) for tensor in (one, other))
+            seen[ours].see(left, right, case, ours in CHOICES)
+    return _verdict(graph, seen, len(tried), precision)
 
 
-def _verdict(graph: Graph, seen: Mapping[str, _Output], cases: int, precision: Precision) -> Parity:
-    chosen = [seen[name] for name in CHOICES if name in seen]
-    positions = sum(one.positions for one in chosen) or 1
-    divergence = sum(one.divergence for one in chosen) / positions
-    agreement = sum(one.same for one in chosen) / positions if chosen else 1.0
-    nearest = Parity(graph.role, cases, 0.0, 0.0)
+def _verdict(
+    graph: Graph, seen: Mapping[str, Compared], tried: int, precision: Precision
+) -> Parity:
+    divergence, agreement, positions = choices_of(seen.values())
+    nearest = Parity(graph.role, tried, 0.0, 0.0)
     for ours, one in seen.items():
         bound = precision.share * one.scale
         if not one.error <= bound:  # true for nan
@@ -116,7 +74,7 @@ def _verdict(graph: Graph, seen: Mapping[str, _Output], cases: int, precision: P
                 f"{graph.role}: '{graph.outputs[ours]}' differs from torch by {one.error:.1e}, "
                 f"more than {bound:.1e} ({precision.why}), at {one.worst}"
             )
-        found = Parity(graph.role, cases, one.error, bound, divergence, agreement)
+        found = Parity(graph.role, tried, one.error, bound, divergence, agreement)
         nearest = max(nearest, found, key=lambda p: p.error / (p.tolerance or 1.0))
     if not (divergence <= precision.divergence and agreement >= precision.agreement):
         raise ExportError(
@@ -124,12 +82,3 @@ def _verdict(graph: Graph, seen: Mapping[str, _Output], cases: int, precision: P
             f"{divergence:.2g}; at least {precision.agreement:.0%} and at most {precision.divergence:g} are asked for"
         )
     return nearest if nearest.tolerance else found
-
-
-def _real(value: torch.Tensor, mask: torch.Tensor | None, axis: int | None) -> torch.Tensor:
-    """`value` where `mask` [batch, length] is set along `axis`, from the end on: the rows in front are no padding."""
-    if axis is None or mask is None:
-        return value
-    size = value.shape[axis]
-    mask = functional.pad(mask, (max(size - mask.shape[1], 0), 0), value=1).bool()
-    return value.movedim(axis, 1)[mask[:, mask.shape[1] - size :]]

@@ -8,9 +8,10 @@ from functools import partial
 
 import torch
 
-from peftc.export.graph import LENGTHS, Graph
+from peftc.export.graph import Graph
 from peftc.export.pooling import EMBEDDING
-from peftc.export.source import Source, fed, masked
+from peftc.export.source import Source, masked
+from peftc.graph.grid import LENGTHS, fed
 
 # The inputs of each kind of thing that is read, the one that tells it first.
 READS = {

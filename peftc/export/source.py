@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 import passes
 from peftc.driver import outputs
-from peftc.export.graph import Case, Tensors
+from peftc.export.graph import Tensors
 from peftc.export.pooling import Pooling
 from peftc.graph.arguments import forward_flags
 from peftc.graph.call import Call
@@ -88,33 +88,3 @@ def masked(inputs: Tensors) -> dict[str, torch.Tensor]:
     """Ids and their mask; a batch without one has no padding."""
     ids = inputs["input_ids"]
     return {"input_ids": ids, "attention_mask": inputs.get("attention_mask", torch.ones_like(ids))}
-
-
-def mask_of(case: Case, length: int) -> torch.Tensor:
-    """[rows, length] of ones, two zeros in the first row where it is padded."""
-    mask = torch.ones(case.rows, length, dtype=torch.long)
-    if case.padding != "none":
-        mask[0, slice(0, 2) if case.padding == "left" else slice(-2, None)] = 0
-    return mask
-
-
-def fed(inputs: Tensors, case: Case, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """A batch for a case: ids of `inputs` anew, padded as it says, in two segments where there are segments; noise for
-    what is no text."""
-    made: dict[str, torch.Tensor] = {}
-    for name, real in inputs.items():
-        if name == "attention_mask":
-            made[name] = mask_of(case, case.length)
-        elif name == "token_type_ids":
-            made[name] = (torch.arange(case.length) * 2 // case.length).repeat(case.rows, 1)
-        elif real.is_floating_point():
-            made[name] = torch.randn((case.rows, *real.shape[1:]), generator=generator).to(real)
-        else:
-            made[name] = drawn(real, (case.rows, case.length), generator)
-    return made
-
-
-def drawn(values: torch.Tensor, size: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
-    """Values of a tensor, in any order."""
-    pool = values.reshape(-1)
-    return pool[torch.randint(0, len(pool), size, generator=generator)]

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 import passes
-from peftc.export.graph import LENGTHS, Case, Graph, Tensors
-from peftc.export.source import Source, drawn, fed, mask_of, masked
+from peftc.export.graph import Graph, Tensors
+from peftc.export.source import Source, masked
 from peftc.graph.cache import STATES, CacheSlot, flatten_cache
+from peftc.graph.grid import LENGTHS, Case, drawn, fed, mask_of
 from peftc.graph.program import Program
 from peftc.model.compiled import run_program
 from peftc.rewrite.held import filling, holding

@@ -1,0 +1,76 @@
+"""The grid: sizes and paddings of batches on which two ways to compute the same are compared."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+ROWS = (1, 3)
+LENGTHS = (1, 7, 33)
+PADDINGS = ("none", "left", "right")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes of one batch: `length` is that of the mask, `past` and `query` a step's; `padding` is none, left or right
+    and reaches into the first row."""
+
+    rows: int
+    length: int
+    past: int
+    query: int
+    padding: str
+
+
+def cases(sizes: Iterable[tuple[int, int, int]], most: int) -> Iterator[Case]:
+    """Each (length, past, query) with each number of rows and each padding; a single token has nothing to pad."""
+    for rows, one in itertools.product(ROWS, sizes):
+        if one[0] <= most:
+            for padding in PADDINGS if one[0] > 2 else ("none",):
+                yield Case(rows, *one, padding)
+
+
+def mask_of(case: Case, length: int) -> torch.Tensor:
+    """[rows, length] of ones, two zeros in the first row where it is padded."""
+    mask = torch.ones(case.rows, length, dtype=torch.long)
+    if case.padding != "none":
+        mask[0, slice(0, 2) if case.padding == "left" else slice(-2, None)] = 0
+    return mask
+
+
+def drawn(values: torch.Tensor, size: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
+    """Values of a tensor, in any order."""
+    pool = values.reshape(-1).cpu()
+    return pool[torch.randint(0, len(pool), size, generator=generator)]
+
+
+def fed(
+    inputs: Mapping[str, torch.Tensor], case: Case, generator: torch.Generator
+) -> dict[str, torch.Tensor]:
+    """A batch for a case: ids of `inputs` anew, padded as it says, in two segments where there are segments; what a
+    decoder reads, as long as the case's query; noise for what is no text."""
+    made: dict[str, torch.Tensor] = {}
+    for name, real in inputs.items():
+        if name == "attention_mask":
+            made[name] = mask_of(case, case.length)
+        elif name == "token_type_ids":
+            made[name] = (torch.arange(case.length) * 2 // case.length).repeat(case.rows, 1)
+        elif real.is_floating_point():
+            made[name] = torch.randn((case.rows, *real.shape[1:]), generator=generator).to(real)
+        else:
+            length = case.query if name.startswith("decoder_") else case.length
+            made[name] = drawn(real, (case.rows, length), generator)
+    return made
+
+
+def real(value: torch.Tensor, mask: torch.Tensor | None, axis: int | None) -> torch.Tensor:
+    """`value` where `mask` [batch, length] is set along `axis`, from the end on: the rows in front are no padding."""
+    if axis is None or mask is None:
+        return value
+    size = value.shape[axis]
+    mask = functional.pad(mask, (max(size - mask.shape[1], 0), 0), value=1).bool()
+    return value.movedim(axis, 1)[mask[:, mask.shape[1] - size :]]
