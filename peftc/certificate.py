@@ -69,11 +69,31 @@ class Row:
         return f"{verdict:<7} {self.what:<44} {self.error:.3g}{limit}{first}"
 
 
+def number(what: str, found: float, bound: float | None, why: str = "") -> Row:
+    """A row of one number, which must not exceed its bound; without one it informs."""
+    holds = bound is None or found <= bound  # False for nan
+    return Row(what, 1, "", 0.0, found, found, 0.0, 1.0, bound, why, holds)
+
+
+def against(what: str, other: PreTrainedModel, model: PreTrainedModel) -> Row:
+    """A model of the same inputs and outputs that should compute the same, on the grid."""
+    inputs = sample(model)
+    share, why = _bound(model)
+    ways = partial(_forward, model), partial(_forward, other)
+    row = _compared(model, inputs, what, _sizes(model, inputs), *ways, share=share, why=why)
+    return row if row.holds else _located(row, model, other, inputs)
+
+
+def _bound(model: PreTrainedModel) -> tuple[float, str]:
+    share = SHARES.get(model.dtype, SHARES[torch.float32])
+    kind = str(model.dtype).removeprefix("torch.")
+    return share, f"{share:.1e} of the largest value: roundings of {kind}"
+
+
 def rows_of(model: CompiledModel) -> Iterator[Row]:
     """Of a compiled model, in evaluation mode: its lean graphs and those without lean passes, its steps from a cache
     and one forward, folded and not, and, where its deltas are not zero, that it is not its backbone."""
-    share = SHARES.get(model.dtype, SHARES[torch.float32])
-    why = f"{share:.1e} of the largest value: roundings of {model.dtype}".replace("torch.", "")
+    share, why = _bound(model)
     inputs = sample(model)
     compiled = partial(_forward, model)
     sizes = _sizes(model, inputs)
@@ -86,14 +106,42 @@ def rows_of(model: CompiledModel) -> Iterator[Row]:
         yield compare("steps from a cache against one forward", steps, *_both_ways(model))
     with torch.no_grad():
         merged, report = merge(model, tolerance=math.inf, dequantize=True)
-    folded = f"folded ({len(report.folded)} of {len(report.outcomes)}) against unfolded"
-    row = compare(folded, sizes, compiled, partial(_forward, merged))
-    yield row if row.holds else _located(row, model, merged, inputs)
+    yield against(
+        f"folded ({len(report.folded)} of {len(report.outcomes)}) against unfolded", merged, model
+    )
+    yield number(
+        "folded twice against folded once", _fold_again(merged), 0, "nothing is left to fold"
+    )
     bare = compare(
         "compiled against its backbone", sizes, partial(_forward, model.backbone), compiled
     )
-    trained = any(bool(one.any()) for one in model.deltas.values().values())
-    yield replace(bare, bound=None, why="", holds=bare.error > 0 or not trained)
+    yield replace(bare, bound=None, why="", holds=bare.error > 0 or not _moved(model))
+
+
+# What tensors start as that make a delta nothing at first.
+_STARTS = {"zeros": 0, "ones": 1}
+
+
+def _moved(model: CompiledModel) -> bool:
+    """Whether a delta is something: a tensor that starts as zeros or ones is no longer; where none does, any."""
+    values = model.deltas.values()
+    starts = {
+        path: _STARTS[one.init] for path, one in model.plan.tensors.items() if one.init in _STARTS
+    }
+    if starts:
+        return any(bool((values[path] != start).any()) for path, start in starts.items())
+    return any(bool(values[path].any()) for path in model.plan.tensors)
+
+
+def _fold_again(merged: PreTrainedModel) -> float:
+    """How far a second merge moves the folded weights."""
+    if not isinstance(merged, CompiledModel):
+        return 0.0  # a plain checkpoint: there is nothing left that could fold
+    with torch.no_grad():
+        twice, report = merge(merged, tolerance=math.inf, dequantize=True)
+    before, after = dict(merged.named_parameters()), dict(twice.named_parameters())
+    moved = [float((after[k] - v).detach().abs().max()) for k, v in before.items() if k in after]
+    return max(moved) + len(report.folded)
 
 
 def _forward(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], _: Case) -> Outputs:

@@ -130,7 +130,7 @@ def _rest(
 
 
 def _require_equal(report: Report, bound: float) -> None:
-    if not report.error <= bound:  # true for nan
+    if report.error != 0 and not report.error <= bound:  # true for nan
         raise MergeError(
             f"folding moved the outputs by {report.error:.3g} of {report.scale:.3g}, more than {bound:.1e}: "
             "keep the deltas apart; if this much is known to be rounding, merge(tolerance=...) takes more"

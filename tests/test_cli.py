@@ -227,7 +227,28 @@ def test_verify_says_each_number(run: Run, lora: Path) -> None:
     code, out, _ = run("verify", lora)
     assert code == 0
     assert all(line.split()[0] in ("ok", "info") for line in out.splitlines())
-    assert len(out.splitlines()) == 6
+    said = json.loads((lora / "certificate.json").read_text())
+    assert said["holds"] and len(said["rows"]) == len(out.splitlines()) == 7
+    page = (lora / "certificate.md").read_text()
+    assert page.startswith("# Certificate: holds")
+    assert all(one["what"] in page for one in said["rows"])
+    assert run("verify", lora)[0] == 0  # what it wrote is in no one's way
+
+
+def test_verify_a_merged_checkpoint(run: Run, lora: Path, tmp_path: Path) -> None:
+    merged = tmp_path / "merged"
+    assert run("merge", lora, "-o", merged)[0] == 0
+    code, out, _ = run("verify", merged)
+    assert code == 0
+    assert "ok      merged against the deltas" in out
+    model = AutoModelForSequenceClassification.from_pretrained(merged)
+    with torch.no_grad():
+        model.bert.encoder.layer[1].attention.self.query.weight.mul_(2)
+    model.save_pretrained(merged)
+    code, out, error = run("verify", merged)
+    assert (code, json.loads((merged / "certificate.json").read_text())["holds"]) == (1, False)
+    assert "first in bert.encoder.layer.1.attention.self.query" in out
+    assert "merged against the deltas" in error
 
 
 def test_export_run_and_verify_a_classifier(

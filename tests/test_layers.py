@@ -28,7 +28,7 @@ ALLOWED = {
     "prune": ALL[:11],
     "saved": ALL[:10],
     "runtime": ("errors", "store"),
-    "certificate": ALL[:10],
+    "certificate": ALL[:11],
     "export": ALL,
     "interchange": ALL[:13],
     "training": ALL[:13],

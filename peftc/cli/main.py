@@ -41,7 +41,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "run": ("run:run", "Answer with an ONNX bundle, by its task; one line for each text."),
     "verify": (
         "verify:verify",
-        "Check deltas or a bundle again, by numbers. Exit code 1 when a check fails.",
+        "Check deltas, a merged checkpoint or a bundle again, on a grid of batches.",
     ),
     "bench": (
         "bench:bench",

@@ -68,7 +68,8 @@ def merge(
         plain.save_pretrained(directory, save_original_format=not quantized(compiled.backbone))
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
-        (directory / REPORT).write_text(json.dumps(_about(compiled, report), indent=1) + "\n")
+        about = {**_about(compiled, report), "deltas": str(deltas.resolve())}
+        (directory / REPORT).write_text(json.dumps(about, indent=1) + "\n")
 
     write_directory(output, fill)
     say(_written(output, report))

@@ -53,6 +53,8 @@ def run(
     peftc run bundle "a great film" "a waste of time"
     peftc run bundle --input test.jsonl --json
     """
+    if texts and source:
+        raise options.OptionError("give texts or --input, not both")
     kind = runtime.kind_of(read_manifest(bundle, runtime.KEYS))
     asked = ASKED.get(kind, _TEXT)
     columns = (text_column, *asked.columns[1:]) if text_column else asked.columns
@@ -122,8 +124,6 @@ def _items(
     texts: Sequence[str] | None, source: Path | None, columns: tuple[str, ...]
 ) -> list[tuple[str, ...]]:
     """What is asked, a value for each column."""
-    if texts and source:
-        raise options.OptionError("give texts or --input, not both")
     if source is not None:
         rows = read_rows(source, columns)
         return [tuple(str(row[column]) for column in columns) for row in rows]

@@ -18,7 +18,7 @@ from peftc.runtime.session import Session
 
 @dataclass(frozen=True)
 class Parity:
-    """The difference of an output between ONNX Runtime and torch in float32 that came nearest to its bound; and, of all
+    """The difference of an output between ONNX Runtime and torch in float32 that came nearest to its bound, its largest value and the mean difference; and, of all
     that is a distribution, the mean KL in nats, and the share of positions with the same likeliest label or word."""
 
     graph: str
@@ -27,6 +27,8 @@ class Parity:
     tolerance: float
     divergence: float = 0.0
     agreement: float = 1.0
+    scale: float = 0.0
+    mean: float = 0.0
 
 
 def check(model: PreTrainedModel, graph: Graph, file: Path, precision: Precision) -> Parity:
@@ -74,7 +76,9 @@ def _verdict(
                 f"{graph.role}: '{graph.outputs[ours]}' differs from torch by {one.error:.1e}, "
                 f"more than {bound:.1e} ({precision.why}), at {one.worst}"
             )
-        found = Parity(graph.role, tried, one.error, bound, divergence, agreement)
+        found = Parity(
+            graph.role, tried, one.error, bound, divergence, agreement, one.scale, one.mean
+        )
         nearest = max(nearest, found, key=lambda p: p.error / (p.tolerance or 1.0))
     if not (divergence <= precision.divergence and agreement >= precision.agreement):
         raise ExportError(

@@ -20,6 +20,7 @@ from peftc.language.expr import Expr, Name, names
 from peftc.language.ports import SITES
 from peftc.plan.algebra import constant_parts, grown, growth, inlined, replaced, ungrown
 from peftc.plan.edit import Edit
+from peftc.rewrite.lengths import release
 from peftc.rewrite.lower import Builder, Operand
 from peftc.rewrite.pipeline import PassError
 from peftc.sites.site import Place
@@ -58,11 +59,20 @@ def splice(
         made.append((whole(port), result))
         inserted += builder.inserted
     for one, result in made:
+        before = one.node if isinstance(one, Read) else program.current(one.node)
+        if _grew(before, result):
+            release(before, -2, [one.user] if isinstance(one, Read) else [*before.users])
         program.splice(one, result, inserted)
     if place.follow is not None:
         for rows in growth(edit).values():
             follow = Builder(program.graph, label="prefix", tag="mask", known=shared.known)
             place.follow(program, follow.call, rows)
+
+
+def _grew(before: fx.Node, after: fx.Node) -> bool:
+    """Whether rows were put in front of what had a length that is a number."""
+    old, new = (one.meta["val"].shape for one in (before, after))
+    return len(old) > 1 and isinstance(old[-2], int) and old[-2] != new[-2]
 
 
 def _builder(program: Program, edit: Edit, port: Port, name: str) -> Builder:
