@@ -45,7 +45,7 @@ def _moved(user: fx.Node, node: fx.Node, axis: int) -> int | None:
     if is_call(user, *VIEW):
         return _viewed(user, shape, axis)
     if is_call(user, *MOVE, *POINTWISE):
-        return axis + user.meta["val"].ndim - len(shape)
+        return axis + int(user.meta["val"].ndim) - len(shape)
     return None
 
 
