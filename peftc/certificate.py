@@ -109,9 +109,7 @@ def rows_of(model: CompiledModel) -> Iterator[Row]:
     yield against(
         f"folded ({len(report.folded)} of {len(report.outcomes)}) against unfolded", merged, model
     )
-    yield number(
-        "folded twice against folded once", _fold_again(merged), 0, "nothing is left to fold"
-    )
+    yield number("folded twice against folded once", _fold_again(merged), 0)
     bare = compare(
         "compiled against its backbone", sizes, partial(_forward, model.backbone), compiled
     )
@@ -329,19 +327,24 @@ def write(directory: Path, about: Mapping[str, Any], rows: Sequence[Any]) -> Non
         "| | cases | largest difference | mean | at most | KL | same choice |",
         "|---|" + "---|" * 6,
     ]
-    for one in rows:
-        bound = "" if one.bound is None else f"{one.bound:.1e}"
-        lines.append(
-            f"| {'' if one.holds else 'FAILED: '}{one.what}{f' (first in {one.module})' if one.module else ''} "
-            f"| {one.cases} | {one.error:.1e} of {one.scale:.1e} | {one.mean:.1e} | {bound} "
-            f"| {one.divergence:.1e} | {one.agreement:.1%} |"
-        )
-    why = dict.fromkeys(one.why for one in rows if one.why)
-    lines += ["", *(f"At most {one}." for one in why), ""]
+    lines += [_line(one) for one in rows]
+    bounds = dict.fromkeys(one.why for one in rows if one.why)
+    lines += ["", *(f"- a bound is {one}" for one in bounds), ""]
     for name, text in ((JSON, json.dumps(data, indent=1) + "\n"), (PAGE, "\n".join(lines))):
         half = directory / f".{name}"
         half.write_text(text)
         half.replace(directory / name)
+
+
+def _line(one: Row) -> str:
+    """A row of the page; what is one number has no scale, no mean and no choices."""
+    what = one.what if one.holds else f"FAILED: {one.what}"
+    what += f" (first in {one.module})" if one.module else ""
+    bound = "" if one.bound is None else f"{one.bound:.1e}"
+    if one.cases == 1:
+        return f"| {what} | | {one.error:.3g} | | {bound} | | |"
+    cells = f"{one.cases} | {one.error:.1e} of {one.scale:.1e} | {one.mean:.1e} | {bound}"
+    return f"| {what} | {cells} | {one.divergence:.1e} | {one.agreement:.1%} |"
 
 
 def about(model: CompiledModel) -> dict[str, Any]:
