@@ -179,7 +179,7 @@ class Reference:
 
     def leaf(self, path: str, module: nn.Module) -> Callable[[Tensor], Tensor]:
         def run(x: Tensor) -> Tensor:
-            self.start(path, {"x": x, **stored(module)})
+            self.start(path, {"x": x, "came": x, **stored(module)})
             weights = {"weight": turned(module, self.last(path, "W"))}
             if "b" in stored(module):
                 weights["bias"] = self.last(path, "b")
@@ -273,7 +273,7 @@ def slots(edit: Edit, family: str) -> dict[str, Slot]:
     if whole == "attention":
         return {**linear(part), "input": slot("q", "x")}
     if at == "ffn":
-        ports = {"x": slot("up", "x"), "h": slot("down", "h"), "residual": slot("residual", "x")}
+        ports = {"x": slot("up", "x"), "h": slot("down", "h"), "residual": slot("residual", "came")}
         return ports
     if at == "ffn.hidden":
         return {"h": slot("down", "x")}

@@ -462,6 +462,18 @@ FOUND = {
         "at: attention.q, params: {p: {shape: [in, in], init: normal}}, rewrite: {x: x @ p}}, "
         "{at: attention.v, params: {p: {shape: [d, out], init: normal}}, rewrite: {h: h + input @ p}",
     ),
+    "a value by another name, then edited": (
+        "bert",
+        "at: ffn, rewrite: {h: residual}}, {at: ffn, rewrite: {h: 0.5 * tanh(h)}",
+    ),
+    "an input by another name, then the output edited": (
+        "llama",
+        "at: ffn.down, rewrite: {h: h - h}}, {at: ffn, rewrite: {h: x}}, {at: ffn, rewrite: {h: 2 * h}",
+    ),
+    "an input that is changed, and the residual": (
+        "bert",
+        "at: ffn.up, rewrite: {x: 2 * x}}, {at: ffn, rewrite: {h: h + residual}",
+    ),
     "a value that a later edit does without": (
         "mpt",
         "at: norm, params: {p: {shape: [out], init: normal}}, rewrite: {W: W * p}}, "

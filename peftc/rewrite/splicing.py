@@ -56,6 +56,9 @@ def splice(
             result = _cast(builder, result, own.meta["val"].dtype, name)
             if isinstance(port, Part):
                 result = port.view.write(builder.call, own, result, name)
+            elif result is not own and result not in builder.inserted:
+                # The next edit here replaces this value, and not what it is another name of.
+                result = builder.call(aten.alias.default, result, name=name)
         made.append((whole(port), result))
         inserted += builder.inserted
     for one, result in made:
