@@ -14,15 +14,12 @@ import torch
 from torch import fx
 from transformers import PreTrainedModel
 
-import passes
-from peftc.driver import outputs, sample
-from peftc.graph.arguments import argument, forward_flags
-from peftc.graph.call import Call
-from peftc.graph.capture import capture, exclusive
+from peftc.driver import outputs, program_of, sample
+from peftc.graph.arguments import argument
 from peftc.graph.facts import ModelFacts
 from peftc.graph.grid import LENGTHS, Case, cases, fed, real
 from peftc.graph.program import Program, scope_of
-from peftc.graph.rows import room_of
+from peftc.graph.rows import longest_of
 from peftc.language.resolved import digest
 from peftc.merging import merge
 from peftc.model.compiled import CompiledModel, run_program
@@ -149,7 +146,7 @@ def _forward(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], _: Case
 def _plain(model: CompiledModel, inputs: Mapping[str, torch.Tensor], _: Case) -> Outputs:
     """The graph as deltas were inserted, without a pass that makes it lean."""
     with torch.no_grad():
-        found = run_program(model, _graph(model, inputs), inputs)
+        found = run_program(model, program_of(model, "forward", inputs), inputs)
     return {k: v for k, v in found.items() if isinstance(v, torch.Tensor)}
 
 
@@ -210,11 +207,11 @@ def _compared(
     why: str,
 ) -> Row:
     facts = ModelFacts.read(model)
-    most = 4096 if facts.longest is None else room_of(model).longest(facts.longest)
+    most = longest_of(model)
     generator = torch.Generator().manual_seed(0)
     seen: dict[str, Compared] = {}
     tried = 0
-    for case in cases(sizes, most):
+    for case in cases(sizes, 4096 if most is None else most):
         batch = _fit(facts, inputs, case, generator)
         batch = {name: one.to(model.device) for name, one in batch.items()}
         one, other = want(batch, case), got(batch, case)
@@ -300,21 +297,10 @@ class _Watching(fx.Interpreter):
 def _by_module(
     model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    watching = _Watching(program := _graph(model, inputs))
+    watching = _Watching(program := program_of(model, "forward", inputs))
     with torch.no_grad():
         run_program(model, program, inputs, watching.run)
     return watching.found
-
-
-@exclusive
-def _graph(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> Program:
-    """The graph of one forward, as deltas were inserted."""
-    flags = forward_flags(model)
-    if isinstance(model, CompiledModel):
-        return model.program("forward", inputs, flags)
-    program = capture(model, Call.of(model, "forward", inputs), flags)
-    passes.Normalize().run(program)
-    return program
 
 
 def write(directory: Path, about: Mapping[str, Any], rows: Sequence[Any]) -> None:

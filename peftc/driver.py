@@ -357,6 +357,17 @@ def _named_backbone(manifest: Mapping[str, Any]) -> PreTrainedModel:
     return backbones.resolve(named["name"], cls=named["class"], settings=named.get("labels"))
 
 
+@exclusive
+def program_of(model: PreTrainedModel, entry: str, inputs: Mapping[str, torch.Tensor]) -> Program:
+    """The graph of an entry of a compiled or a plain model, as deltas were inserted: no pass has made it lean."""
+    flags = forward_flags(model) if entry == "forward" else {}
+    if isinstance(model, CompiledModel):
+        return model.program(entry, inputs, flags)
+    program = capture(model, Call.of(model, entry, inputs), flags)
+    passes.Normalize().run(program)
+    return program
+
+
 def outputs(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Output tensors in evaluation mode, without a cache."""
     flags = forward_flags(model)

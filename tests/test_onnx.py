@@ -164,6 +164,17 @@ def test_a_damaged_bundle_says_so(written, tmp_path: Path) -> None:  # type: ign
         )
 
 
+def test_positions_that_padding_takes_are_no_tokens(tmp_path: Path) -> None:
+    """RoBERTa numbers its tokens from behind the padding on: a text is shorter by that."""
+    model = tiny("roberta")
+    peftc.export(model, tmp_path / "b")
+    most = peftc.runtime.load(tmp_path / "b").max_tokens
+    assert most == model.config.max_position_embeddings - model.config.pad_token_id - 1
+    model(input_ids=torch.full((1, most), 5))
+    with pytest.raises(IndexError):
+        model(input_ids=torch.full((1, most + 1), 5))
+
+
 @pytest.mark.parametrize(("family", "kind"), [("bert", "classifier"), ("bart", "seq2seq")])
 def test_a_bundle_by_the_name_that_its_kind_had(family: str, kind: str, tmp_path: Path) -> None:
     peftc.export(tiny(family), tmp_path / "b")

@@ -22,7 +22,7 @@ from peftc.graph.arguments import seeded_inputs
 from peftc.rewrite.verify import difference
 from peftc.store.directory import MANIFEST, DeltaError, check_files, read_manifest
 
-# What is told of a subject, and the rows of its certificate.
+# The rows of a certificate, each as it is found.
 Rows = Iterator[Row]
 
 

@@ -21,7 +21,7 @@ from peftc.export.tasks import task_of
 from peftc.export.weights import write_models
 from peftc.graph.placement import weights
 from peftc.graph.quantized import quantized as held_small
-from peftc.graph.rows import room_of
+from peftc.graph.rows import longest_of
 from peftc.language.resolved import digest
 from peftc.merging import merge
 from peftc.model.compiled import CompiledModel
@@ -150,7 +150,7 @@ def _about(model: PreTrainedModel, folded: PreTrainedModel) -> dict[str, Any]:
     learned = frozenset(one.path for one in plan.unfrozen) if plan else frozenset()
     return {
         "format": FORMAT,
-        "max_tokens": _max_tokens(folded),
+        "max_tokens": longest_of(folded),
         "min_onnxruntime": MIN_ORT,
         "spec": {"name": plan.spec.name, "digest": digest(plan.spec)} if plan else None,
         "backbone": {
@@ -159,12 +159,6 @@ def _about(model: PreTrainedModel, folded: PreTrainedModel) -> dict[str, Any]:
         },
         "versions": versions(["onnx"]),
     }
-
-
-def _max_tokens(model: PreTrainedModel) -> int | None:
-    """The longest text that there are positions for."""
-    positions = getattr(model.config, "max_position_embeddings", None)
-    return None if positions is None else room_of(model).longest(int(positions))
 
 
 def _forget_paths(file: Path) -> None:

@@ -9,17 +9,12 @@ from functools import cached_property
 import torch
 from transformers import PreTrainedModel
 
-import passes
-from peftc.driver import outputs
+from peftc.driver import outputs, program_of
 from peftc.export.graph import Tensors
 from peftc.export.pooling import Pooling
-from peftc.graph.arguments import forward_flags
-from peftc.graph.call import Call
-from peftc.graph.capture import capture, exclusive
 from peftc.graph.facts import ModelFacts
 from peftc.graph.program import Program
 from peftc.graph.rows import Room, room_of
-from peftc.model.compiled import CompiledModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,15 +68,9 @@ class Source:
     def pooling(self) -> Pooling | None:
         return Pooling.of(self.model.config.name_or_path or "")
 
-    @exclusive
     def program(self, entry: str, inputs: Tensors) -> Program:
         """The graph of an entry."""
-        flags = forward_flags(self.model) if entry == "forward" else {}
-        if isinstance(self.model, CompiledModel):
-            return self.model.program(entry, inputs, flags)
-        program = capture(self.model, Call.of(self.model, entry, inputs), flags)
-        passes.Normalize().run(program)
-        return program
+        return program_of(self.model, entry, inputs)
 
 
 def masked(inputs: Tensors) -> dict[str, torch.Tensor]:

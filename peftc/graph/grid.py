@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from peftc.graph.arguments import argument
+
 ROWS = (1, 3)
 LENGTHS = (1, 7, 33)
 PADDINGS = ("none", "left", "right")
@@ -55,14 +57,15 @@ def fed(
     decoder reads, as long as the case's query; noise for what is no text."""
     made: dict[str, torch.Tensor] = {}
     for name, real in inputs.items():
-        if name == "attention_mask":
+        row = argument(name)
+        if row.role == "mask":
             made[name] = mask_of(case, case.length)
-        elif name == "token_type_ids":
+        elif row.role == "segments":
             made[name] = (torch.arange(case.length) * 2 // case.length).repeat(case.rows, 1)
         elif real.is_floating_point():
             made[name] = torch.randn((case.rows, *real.shape[1:]), generator=generator).to(real)
         else:
-            length = case.query if name.startswith("decoder_") else case.length
+            length = case.query if row.follows == "target" else case.length
             made[name] = drawn(real, (case.rows, length), generator)
     return made
 

@@ -127,6 +127,12 @@ def room_of(model: PreTrainedModel) -> Room:
     return NONE if plan is None else plan.room
 
 
+def longest_of(model: PreTrainedModel) -> int | None:
+    """The most tokens of a text that a model has positions for, besides the rows in front; None where any number."""
+    positions = ModelFacts.read(model).longest
+    return None if positions is None else room_of(model).longest(positions)
+
+
 def _label(ids: str) -> str:
     """The axis that ids are read along."""
     return "target" if argument(ids).follows == "target" else "seq"
