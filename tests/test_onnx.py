@@ -171,7 +171,7 @@ def test_positions_that_padding_takes_are_no_tokens(tmp_path: Path) -> None:
     most = peftc.runtime.load(tmp_path / "b").max_tokens
     assert most == model.config.max_position_embeddings - model.config.pad_token_id - 1
     model(input_ids=torch.full((1, most), 5))
-    with pytest.raises(IndexError):
+    with pytest.raises((IndexError, RuntimeError), match="out of"):
         model(input_ids=torch.full((1, most + 1), 5))
 
 
