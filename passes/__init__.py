@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 import torch
 
+from passes.beside import Beside
 from passes.factors import Factors
 from passes.fold_affine import FoldAffine
 from passes.fold_constants import FoldConstants
@@ -28,6 +29,8 @@ from peftc.plan.edit import Edit
 FOLD = (FoldConstants(), FoldAffine(), Widen())
 # Makes a graph that runs in torch no heavier than its algebra; an exported one is left to its runtime.
 LEAN = (Factors(), Slices(), Products(), Joined(), Turned(), Rows(), Norms(), Masks(), HeldRows())
+# Of a graph that is exported: its weights are constants.
+EXPORT = (Beside(),)
 
 
 def train(
@@ -39,8 +42,10 @@ def train(
 
 
 __all__ = [
+    "EXPORT",
     "FOLD",
     "LEAN",
+    "Beside",
     "Factors",
     "FoldAffine",
     "FoldConstants",

@@ -14,6 +14,7 @@ from torch import nn
 from torch.export import Dim
 from transformers import PreTrainedModel
 
+import passes
 from peftc.errors import PeftcError
 from peftc.graph.arguments import axes, example
 from peftc.graph.capture import exclusive
@@ -21,6 +22,10 @@ from peftc.graph.grid import Case
 from peftc.graph.program import Program
 from peftc.graph.rows import room_of
 from peftc.model.compiled import run_program
+from peftc.model.running import places, roots_of
+from peftc.rewrite import verify
+from peftc.rewrite.constants import split
+from peftc.rewrite.pipeline import Pipeline
 
 # The axis names of the ONNX graphs. A total length (past + query) stays free.
 AXES = {"batch": "batch", "seq": "seq_len", "past": "past_len", "query": "q_len", "target": "q_len"}
@@ -80,15 +85,34 @@ class Graph:
 
 
 class _Export(nn.Module):
+    """The graph as a module, rewritten for a runtime that keeps its weights: what is computed of weights alone is
+    computed here, once."""
+
     def __init__(self, model: PreTrainedModel, graph: Graph) -> None:
         super().__init__()
         self.model = model
-        self.__dict__["graph"] = graph
+        program, _ = graph.program.copied()
+        Pipeline(verify.check).run(passes.EXPORT, program)
+        parts = split(program)
+        self.__dict__.update(graph=graph, program=program, parts=parts)
+        stored = [registry[name] for registry, name in places(program, roots_of(model))]
+        ready = parts.head(*(stored[i] for i in parts.reads)) if parts is not None else ()
+        self.ready = nn.ParameterList(nn.Parameter(one, False) for one in ready)
 
     def forward(self, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        graph: Graph = self.__dict__["graph"]
-        fields = graph.fields(self.model, graph.program, tensors)
-        return tuple(fields[name] for name in graph.outputs)
+        own = self.__dict__
+        by = None if own["parts"] is None else self._rest
+        fields = own["graph"].fields(self.model, own["program"], tensors, by)
+        return tuple(fields[name] for name in own["graph"].outputs)
+
+    def _rest(self, *arguments: torch.Tensor) -> Any:
+        """The graph behind what is ready."""
+        program, parts = self.__dict__["program"], self.__dict__["parts"]
+        slots = [*zip(program.order(), arguments, strict=True)]
+        stored = [one for slot, one in slots if slot.kind != "input"]
+        given = {slot.name: one for slot, one in slots if slot.kind == "input"}
+        rest = [*(stored[i] for i in parts.keeps), *(given[name] for name in parts.inputs)]
+        return parts.rest(*rest, *self.ready)
 
 
 @exclusive

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -195,6 +195,13 @@ class Program:
         sample = self._sample
         with sample.fake_mode:
             return torch.empty(tuple(shape), dtype=dtype, device=sample.device)
+
+    def copied(self) -> tuple[Program, dict[fx.Node, fx.Node]]:
+        """A Program of the same nodes in a graph of its own, and which is which."""
+        graph, of = fx.Graph(), dict[fx.Node, fx.Node]()
+        graph.output(graph.graph_copy(self.graph, of))
+        made = replace(self, graph=graph, slots=dict(self.slots), replaced={}, held=())
+        return made, of
 
     def code(self) -> Callable[..., Any]:
         """The graph as it is now, as a function of its placeholders in their order."""

@@ -47,14 +47,12 @@ def _shortened(program: Program, size: fx.Node, rows: int) -> None:
 
 
 def _copied(program: Program) -> tuple[Program, list[Held]]:
-    graph = fx.Graph()
-    of: dict[fx.Node, fx.Node] = {}
-    graph.output(graph.graph_copy(program.graph, of))
+    copied, of = program.copied()
     held = [
         replace(one, wide=of[one.wide], past=of[one.past], keys=of[one.keys])
         for one in program.held
     ]
-    return replace(program, graph=graph, slots=dict(program.slots), replaced={}, held=()), held
+    return copied, held
 
 
 def _returned(program: Program, more: Mapping[str, fx.Node]) -> None:
