@@ -92,8 +92,8 @@ def merge(
     limit = rounding(report.scale, model.dtype) if tolerance is None else tolerance * report.scale
     if tolerance is None and not report.error <= limit and model.dtype == torch.float32:
         # Float32 may round more than this in a model of large activations; a wrong fold is as wrong in float64.
-        wide = _wide(model)
-        report = _report(wide, _wide(merged), folding, sample(wide, example), held)
+        in_full = wide(model)
+        report = _report(in_full, wide(merged), folding, sample(in_full, example), held)
     _require_equal(report, limit)
     return merged, report
 
@@ -174,13 +174,13 @@ def fold(
     return backbone, folding
 
 
-def _wide(model: Model) -> Model:
+def wide(model: Model) -> Model:
     """A copy in float64, on the CPU: not every device has that."""
-    wide: Model = copy.deepcopy(model).cpu()
-    open_up(wide)
-    if isinstance(wide, CompiledModel):  # whose backbone has modules of its own
-        open_up(wide.backbone)
-    return wide.double()
+    made: Model = copy.deepcopy(model).cpu()
+    open_up(made)
+    if isinstance(made, CompiledModel):  # whose backbone has modules of its own
+        open_up(made.backbone)
+    return made.double()
 
 
 def _report(

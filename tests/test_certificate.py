@@ -37,7 +37,11 @@ def compiled(family: str, method: str) -> CompiledModel:
 @pytest.mark.parametrize(("family", "method"), CELLS)
 def test_what_is_right_holds(family: str, method: str) -> None:
     model = compiled(family, method)
-    rows = {one.what: one for one in certificate.rows_of(model)}
+    found = [*certificate.rows_of(model)]
+    rows = {one.what: one for one in found if one.moved is None}
+    each = {one.what: one for one in found if one.moved is not None}
+    assert each.keys() == {edit.name for edit in model.plan.edits}
+    assert all(one.holds and one.moved > 0 for one in each.values())
     assert all(one.holds for one in rows.values())
     assert rows["compiled against its backbone"].error > 1e-3
     steps = "steps from a cache against one forward"
@@ -46,10 +50,30 @@ def test_what_is_right_holds(family: str, method: str) -> None:
     assert all(one.mean <= one.error <= (one.bound or 0) for one in bounded)
     assert all(one.agreement > 0.98 and abs(one.divergence) < 1e-6 for one in bounded)
     assert all(
-        one.cases == (2 if model.main_input_name != "input_ids" else 14)
+        one.cases == (2 if model.main_input_name != "input_ids" else 8)
         for one in bounded
         if one.what != steps
     )
+
+
+def test_the_full_grid() -> None:
+    lean, *_ = certificate.rows_of(compiled("bert", "lora"), full=True)
+    assert lean.holds and lean.cases == 14
+
+
+def test_a_rewrite_that_folded_wrong_is_told_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, real = compiled("bert", "lora"), certificate.merge
+
+    def wrong(*args: object, **more: object) -> object:
+        merged, report = real(*args, **more)  # type: ignore[arg-type]
+        with torch.no_grad():
+            merged.bert.encoder.layer[1].attention.self.value.weight.mul_(1.5)
+        return merged, report
+
+    monkeypatch.setattr(certificate, "merge", wrong)
+    failed = [one.what for one in certificate.rows_of(model) if not one.holds]
+    assert failed[0].startswith("folded")
+    assert failed[1:] == ["bert.encoder.layer.1.attention.self:attention.v:lora"]
 
 
 def test_halves_have_a_bound_of_their_own() -> None:

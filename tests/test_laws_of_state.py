@@ -114,6 +114,9 @@ def walk(family: str, steps: list[Action], call: dict[str, Any]) -> None:
         assert len(got) == len(want), f"{len(got)} tensors, not {len(want)}, after {name} {value}"
         for one, other in zip(got, want):
             assert one.dtype == other.dtype and one.shape == other.shape
+            # Eager Llama gives no numbers where a row is padding alone, in float64: its mask is -inf in float32.
+            assert torch.equal(one.isnan(), other.isnan())
+            one, other = one.nan_to_num(), other.nan_to_num()
             gap = (one - other).abs().max() / other.abs().max().clamp(min=1)
             # half precision rounds after each op, and the trace may sum in another order
             assert gap <= (0.05 if one.dtype == torch.bfloat16 else 1e-5), f"after {name} {value}"
@@ -122,6 +125,12 @@ def walk(family: str, steps: list[Action], call: dict[str, Any]) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_state_of_now(family: str) -> None:
     many(family, WALKS, 0)
+
+
+def test_no_numbers_where_eager_has_none() -> None:
+    """Found at length: a query that only sees padding, in a type whose least number is -inf in the softmax's."""
+    call = {"size": 1, "length": 1, "padding": "left", "flags": {}}
+    walk("llama", [("attention", "eager"), ("dtype", torch.float64)], call)
 
 
 @pytest.mark.slow

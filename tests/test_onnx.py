@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 
 import peftc
 from peftc.errors import PeftcError
+from peftc.export.bundle import verified
 from peftc.rewrite.tolerance import tolerance
 from peftc.runtime.session import Session
 
@@ -52,9 +54,12 @@ def test_tokens_are_those_of_torch(written) -> None:  # type: ignore[no-untyped-
 
 
 def test_certificate_and_files(written) -> None:  # type: ignore[no-untyped-def]
-    method, _, directory, certificate = written
-    assert {one.graph: one.cases for one in certificate} == {"encoder": 14, "decoder": 56}
+    method, model, directory, certificate = written
+    assert {one.graph: one.cases for one in certificate} == {"encoder": 8, "decoder": 48}
     assert all(one.error <= one.tolerance for one in certificate)
+    whole = [*verified(model, directory, full=True)]
+    assert {one.graph: one.cases for one, _ in whole} == {"encoder": 14, "decoder": 84}
+    assert not any(fault for _, fault in whole)
     names = {one.name for one in directory.iterdir()}
     assert names == {
         "config.json",
@@ -134,6 +139,22 @@ def test_what_is_refused(written, tmp_path: Path) -> None:  # type: ignore[no-un
         Session.open(directory / "encoder.onnx", ("CUDAExecutionProvider",))
     with pytest.raises(PeftcError, match="an ONNX bundle, not what is wanted"):
         peftc.load(directory, backbone=tiny("bart"))
+
+
+def test_verified_says_what_differs(written) -> None:  # type: ignore[no-untyped-def]
+    _, model, directory, _ = written
+    moved = copy.deepcopy(model)
+    with torch.no_grad():
+        moved.model.decoder.layers[1].fc2.weight.mul_(1.1)
+    encoder, decoder = (fault for _, fault in verified(moved, directory))
+    assert not encoder and re.match(r"decoder: '\S+' differs from torch by", decoder)
+    with pytest.raises(PeftcError, match="is for text2text-generation, and this model for text-cl"):
+        next(verified(tiny("bert"), directory))
+    wider = stir(peftc.compile(tiny("bart", decoder_layers=3), "lora"))
+    with pytest.raises(
+        PeftcError, match=r"coder\.onnx is of another model: only one of both has \'p"
+    ):
+        list(verified(wider, directory))
 
 
 def test_a_bundle_does_not_replace_deltas(tmp_path: Path) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from peftc.cli import directories, options
 from peftc.cli.console import say, step
 from peftc.export import bundle
+from peftc.export.layouts import LAYOUTS
 from peftc.export.precision import PRECISIONS, QUANTIZED
 
 
@@ -28,6 +30,9 @@ def export(
         str | None,
         typer.Option("--quantize", metavar="|".join(QUANTIZED), help="Matrices in whole numbers."),
     ] = None,
+    layout: Annotated[
+        str, typer.Option("--layout", metavar="|".join(LAYOUTS), help="Files, and names in them.")
+    ] = "peftc",
     model: options.Backbone = None,
 ) -> None:
     """Write an ONNX bundle that `peftc run` and ONNX Runtime serve.
@@ -36,13 +41,15 @@ def export(
     peftc export lora-my-bert -o bundle
     peftc export merged -o bundle --opset 20
     peftc export merged -o small --quantize int4
+    peftc export merged -o other --layout optimum
     """
     directories.new_directory(output)
     compiled = directories.model_of(directory, model)
-    made = {
+    made: dict[str, Any] = {
         "tokenizer": directories.tokenizer(directory, compiled),
         "processor": directories.processor(directory, compiled),
     }
+    start = time.perf_counter()
     with step("exporting") as progress:
         parity = bundle.export(
             compiled,
@@ -50,9 +57,11 @@ def export(
             opset=opset,
             precision=precision,
             quantize=quantize,
+            layout=layout,
             progress=progress,
             **made,
         )
+    whole, proof = time.perf_counter() - start, sum(one.seconds for one in parity)
     for one in parity:
         say(
             f"{one.graph}: max |ONNX - torch| = {one.error:.3g} "
@@ -61,4 +70,5 @@ def export(
         if one.agreement < 1 or one.divergence > 1e-6:
             say(f"{one.graph}: {one.agreement:.1%} of choices are torch's, KL {one.divergence:.2g}")
     size = sum(one.stat().st_size for one in output.rglob("*") if one.is_file())
+    say(f"exported in {whole - proof:.1f} s, certified in {proof:.1f} s")
     say(f"wrote {output} ({size:,} bytes)")

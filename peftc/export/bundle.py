@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,27 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from peftc.driver import sample
-from peftc.export.graph import ExportError, plain_experts, ports_of, require_onnx, to_onnx
-from peftc.export.parity import Parity, check
-from peftc.export.precision import on_the_cpu, precision_of, quantized
+from peftc.export.graph import (
+    ExportError,
+    Graph,
+    Tensors,
+    plain_experts,
+    ports_of,
+    require_onnx,
+    to_onnx,
+)
+from peftc.export.layouts import Layout, layout_of
+from peftc.export.parity import Parity, check, compared
+from peftc.export.precision import (
+    PRECISIONS,
+    QUANTIZED,
+    Precision,
+    on_the_cpu,
+    precision_of,
+    quantized,
+)
 from peftc.export.source import Source
-from peftc.export.tasks import task_of
+from peftc.export.tasks import Task, task_of
 from peftc.export.weights import write_models
 from peftc.graph.placement import weights
 from peftc.graph.quantized import quantized as held_small
@@ -27,6 +43,7 @@ from peftc.merging import merge
 from peftc.model.compiled import CompiledModel
 from peftc.rewrite.folding import Report
 from peftc.rewrite.tolerance import tolerance
+from peftc.runtime import KEYS, kind_of
 from peftc.runtime.writing import ROWS
 from peftc.store.directory import FORMAT, MANIFEST, read_manifest, require_ours, write_directory
 from peftc.store.fingerprint import fingerprint
@@ -36,6 +53,32 @@ MIN_ORT = "1.28"
 Progress = Callable[[str], None]
 
 
+@dataclass(frozen=True)
+class Subject:
+    """A model as its bundle computes it, in float32 on the CPU: folded, with the `graphs` of its task."""
+
+    task: Task
+    model: PreTrainedModel
+    report: Report
+    inputs: Tensors
+
+    @staticmethod
+    def of(
+        model: PreTrainedModel, example: Mapping[str, torch.Tensor] | None, say: Progress
+    ) -> Subject:
+        """Raises ExportError where there is no task for it, MergeError where folding changes the outputs."""
+        model = on_the_cpu(model, torch.float32)
+        inputs = sample(model, example)
+        task, folded, report = task_of(Source(model, inputs)), model, Report(())
+        if isinstance(model, CompiledModel) and model.plan.edits:
+            say("folding")
+            folded, report = merge(model, example=example)
+        return Subject(task, folded.eval(), report, inputs)
+
+    def graphs(self, layout: Layout) -> tuple[Graph, ...]:
+        return tuple(layout.graphs(self.task, Source(self.model, self.inputs)))
+
+
 def export(
     model: PreTrainedModel,
     bundle_dir: str | Path,
@@ -43,6 +86,7 @@ def export(
     opset: int = 23,
     precision: str = "fp32",
     quantize: str | None = None,
+    layout: str = "peftc",
     tokenizer: Any = None,
     processor: Any = None,
     example: Mapping[str, torch.Tensor] | None = None,
@@ -51,67 +95,102 @@ def export(
     """Fold, export, check and write a bundle; what cannot fold is in the graph as ops.
 
     `model` is compiled or plain, and suits one of `peftc.export.tasks`. Every graph is compared with torch on
-    a grid of batch sizes, lengths, paddings and past lengths; `example` is one batch by argument name, where the
-    inputs cannot be guessed. `tokenizer`, and `processor` of images or sounds, go into the bundle.
+    a grid of batch sizes, lengths, paddings and past lengths (`verified` takes all of it); `example` is one batch by
+    argument name, where the inputs cannot be guessed. `tokenizer`, and `processor` of images or sounds, go into the
+    bundle.
 
     `precision` is a row of `peftc.export.precision.PRECISIONS`, whatever the model's own type and device are; `quantize`
-    one of QUANTIZED. What a bundle computes is compared with the model in float32. Raises ExportError, and then nothing
-    is left at `bundle_dir`; MergeError when folding changes the outputs; DeltaError when that directory is not ours.
+    one of QUANTIZED; `layout` one of `peftc.export.layouts.LAYOUTS`. What a bundle computes is compared with the model
+    in float32. Raises ExportError, and then nothing is left at `bundle_dir`; MergeError when folding changes the
+    outputs; DeltaError when that directory is not ours.
     """
     path = Path(bundle_dir)
+    asked, files = precision_of(precision, quantize), layout_of(layout)
     _require(model, path)
-    asked = precision_of(precision, quantize)
-    given, model = model, on_the_cpu(model, torch.float32)
-    inputs = sample(model, example)
-    task = task_of(Source(model, inputs))
     say = progress or (lambda _: None)
-    mode, folded, report = given.training, model, Report(())
-    if isinstance(model, CompiledModel) and model.plan.edits:
-        say("folding")
-        folded, report = merge(model, example=example)
-    folded.eval()
     certificate: list[Parity] = []
-
-    def fill(directory: Path) -> Mapping[str, Any]:
-        graphs = tuple(task.graphs(Source(folded, inputs)))
-        made, low = on_the_cpu(folded, asked.dtype), graphs
-        if made is not folded:
-            low = tuple(task.graphs(Source(made, sample(made, inputs))))
-        models = {}
-        for graph in low:
-            say(f"exporting {graph.role}")
-            models[graph.role] = to_onnx(made, graph, opset)
-            if asked.bits is not None:
-                models[graph.role] = quantized(models[graph.role], asked.bits)
-        ports = {role: ports_of(one) for role, one in models.items()}
-        say("writing weights")
-        size = write_models(models, directory)
-        del models
-        for graph in graphs:
-            say(f"checking {graph.role}")
-            certificate.append(check(folded, graph, directory / f"{graph.role}.onnx", asked))
-        rows = {g.names[k]: v.contiguous() for g in low for k, v in g.rows.items()}
-        if rows:
-            save_file(rows, directory / ROWS)
-        _settings(folded, (tokenizer, processor), directory)
-        return {
-            **_about(model, folded),
-            "dtype": str(asked.dtype).removeprefix("torch."),
-            "precision": asked.name,
-            "graphs": {role: {"file": f"{role}.onnx", **one} for role, one in ports.items()},
-            "kind": task.name,
-            "opset": opset,
-            "data_bytes": size,
-            "fold": {"error": report.error, "tolerance": tolerance(report.scale)},
-            "parity": [asdict(one) for one in certificate],
-        }
-
+    mode = model.training
     try:
+        one = Subject.of(model, example, say)
+        folded = one.model
+
+        def fill(directory: Path) -> Mapping[str, Any]:
+            graphs = one.graphs(files)
+            made, low = on_the_cpu(folded, asked.dtype), graphs
+            if made is not folded:
+                low = replace(one, model=made, inputs=sample(made, one.inputs)).graphs(files)
+            models = {}
+            for graph in low:
+                say(f"exporting {graph.role}")
+                models[graph.role] = to_onnx(made, graph, opset)
+                if asked.bits is not None:
+                    models[graph.role] = quantized(models[graph.role], asked.bits)
+            ports = {role: ports_of(one) for role, one in models.items()}
+            say("writing weights")
+            size = write_models(models, directory)
+            del models
+            for graph in graphs:
+                say(f"checking {graph.role}")
+                certificate.append(check(folded, graph, directory / f"{graph.role}.onnx", asked))
+            rows = {g.names[k]: v.contiguous() for g in low for k, v in g.rows.items()}
+            if rows:
+                save_file(rows, directory / ROWS)
+            _settings(folded, (tokenizer, processor), directory)
+            return {
+                **_about(model, folded),
+                "dtype": str(asked.dtype).removeprefix("torch."),
+                "precision": asked.name,
+                "graphs": {role: {"file": f"{role}.onnx", **one} for role, one in ports.items()},
+                "kind": one.task.name,
+                "layout": files.name,
+                "opset": opset,
+                "data_bytes": size,
+                "fold": {"error": one.report.error, "tolerance": tolerance(one.report.scale)},
+                "parity": [asdict(one) for one in certificate],
+            }
+
         with plain_experts(folded):
             write_directory(path, fill)
     finally:
-        given.train(mode)
+        model.train(mode)
     return tuple(certificate)
+
+
+def verified(
+    model: PreTrainedModel,
+    bundle_dir: str | Path,
+    *,
+    full: bool = False,
+    example: Mapping[str, torch.Tensor] | None = None,
+    progress: Progress | None = None,
+) -> Iterator[tuple[Parity, str]]:
+    """What `export` certified, anew: each graph of a bundle against the model, folded as `export` does, on a part of the
+    grid or the `full` one, and what is wrong with it, or nothing. Raises ExportError where the bundle is of another task
+    or has other graphs."""
+    path = Path(bundle_dir)
+    manifest = read_manifest(path, KEYS)
+    say, mode = progress or (lambda _: None), model.training
+    kind, precision = kind_of(manifest), certified(manifest)
+    files = layout_of(str(manifest.get("layout", "peftc")))
+    try:
+        one = Subject.of(model, example, say)
+        if one.task.name != kind:
+            raise ExportError(f"{path} is for {kind}, and this model for {one.task.name}")
+        with plain_experts(one.model):
+            for graph in one.graphs(files):
+                say(f"checking {graph.role}")
+                yield compared(one.model, graph, path / f"{graph.role}.onnx", precision, full)
+    finally:
+        model.train(mode)
+
+
+def certified(manifest: Mapping[str, Any]) -> Precision:
+    """The precision that a bundle was certified in. Raises ExportError for one that is not known here."""
+    said = str(manifest.get("precision", "fp32"))
+    known = {**PRECISIONS, **QUANTIZED}
+    if said not in known:
+        raise ExportError(f"a bundle in {said} is not known here; known are {', '.join(known)}")
+    return known[said]
 
 
 def _require(model: PreTrainedModel, path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,8 +20,9 @@ from peftc.runtime.session import Session
 
 @dataclass(frozen=True)
 class Parity:
-    """The difference of an output between ONNX Runtime and torch in float32 that came nearest to its bound, its largest value and the mean difference; and, of all
-    that is a distribution, the mean KL in nats, and the share of positions with the same likeliest label or word."""
+    """The difference of an output between ONNX Runtime and torch in float32 that came nearest to its bound, its largest
+    value and the mean difference; and, of all that is a distribution, the mean KL in nats, and the share of positions
+    with the same likeliest label or word. `seconds` is what it took to find out."""
 
     graph: str
     cases: int
@@ -29,19 +32,39 @@ class Parity:
     agreement: float = 1.0
     scale: float = 0.0
     mean: float = 0.0
+    seconds: float = 0.0
 
 
-def check(model: PreTrainedModel, graph: Graph, file: Path, precision: Precision) -> Parity:
-    """Raises ExportError where an output is out of the bounds of `precision`, not finite or of another shape.
+def check(
+    model: PreTrainedModel, graph: Graph, file: Path, precision: Precision, full: bool = False
+) -> Parity:
+    """A part of the grid, or the `full` one. Raises ExportError where an output is out of the bounds of `precision`,
+    not finite or of another shape."""
+    found, fault = compared(model, graph, file, precision, full)
+    if fault:
+        raise ExportError(fault)
+    return found
+
+
+def compared(
+    model: PreTrainedModel, graph: Graph, file: Path, precision: Precision, full: bool
+) -> tuple[Parity, str]:
+    """What `check` finds, and what is wrong with it, or nothing. Raises ExportError where names or shapes
+    differ.
 
     The bound is a share of the largest value that an output takes on the whole grid: one case may have small
     values alone.
     """
+    start = time.perf_counter()
     reference = graph.reference or graph.program
     session, code = Session.open(file, providers_for(precision)), reference.code()
+    asked = {graph.names[name] for name in graph.inputs} | {*graph.outputs.values()}
+    odd = sorted(asked ^ {*session.inputs, *session.outputs})
+    if odd:
+        raise ExportError(f"{file} is of another model: only one of both has '{odd[0]}'")
     generator = torch.Generator().manual_seed(0)
     seen = {name: Compared() for name in graph.outputs}
-    tried = list(cases(graph.cases, longest(model, "seq") - 8))
+    tried = list(cases(graph.cases, longest(model, "seq") - 8, full))
     for case in tried:
         tokens = graph.feeds(case, generator)
         inputs = graph.full(tokens)
@@ -61,28 +84,36 @@ def check(model: PreTrainedModel, graph: Graph, file: Path, precision: Precision
             mask, axis = tokens.get("attention_mask"), graph.padded.get(ours)
             left, right = (real(tensor, mask, axis) for tensor in (one, other))
             seen[ours].see(left, right, case, ours in CHOICES)
-    return _verdict(graph, seen, len(tried), precision)
+    found = _nearest(graph, seen, len(tried), precision)
+    found = replace(found, seconds=round(time.perf_counter() - start, 2))
+    return found, _fault(graph, seen, found, precision)
 
 
-def _verdict(
+def _nearest(
     graph: Graph, seen: Mapping[str, Compared], tried: int, precision: Precision
 ) -> Parity:
-    divergence, agreement, positions = choices_of(seen.values())
-    nearest = Parity(graph.role, tried, 0.0, 0.0)
+    def near(one: Compared) -> float:
+        ratio = one.error / (precision.share * one.scale or 1.0)
+        return math.inf if math.isnan(ratio) else ratio
+
+    divergence, agreement, _ = choices_of(seen.values())
+    one = max(seen.values(), key=near)
+    bound = precision.share * one.scale
+    return Parity(graph.role, tried, one.error, bound, divergence, agreement, one.scale, one.mean)
+
+
+def _fault(graph: Graph, seen: Mapping[str, Compared], found: Parity, precision: Precision) -> str:
     for ours, one in seen.items():
         bound = precision.share * one.scale
         if not one.error <= bound:  # true for nan
-            raise ExportError(
+            return (
                 f"{graph.role}: '{graph.outputs[ours]}' differs from torch by {one.error:.1e}, "
                 f"more than {bound:.1e} ({precision.why}), at {one.worst}"
             )
-        found = Parity(
-            graph.role, tried, one.error, bound, divergence, agreement, one.scale, one.mean
-        )
-        nearest = max(nearest, found, key=lambda p: p.error / (p.tolerance or 1.0))
-    if not (divergence <= precision.divergence and agreement >= precision.agreement):
-        raise ExportError(
-            f"{graph.role}: in {precision.name} {agreement:.1%} of {positions} choices are torch's and the KL is "
-            f"{divergence:.2g}; at least {precision.agreement:.0%} and at most {precision.divergence:g} are asked for"
-        )
-    return nearest if nearest.tolerance else found
+    if found.divergence <= precision.divergence and found.agreement >= precision.agreement:
+        return ""
+    *_, positions = choices_of(seen.values())
+    return (
+        f"{graph.role}: in {precision.name} {found.agreement:.1%} of {positions} choices are torch's and the KL is "
+        f"{found.divergence:.2g}; at least {precision.agreement:.0%} and at most {precision.divergence:g} are asked for"
+    )

@@ -6,7 +6,6 @@ first step (`Graph.rows`), and no step computes or copies it.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,14 +16,15 @@ import torch
 import passes
 from peftc.export.graph import Graph, Tensors
 from peftc.export.source import Source, masked
+from peftc.graph.arguments import argument
 from peftc.graph.cache import STATES, CacheSlot, flatten_cache
 from peftc.graph.grid import LENGTHS, Case, drawn, fed, mask_of
 from peftc.graph.program import Program
 from peftc.model.compiled import run_program
 from peftc.rewrite.held import filling, holding
 
-# (past, query) lengths of a step.
-STEPS = ((0, 1), (0, 3), (5, 1), (5, 3))
+# How many tokens stand behind and in a step.
+PASTS, QUERIES = (0, 1, 20), (1, 7)
 PAST, PRESENT = "past_key_values", "present"
 
 
@@ -139,7 +139,7 @@ class Causal:
             held=step.held,
             reference=step.reference,
             feeds=partial(_next, step),
-            cases=tuple((p + q, p, q) for p, q in itertools.product((0, 1, 20), LENGTHS)),
+            cases=tuple((p + q, p, q) for p in PASTS for q in LENGTHS),
             padded={"logits": 1, **dict.fromkeys(present, 2)},
         )
 
@@ -163,39 +163,121 @@ class EncoderDecoder:
         return f"it reads '{odd[0]}' too" if odd else _states(one, one.inputs)
 
     def graphs(self, one: Source) -> Iterator[Graph]:
+        parts = Parts.of(one)
+        yield parts.encoder("encoder", "encode_cross", tuple(parts.cross))
+        yield parts.step("decoder")
+
+
+def in_three(one: Source) -> Iterator[Graph]:
+    """The graphs of an encoder-decoder as optimum has them: its first step makes the cross keys and values."""
+    parts = Parts.of(one)
+    yield parts.encoder("encoder_model", "encode")
+    yield parts.first("decoder_model")
+    step = parts.step("decoder_with_past_model")
+    # It binds what a cache holds by position: layer by layer, the decoder's before the encoder's.
+    slots = ((name, _slot(name)) for name in step.inputs)
+    order = {k: (-1,) if s is None else (s.layer, s.cross, s.side) for k, s in slots}
+    yield replace(step, inputs={k: step.inputs[k] for k in sorted(order, key=order.__getitem__)})
+
+
+@dataclass(frozen=True)
+class Parts:
+    """An encoder-decoder and what its graphs are fed: what the encoder reads, tokens for the decoder, what a cache holds
+    behind both."""
+
+    one: Source
+    source: Tensors
+    tokens: torch.Tensor
+    past: Tensors
+
+    @staticmethod
+    def of(one: Source) -> Parts:
         texts = one.reads == "input_ids"
         source = masked(one.inputs) if texts else {one.reads: one.inputs[one.reads]}
         tokens = one.inputs["decoder_input_ids"]
-        past = _cached(one, {**source, "decoder_input_ids": tokens})
-        cross = {k: v for k, v in _cache_names(past, True, PRESENT).items() if _is_cross(k)}
-        yield Graph(
-            role="encoder",
-            program=one.program("encode_cross", source),
-            inputs=source,
-            names={k: k for k in source},
+        return Parts(one, source, tokens, _cached(one, {**source, "decoder_input_ids": tokens}))
+
+    @property
+    def texts(self) -> bool:
+        return self.one.reads == "input_ids"
+
+    @property
+    def mask(self) -> Tensors:
+        return {"attention_mask": self.source["attention_mask"]} if self.texts else {}
+
+    @property
+    def cross(self) -> dict[str, str]:
+        """The names in ONNX of what the decoder's attention to the encoder reads."""
+        return {k: v for k, v in _cache_names(self.past, True, PRESENT).items() if _is_cross(k)}
+
+    @property
+    def own(self) -> dict[str, str]:
+        """Of what its attention to itself does."""
+        named = _cache_names(self.past, True, PRESENT)
+        return {k: v for k, v in named.items() if k not in self.cross}
+
+    def encoder(self, role: str, entry: str, more: tuple[str, ...] = ()) -> Graph:
+        """The encoder, which gives `more` of what a cache holds too."""
+        cross = {k: self.cross[k] for k in more}
+        return Graph(
+            role=role,
+            program=self.one.program(entry, self.source),
+            inputs=self.source,
+            names={k: k for k in self.source},
             outputs={"last_hidden_state": "last_hidden_state", **cross},
-            feeds=partial(fed, source),
-            cases=tuple((n, 0, 0) for n in LENGTHS) if texts else ((0, 0, 0),),
-            padded={"last_hidden_state": 1, **dict.fromkeys(cross, 2)} if texts else {},
+            feeds=partial(fed, self.source),
+            cases=tuple((n, 0, 0) for n in LENGTHS) if self.texts else ((0, 0, 0),),
+            padded={"last_hidden_state": 1, **dict.fromkeys(cross, 2)} if self.texts else {},
         )
-        given = {"decoder_input_ids": tokens}
-        given |= {"attention_mask": source["attention_mask"]} if texts else {}
-        step = Step.of(one, {**given, **past})
-        names = {"decoder_input_ids": "input_ids", "attention_mask": "encoder_attention_mask"}
-        lengths = LENGTHS if texts else tuple({v.shape[2] for k, v in past.items() if _is_cross(k)})
-        yield Graph(
-            role="decoder",
+
+    def first(self, role: str) -> Graph:
+        """The decoder's first tokens, without a cache."""
+        with torch.no_grad():
+            hidden = self.one.model.get_encoder()(**self.source)[0]
+        given = {"decoder_input_ids": self.tokens, "encoder_hidden_states": hidden, **self.mask}
+        return Graph(
+            role=role,
+            program=self.one.program("prefill", given),
+            inputs=given,
+            names={k: argument(k).step or k for k in given},
+            outputs={"logits": "logits", **self.own, **self.cross},
+            feeds=partial(_states_of, given),
+            cases=tuple((n, 0, q) for n in self._lengths for q in QUERIES),
+            padded=dict.fromkeys(self.cross, 2) if self.texts else {},
+        )
+
+    def step(self, role: str) -> Graph:
+        """The decoder's next tokens, behind what a cache holds."""
+        given = {"decoder_input_ids": self.tokens, **self.mask}
+        step = Step.of(self.one, {**given, **self.past})
+        return Graph(
+            role=role,
             program=step.program,
             inputs=step.inputs,
-            names={**{k: names[k] for k in given}, **_cache_names(past, True, PAST)},
-            outputs={"logits": "logits"}
-            | {k: v for k, v in _cache_names(past, True, PRESENT).items() if k not in cross},
+            names={k: argument(k).step for k in given} | _cache_names(self.past, True, PAST),
+            outputs={"logits": "logits", **self.own},
             rows=step.rows,
             held=step.held,
             reference=step.reference,
             feeds=partial(_next, step),
-            cases=tuple((n, p, q) for n in lengths for p, q in STEPS),
+            cases=tuple((n, p, q) for n in self._lengths for p in PASTS for q in QUERIES),
         )
+
+    @property
+    def _lengths(self) -> tuple[int, ...]:
+        """Of what the encoder gives."""
+        if self.texts:
+            return LENGTHS
+        return tuple({v.shape[2] for k, v in self.past.items() if _is_cross(k)})
+
+
+def _states_of(given: Tensors, case: Case, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """A batch for a first step; of what the encoder gave, noise as long as the case's length."""
+    hidden = given["encoder_hidden_states"]
+    shape = (case.rows, case.length, hidden.shape[2])
+    states = torch.randn(shape, generator=generator, dtype=hidden.dtype)
+    rest = {k: v for k, v in given.items() if v is not hidden}
+    return {**fed(rest, case, generator), "encoder_hidden_states": states}
 
 
 def _next(step: Step, case: Case, generator: torch.Generator) -> dict[str, torch.Tensor]:

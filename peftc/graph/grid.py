@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -28,11 +27,14 @@ class Case:
     padding: str
 
 
-def cases(sizes: Iterable[tuple[int, int, int]], most: int) -> Iterator[Case]:
-    """Each (length, past, query) with each number of rows and each padding; a single token has nothing to pad."""
-    for rows, one in itertools.product(ROWS, sizes):
-        if one[0] <= most:
-            for padding in PADDINGS if one[0] > 2 else ("none",):
+def cases(sizes: Iterable[tuple[int, int, int]], most: int, full: bool = True) -> Iterator[Case]:
+    """Each (length, past, query) with each padding, `full` with each number of rows too, else with one of them in turn;
+    a single token has nothing to pad."""
+    for i, one in enumerate(one for one in sizes if one[0] <= most):
+        paddings = PADDINGS if one[0] > 2 else ("none",)
+        for j, padding in enumerate(paddings):
+            some = ROWS if full or len(paddings) == 1 else (ROWS[(i + j) % len(ROWS)],)
+            for rows in some:
                 yield Case(rows, *one, padding)
 
 

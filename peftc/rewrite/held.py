@@ -13,6 +13,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from peftc.graph.program import Held, Program, aten, is_call
+from peftc.rewrite.nodes import made
 
 
 def filling(program: Program) -> Program:
@@ -42,7 +43,8 @@ def holding(program: Program) -> Program:
 
 def _shortened(program: Program, size: fx.Node, rows: int) -> None:
     with program.graph.inserting_after(size):
-        tokens = program.graph.call_function(operator.sub, (size, rows))
+        tokens = made(program, size, operator.sub, (size, rows))
+        tokens.meta["delta"] = "held"
     size.replace_all_uses_with(tokens, delete_user_cb=lambda user: user is not tokens)
 
 

@@ -43,6 +43,7 @@ RUNNERS: Mapping[str, Row] = {
     "text2text-generation": Row(Text2TextGeneration, ("encoder", "decoder")),
     "automatic-speech-recognition": Row(SpeechRecognition, ("encoder", "decoder")),
 }
+OWN = "peftc"  # the layout of bundles whose graphs are those of RUNNERS
 # What bundles were called that were written before there were others.
 _BEFORE = {"classifier": "text-classification", "seq2seq": "text2text-generation"}
 
@@ -68,6 +69,10 @@ def load(
     manifest = read_manifest(directory, KEYS)
     try:
         row = RUNNERS[kind_of(manifest)]
+        if manifest.get("layout", OWN) != OWN and not set(row.roles) <= set(manifest["graphs"]):
+            raise RuntimeFault(
+                f"{directory} is in the layout of {manifest['layout']}, which runs it; export it without --layout for peftc"
+            )
         files = [directory / Path(manifest["graphs"][role]["file"]).name for role in row.roles]
     except (KeyError, TypeError) as error:
         raise RuntimeFault(
