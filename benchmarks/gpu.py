@@ -186,15 +186,15 @@ def _compiled(side: str, step: Callable[[], object]) -> dict[str, Any]:
     return {"graphs": counters["stats"]["unique_graphs"], "breaks": breaks}
 
 
-def onnx_runtime(subject: Subject, clock: Clock) -> dict[str, Any]:
-    """Tokens of one row in float32: the bundle by ONNX Runtime's provider for the device, and the model that it was
-    made of, folded too."""
+def onnx_runtime(subject: Subject, clock: Clock, **options: str) -> dict[str, Any]:
+    """Tokens of one row: the bundle, exported with `options`, by ONNX Runtime's provider for the device, and the model
+    that it was made of, folded too, in float32."""
     provider = PROVIDERS[subject.device]
     if provider not in get_available_providers():
         raise RuntimeError(f"{provider} is not installed: peftc[gpu] brings it, in place of [cpu]")
     model: Any = adapted.pair(subject.name, "lora q,v", **subject.changes)["ours"]
     with tempfile.TemporaryDirectory() as folder:
-        peftc.export(model, Path(folder) / "bundle")
+        peftc.export(model, Path(folder) / "bundle", **options)
         runner = peftc.runtime.load(Path(folder) / "bundle", (provider,))
         folded: Any = peftc.merge(model)[0]
         placed = folded.to(subject.device)
@@ -214,6 +214,7 @@ ROWS: dict[str, Callable[[Subject, Clock], dict[str, Any]]] = {
     "training step, compiled": compiled_training,
     "generate, compiled": compiled_generation,
     "generate, ONNX Runtime": onnx_runtime,
+    "generate, ONNX Runtime, fp16, fused": partial(onnx_runtime, precision="fp16", fuse="cuda"),
 }
 
 

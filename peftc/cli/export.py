@@ -11,8 +11,10 @@ import typer
 from peftc.cli import directories, options
 from peftc.cli.console import say, step
 from peftc.export import bundle
+from peftc.export.fused import FUSED
 from peftc.export.layouts import LAYOUTS
 from peftc.export.precision import PRECISIONS, QUANTIZED
+from peftc.store.directory import read_manifest
 
 
 def export(
@@ -22,7 +24,9 @@ def export(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="BUNDLE", help="A new directory.")
     ],
-    opset: Annotated[int, typer.Option("--opset", help="ONNX opset.")] = 23,
+    opset: Annotated[
+        int | None, typer.Option("--opset", help="ONNX opset: 23, or 20 where ops are fused.")
+    ] = None,
     precision: Annotated[
         str, typer.Option("--precision", metavar="|".join(PRECISIONS), help="What it computes in.")
     ] = "fp32",
@@ -33,6 +37,10 @@ def export(
     layout: Annotated[
         str, typer.Option("--layout", metavar="|".join(LAYOUTS), help="Files, and names in them.")
     ] = "peftc",
+    fuse: Annotated[
+        str | None,
+        typer.Option("--fuse", metavar="|".join(FUSED), help="A provider's own attention."),
+    ] = None,
     model: options.Backbone = None,
 ) -> None:
     """Write an ONNX bundle that `peftc run` and ONNX Runtime serve.
@@ -42,6 +50,7 @@ def export(
     peftc export merged -o bundle --opset 20
     peftc export merged -o small --quantize int4
     peftc export merged -o other --layout optimum
+    peftc export merged -o for-gpus --precision fp16 --fuse cuda
     """
     directories.new_directory(output)
     compiled = directories.model_of(directory, model)
@@ -58,6 +67,7 @@ def export(
             precision=precision,
             quantize=quantize,
             layout=layout,
+            fuse=fuse,
             progress=progress,
             **made,
         )
@@ -69,6 +79,9 @@ def export(
         )
         if one.agreement < 1 or one.divergence > 1e-6:
             say(f"{one.graph}: {one.agreement:.1%} of choices are torch's, KL {one.divergence:.2g}")
+    for role, ops in read_manifest(output, ()).get("fused", {}).items():
+        if role != "for":
+            say(f"{role}: fused {ops}")
     size = sum(one.stat().st_size for one in output.rglob("*") if one.is_file())
     say(f"exported in {whole - proof:.1f} s, certified in {proof:.1f} s")
     say(f"wrote {output} ({size:,} bytes)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from peftc.driver import sample
+from peftc.export import fused as fusions
+from peftc.export.fused import provider_of
 from peftc.export.graph import (
     ExportError,
     Graph,
@@ -50,6 +53,7 @@ from peftc.store.fingerprint import fingerprint
 from peftc.store.versions import versions
 
 MIN_ORT = "1.28"
+OPSET = 23  # has attention as one op
 Progress = Callable[[str], None]
 
 
@@ -83,10 +87,11 @@ def export(
     model: PreTrainedModel,
     bundle_dir: str | Path,
     *,
-    opset: int = 23,
+    opset: int | None = None,
     precision: str = "fp32",
     quantize: str | None = None,
     layout: str = "peftc",
+    fuse: str | None = None,
     tokenizer: Any = None,
     processor: Any = None,
     example: Mapping[str, torch.Tensor] | None = None,
@@ -100,12 +105,15 @@ def export(
     bundle.
 
     `precision` is a row of `peftc.export.precision.PRECISIONS`, whatever the model's own type and device are; `quantize`
-    one of QUANTIZED; `layout` one of `peftc.export.layouts.LAYOUTS`. What a bundle computes is compared with the model
-    in float32. Raises ExportError, and then nothing is left at `bundle_dir`; MergeError when folding changes the
+    one of QUANTIZED; `layout` one of `peftc.export.layouts.LAYOUTS`; `fuse` "cuda" or "cpu", whose provider's own ops
+    are put where they compute the same. `opset` is 23, or 20 where ops are fused. What a bundle computes is compared
+    with the model in float32. Raises ExportError, and then nothing is left at `bundle_dir`; MergeError when folding changes the
     outputs; DeltaError when that directory is not ours.
     """
     path = Path(bundle_dir)
     asked, files = precision_of(precision, quantize), layout_of(layout)
+    provider = provider_of(fuse)
+    opset = opset or (OPSET if provider is None else fusions.OPSET)
     _require(model, path)
     say = progress or (lambda _: None)
     certificate: list[Parity] = []
@@ -119,12 +127,15 @@ def export(
             made, low = on_the_cpu(folded, asked.dtype), graphs
             if made is not folded:
                 low = replace(one, model=made, inputs=sample(made, one.inputs)).graphs(files)
-            models = {}
-            for graph in low:
+            models, ops = {}, {}
+            for graph, exact in zip(low, graphs, strict=True):
                 say(f"exporting {graph.role}")
-                models[graph.role] = to_onnx(made, graph, opset)
-                if asked.bits is not None:
-                    models[graph.role] = quantized(models[graph.role], asked.bits)
+                make = partial(_made, made, graph, opset, asked)
+                if provider is None:
+                    models[graph.role] = make()
+                else:
+                    tried = fusions.fused(make, provider, folded, exact, asked, directory)
+                    models[graph.role], ops[graph.role] = tried
             ports = {role: ports_of(one) for role, one in models.items()}
             say("writing weights")
             size = write_models(models, directory)
@@ -144,6 +155,7 @@ def export(
                 "kind": one.task.name,
                 "layout": files.name,
                 "opset": opset,
+                **({} if provider is None else {"fused": {"for": provider, **ops}}),
                 "data_bytes": size,
                 "fold": {"error": one.report.error, "tolerance": tolerance(one.report.scale)},
                 "parity": [asdict(one) for one in certificate],
@@ -191,6 +203,12 @@ def certified(manifest: Mapping[str, Any]) -> Precision:
     if said not in known:
         raise ExportError(f"a bundle in {said} is not known here; known are {', '.join(known)}")
     return known[said]
+
+
+def _made(model: PreTrainedModel, graph: Graph, opset: int, precision: Precision) -> Any:
+    """A graph as an onnx_ir Model, its matrices in whole numbers where that was asked for."""
+    made = to_onnx(model, graph, opset)
+    return made if precision.bits is None else quantized(made, precision.bits)
 
 
 def _require(model: PreTrainedModel, path: Path) -> None:
