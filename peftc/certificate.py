@@ -26,9 +26,10 @@ from peftc.model.compiled import CompiledModel, run_program
 from peftc.model.saving import fingerprint_under
 from peftc.rewrite.compared import CHOICES, Compared, choices_of
 from peftc.rewrite.tolerance import SHARES
+from peftc.store.directory import CERTIFICATES
 from peftc.store.versions import versions
 
-JSON, PAGE = "certificate.json", "certificate.md"
+JSON, PAGE = CERTIFICATES
 # How long what a decoder reads is, and (past, query) of its steps.
 _QUERY = 5
 STEPS = ((0, 7), (1, 1), (1, 7), (20, 1), (20, 7))

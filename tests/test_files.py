@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
@@ -15,8 +16,10 @@ from conftest import Run, stir, tiny
 
 import peftc
 from peftc.errors import PeftcError
+from peftc.store import directory
 from peftc.store.deltas import WEIGHTS
 from peftc.store.directory import (
+    FORMAT,
     MANIFEST,
     DeltaError,
     check_files,
@@ -24,15 +27,17 @@ from peftc.store.directory import (
     write_directory,
 )
 
-# What a write asks of the file system; a kill may come before or after each.
-CALLS = ("replace", "fsync", "chmod")
+# What a write over another asks of the system, with a call that exchanges two directories and without; a kill may come
+# before or after each.
+EXCHANGED, ONE_BY_ONE = ("link", "fsync", "chmod", "exchange"), ("replace", "fsync", "chmod")
 
 
 def killed(work: Callable[[], object], call: str, number: int, after: bool) -> bool:
     """Run `work` in a process of its own that dies at one of its calls; False where it has fewer."""
     child = os.fork()
     if child == 0:
-        real, seen = getattr(os, call), 0
+        where = directory if call == "exchange" else os
+        real, seen = getattr(where, call), 0
 
         def counted(*args: object, **kwargs: object) -> object:
             nonlocal seen
@@ -44,7 +49,7 @@ def killed(work: Callable[[], object], call: str, number: int, after: bool) -> b
                 os.kill(os.getpid(), signal.SIGKILL)
             return done
 
-        setattr(os, call, counted)
+        setattr(where, call, counted)
         try:
             work()
         finally:
@@ -63,9 +68,23 @@ def state(path: Path) -> tuple[float, bytes]:
     return model.plan.spec.arguments["alpha"], values
 
 
-@pytest.mark.parametrize("call", CALLS)
+def require_exchange() -> None:
+    if not hasattr(ctypes.CDLL(None), "renameat2"):
+        pytest.skip("this system cannot exchange directories")
+
+
+@pytest.mark.parametrize(
+    ("whole", "call"),
+    [*((True, one) for one in EXCHANGED), *((False, one) for one in ONE_BY_ONE)],
+)
 @pytest.mark.parametrize("after", [False, True])
-def test_a_killed_write_is_never_a_mix(call: str, after: bool, tmp_path: Path) -> None:
+def test_a_killed_write_is_never_a_mix(
+    whole: bool, call: str, after: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if whole:
+        require_exchange()
+    else:
+        monkeypatch.setattr(directory, "exchange", lambda *_: False)
     old, new = trained(16, 1), trained(64, 2)
     states = {}
     for name, model in (("old", old), ("new", new)):
@@ -80,12 +99,62 @@ def test_a_killed_write_is_never_a_mix(call: str, after: bool, tmp_path: Path) -
         try:
             assert state(path) in states.values()
         except DeltaError as error:
-            assert "interrupted" in str(error)
+            assert "interrupted" in str(error) and not whole
         assert (path / "trainer_state.json").read_text() == "{}"
         new.save_pretrained(path)  # goes on from there
         assert state(path) == states["new"]
+        assert (path / "trainer_state.json").read_text() == "{}"
         assert [one.name for one in tmp_path.iterdir() if one.name.startswith(".")] == []
     assert number > 1
+
+
+@pytest.mark.parametrize("call", EXCHANGED)
+@pytest.mark.parametrize("after", [False, True])
+def test_a_killed_bundle_is_the_old_or_the_new(call: str, after: bool, tmp_path: Path) -> None:
+    """What an export writes, rows for a cache and the certificate among it, over another one."""
+    require_exchange()
+    made = {"old": {"b.onnx": b"old", "rows.safetensors": b"old"}, "new": {"b.onnx": b"new!"}}
+
+    def write(path: Path, name: str) -> None:
+        def fill(folder: Path) -> dict[str, object]:
+            for file, content in made[name].items():
+                (folder / file).write_bytes(content)
+            return {"format": FORMAT, "graphs": {}, "name": name}
+
+        write_directory(path, fill)
+
+    for number in range(1, 20):
+        path = tmp_path / f"{number}"
+        write(path, "old")
+        for one in ("certificate.json", "tokenizer.json"):
+            (path / one).write_text("old")
+        if not killed(lambda: write(path, "new"), call, number, after):  # noqa: B023
+            break
+        manifest = read_manifest(path, ("graphs",))
+        check_files(path, manifest, content=True)
+        found = {one.name: one.read_bytes() for one in path.iterdir()}
+        assert {k: found.get(k) for k in made[manifest["name"]]} == made[manifest["name"]]
+        assert found["tokenizer.json"] == b"old"
+        assert (
+            ("certificate.json" in found)
+            == ("rows.safetensors" in found)
+            == (manifest["name"] == "old")
+        )
+        write(path, "new")
+        assert {one.name for one in path.iterdir()} == {"b.onnx", MANIFEST, "tokenizer.json"}
+        assert [one.name for one in tmp_path.iterdir() if one.name.startswith(".")] == []
+    assert number > 1
+
+
+def test_folders_in_a_directory_stay(tmp_path: Path) -> None:
+    """They cannot be in two places, so files are replaced one by one."""
+    trained(16, 1).save_pretrained(tmp_path / "d")
+    (tmp_path / "d" / "checkpoint-1").mkdir()
+    (tmp_path / "d" / "checkpoint-1" / "state").write_text("mine")
+    new = trained(64, 2)
+    new.save_pretrained(tmp_path / "d")
+    assert state(tmp_path / "d")[0] == 64
+    assert (tmp_path / "d" / "checkpoint-1" / "state").read_text() == "mine"
 
 
 def test_a_killed_write_to_a_new_directory_is_nothing(tmp_path: Path) -> None:

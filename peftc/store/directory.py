@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import glob
 import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -23,12 +25,16 @@ except ImportError:  # Windows: what a killed write leaves there stays
 MANIFEST = "peftc.json"
 FILES, UNFINISHED = "files", "unfinished"  # keys of a manifest
 WEIGHTS = ".data"
+CERTIFICATES = ("certificate.json", "certificate.md")
 NUMBERS = (".safetensors", ".onnx", WEIGHTS)
 # Without these nothing reads a directory, so they come after what they speak of.
 LAST = ("adapter_config.json", "config.json", MANIFEST)
 FORMAT = 2
 READS = (1, FORMAT)  # 1: the spec in data of its own (peftc.store.format1)
 MAX_MANIFEST_BYTES = 4 << 20
+
+
+_HERE, _EXCHANGE = -100, 2  # of Linux: AT_FDCWD, RENAME_EXCHANGE
 
 
 class DeltaError(PeftcError):
@@ -48,9 +54,10 @@ def require_ours(path: Path) -> None:
 def write_directory(path: Path, fill: Callable[[Path], Mapping[str, Any] | None]) -> None:
     """Fill a temporary directory beside `path` and move its files there, with what `fill` returns as their manifest.
 
-    A kill at any moment leaves the old files, the new ones, or a manifest that says that the write was
-    interrupted. The manifest gets the size and the SHA-256 of each file. A file that stands in the way and is
-    not ours is an error; other files (Trainer's) are left alone.
+    A kill at any moment leaves the old files or the new ones; or, where the system cannot exchange two directories, a
+    manifest that says that the write was interrupted. The manifest gets the size and the SHA-256 of each file. A file
+    that stands in the way and is not ours is an error; other files (Trainer's) are left alone, but certificates of
+    what stood there before.
     """
     with room(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,6 +93,8 @@ def _move(temporary: Path, path: Path) -> None:
         os.chmod(temporary, 0o755)
         os.replace(temporary, path)
         return _sync(path.parent)
+    if _exchanged(temporary, path):
+        return _sync(path.parent)
     if (temporary / MANIFEST).is_file():
         # Files can only be replaced one by one: until the last, no reader may take them for one artefact.
         _put(temporary / UNFINISHED, {"format": FORMAT, UNFINISHED: True})
@@ -96,6 +105,46 @@ def _move(temporary: Path, path: Path) -> None:
             _sync(path)  # the others are there before it says so
         os.replace(one, path / one.name)
     _sync(path)
+
+
+def _exchanged(temporary: Path, path: Path) -> bool:
+    """Let two directories change places in one step; `path` keeps what is not ours. False where the system cannot, or
+    where there are folders in `path`, which cannot be in two places."""
+    new, old = ({one.name for one in where.iterdir()} for where in (temporary, path))
+    others = sorted(old - new - _ours(path))
+    if path.is_symlink() or any((path / name).is_dir() for name in others):
+        return False
+    try:
+        for name in others:
+            os.link(path / name, temporary / name, follow_symlinks=False)
+        os.chmod(temporary, stat.S_IMODE(path.stat().st_mode))
+        _sync(temporary)
+        return exchange(temporary, path)
+    except OSError:  # links, or renames of this kind, are not for this file system
+        return False
+
+
+def _ours(path: Path) -> set[str]:
+    """What a directory has that is of what was written there, and of nothing else."""
+    try:
+        written = read_manifest(path, ()).get(FILES, {})
+    except DeltaError:  # damaged, or another's
+        written = {}
+    return {*written, *CERTIFICATES}
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Rename each of two to the other's name, at once. False where the system has no call for it. Raises OSError."""
+    call = (
+        getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+        if os.name == "posix"
+        else None
+    )
+    if call is None:
+        return False
+    if call(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE):
+        raise OSError(ctypes.get_errno(), "renameat2", str(one), None, str(other))
+    return True
 
 
 def _facts(directory: Path) -> dict[str, dict[str, Any]]:
