@@ -5,7 +5,7 @@ DEMO_FLAGS ?=
 COUNTS_FLAGS ?=
 GPU_FLAGS ?=
 
-.PHONY: help demo test session slow lint types bench counts gpu wheel clean
+.PHONY: help demo test session slow lint types bench bundles counts gpu wheel clean
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
 
@@ -40,6 +40,9 @@ types: .venv/.done  ## check types, strictly
 
 bench: .venv/.done  ## compare with bare export, PEFT and the bare model, side by side
 	$(BIN)/python benchmarks/bench.py
+
+bundles: .venv/.done  ## compare exported bundles with torch, BART-large's size and a small Llama (15 minutes)
+	$(BIN)/python benchmarks/bundles.py
 
 counts: .venv/.done  ## count kernels, FLOPs and bytes beside PEFT's, and what changed since they were committed
 	$(BIN)/python benchmarks/counts.py $(COUNTS_FLAGS)

@@ -16,6 +16,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,9 +30,8 @@ import transformers
 from paired import Row, measure
 
 import peftc
+from peftc.export import bundle as making
 
-HERE = str(Path(__file__).parent)
-# What is exported: the options of a bundle, and whether MAM is in it, by its name.
 LLAMA = dict(vocab_size=8000, num_hidden_layers=8)
 
 
@@ -101,10 +101,6 @@ def peak() -> int:
 def exported(
     given: Given, bundle: str, adds: bool, quantize: str | None, **_: Any
 ) -> dict[str, float]:
-    import time
-
-    from peftc.export import bundle as making
-
     model, seconds = given.mam() if adds else given.bare(), [0.0]
     real = making.to_onnx
 
