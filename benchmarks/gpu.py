@@ -36,13 +36,13 @@ from torch._dynamo.utils import counters
 from transformers import PreTrainedModel
 
 import peftc
+from peftc.runtime import PROVIDERS
 
 try:
     from onnxruntime import get_available_providers
 except ImportError:
     get_available_providers = tuple
 
-PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
 Steps = dict[str, Callable[[], object]]
 # Measures two ways to do one thing, ours first, and how many times the other's time ours may take.
 Clock = Callable[[Steps, float], dict[str, Any]]
@@ -189,7 +189,7 @@ def _compiled(side: str, step: Callable[[], object]) -> dict[str, Any]:
 def onnx_runtime(subject: Subject, clock: Clock, **options: str) -> dict[str, Any]:
     """Tokens of one row: the bundle, exported with `options`, by ONNX Runtime's provider for the device, and the model
     that it was made of, folded too, in float32."""
-    provider = PROVIDERS[subject.device]
+    (provider,) = PROVIDERS[subject.device]
     if provider not in get_available_providers():
         raise RuntimeError(f"{provider} is not installed: peftc[gpu] brings it, in place of [cpu]")
     model: Any = adapted.pair(subject.name, "lora q,v", **subject.changes)["ours"]

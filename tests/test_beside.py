@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,23 @@ def test_with_another(specs: list[object], left: int) -> None:
     assert torch.allclose(got, want, atol=1e-12 * float(want.abs().max()))
     bare = products(program_of(backbone, "forward", inputs))
     assert products(program) == bare + left
+
+
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize("family", ["bart", "bert", "llama"])
+@pytest.mark.parametrize("method", ["lora", "ia3", "bitfit", "widened"])
+def test_what_folded_is_as_light_as_bare(family: str, method: str, tmp_path: Path) -> None:
+    """Op by op; a widened feed-forward too."""
+    if method in ("bitfit", "widened") and family == "llama":
+        pytest.skip("it has no bias, and a gate in its feed-forward")
+    backbone = tiny(family)
+    spec = adapter("gelu") if method == "widened" else method
+    model = stir(peftc.compile(copy.deepcopy(backbone), spec))
+    assert not peftc.merge(model)[1].kept
+    for one, name in ((model, "with"), (backbone, "bare")):
+        peftc.export(one, tmp_path / name)
+    for file in sorted((tmp_path / "bare").glob("*.onnx")):
+        assert nodes(tmp_path / "with" / file.name) == nodes(file)
 
 
 @pytest.mark.parametrize("family", ["bart", "llama"])

@@ -271,8 +271,19 @@ def test_export_run_and_verify_a_classifier(
     assert label == answers[1]["label"]
     assert float(probability) == pytest.approx(answers[1]["score"], abs=1e-4)
     assert "model against torch, now" in run("verify", bundle, "-m", lora, "--full")[1]
+    code, _, error = run("run", bundle, "a", "--device", "cuda")
+    assert code == 1 and "has no CUDAExecutionProvider" in error
+    code, _, error = run("bench", bundle, "--device", "tpu")
+    assert code == 1 and "no device 'tpu'; there are cpu, cuda" in error
     (bundle / "model.onnx").write_bytes(b"not a graph")
     assert run("verify", bundle)[0] == 1
+    code, out, _ = run("run", bundle, "--ports")  # by the manifest alone
+    lines = out.splitlines()
+    assert code == 0 and lines[0] == "model.onnx"
+    assert "  input   input_ids  int64 [batch, seq_len]" in lines
+    assert lines[-1].startswith("  output  logits  float [batch, ")
+    said = json.loads(run("run", bundle, "--ports", "--json")[1])
+    assert said["model"]["inputs"]["input_ids"]["shape"] == ["batch", "seq_len"]
 
 
 def test_export_run_and_verify_a_writer(run: Run, folder: Path, tmp_path: Path) -> None:

@@ -51,6 +51,7 @@ def bench(
         int, typer.Option("--new-tokens", min=1, help="Tokens that are written, greedily.")
     ] = 32,
     seconds: Annotated[float, typer.Option("--seconds", min=0, help="How long to measure.")] = 20,
+    device: options.Device = "cpu",
     as_json: options.Json = False,
 ) -> None:
     """Time a bundle: latencies, tokens a second, and beside torch with --model.
@@ -61,7 +62,7 @@ def bench(
     """
     with step(f"loading {bundle}"):
         options.quiet()
-        runner = runtime.load(bundle)
+        runner = runtime.load(bundle, options.providers(device))
         asked = _inputs(runner, batch, length)
     ways = {"bundle": runner}
     if model is not None:

@@ -15,6 +15,7 @@ from peftc.errors import PeftcError
 from peftc.language.reader import load_spec
 from peftc.language.spec import Spec, with_words
 from peftc.model import backbones
+from peftc.runtime.session import PROVIDERS
 
 Specs = Annotated[
     list[str],
@@ -70,11 +71,24 @@ Words = Annotated[
     str | None,
     typer.Option("--words", metavar="TEXT", help="What a spec starts from that starts from words."),
 ]
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device", metavar="cpu|cuda", help="Where graphs run; never elsewhere than asked."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print data instead of text.")]
 
 
 class OptionError(PeftcError):
     """A value on the command line that cannot be used."""
+
+
+def providers(device: str) -> Sequence[str]:
+    """What runs graphs on a device. Raises OptionError for one that is not known."""
+    if device not in PROVIDERS:
+        raise OptionError(f"no device '{device}'; there are {', '.join(PROVIDERS)}")
+    return PROVIDERS[device]
 
 
 def specs(names: list[str], sets: list[str] | None, words: str | None = None) -> tuple[Spec, ...]:

@@ -44,6 +44,11 @@ def run(
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", min=1, help="Its length.")
     ] = 64,
+    device: options.Device = "cpu",
+    ports: Annotated[
+        bool,
+        typer.Option("--ports", help="Print inputs and outputs of its graphs; nothing is run."),
+    ] = False,
 ) -> None:
     """Answer with an ONNX bundle, by its task; one line for each text.
 
@@ -52,7 +57,10 @@ def run(
     \b
     peftc run bundle "a great film" "a waste of time"
     peftc run bundle --input test.jsonl --json
+    peftc run bundle --ports
     """
+    if ports:
+        return _ports(read_manifest(bundle, runtime.KEYS)["graphs"], as_json)
     if texts and source:
         raise options.OptionError("give texts or --input, not both")
     kind = runtime.kind_of(read_manifest(bundle, runtime.KEYS))
@@ -61,7 +69,7 @@ def run(
     chosen = _items(texts, source, columns)
     with step(f"loading {bundle}"):
         options.quiet()
-        runner = runtime.load(bundle)
+        runner = runtime.load(bundle, options.providers(device))
     writes = {"num_beams": num_beams, "max_new_tokens": max_new_tokens}
     more = writes if runner.can_generate() else {}
     with step(f"running {len(chosen)} {asked.columns[0]}s"):
@@ -70,6 +78,18 @@ def run(
     for item, answer in zip(chosen, answers, strict=True):
         row = {**dict(zip(columns, item, strict=True)), **asked.row(answer)}
         raw(json.dumps(row, default=float) if as_json else asked.line(answer))
+
+
+def _ports(graphs: Mapping[str, Mapping[str, Any]], as_json: bool) -> None:
+    """Names, types and axes, as the manifest has them."""
+    if as_json:
+        return raw(json.dumps(graphs, indent=1))
+    for graph in graphs.values():
+        raw(graph["file"])
+        for side in ("inputs", "outputs"):
+            for name, one in graph.get(side, {}).items():
+                axes = ", ".join(map(str, one["shape"]))
+                raw(f"  {side.removesuffix('s'):<7} {name}  {one['dtype']} [{axes}]")
 
 
 @dataclass(frozen=True)

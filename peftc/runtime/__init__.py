@@ -16,11 +16,11 @@ from peftc.runtime.predicting import (
     TokenClassification,
 )
 from peftc.runtime.runner import KEYS, Runner, opened
-from peftc.runtime.session import CPU, RuntimeFault, Session
+from peftc.runtime.session import CPU, PROVIDERS, RuntimeFault, Session
 from peftc.runtime.writing import SpeechRecognition, Text2TextGeneration, TextGeneration
 from peftc.store.directory import FILES, MANIFEST, WEIGHTS, check_files, read_manifest
 
-__all__ = ["KEYS", "RUNNERS", "Runner", "RuntimeFault", "kind_of", "load"]
+__all__ = ["KEYS", "PROVIDERS", "RUNNERS", "Runner", "RuntimeFault", "kind_of", "load"]
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from peftc.errors import PeftcError
 
 CPU = ("CPUExecutionProvider",)
 CUDA = "CUDAExecutionProvider"
+# What is asked for by the device that graphs run on.
+PROVIDERS: Mapping[str, Sequence[str]] = {"cpu": CPU, "cuda": (CUDA,)}
 
 
 class RuntimeFault(PeftcError):
