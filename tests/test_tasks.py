@@ -13,6 +13,8 @@ import pytest
 import torch
 import transformers
 from conftest import ENCODER, SEQ2SEQ, Run, batch, stir, tiny, wide
+from methods import lacks
+from methods import spec as spec_of
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -21,6 +23,7 @@ import peftc
 from peftc.driver import outputs
 from peftc.errors import PeftcError
 from peftc.export.tasks import TASKS
+from peftc.language.shelf import shipped
 from peftc.rewrite.tolerance import tolerance
 from peftc.runtime import RUNNERS, RuntimeFault
 
@@ -320,6 +323,34 @@ def test_tokens_are_those_of_torch(family: str, method: str, tmp_path: Path) -> 
             torch.manual_seed(7)
             found.append(one.generate(**inputs, max_new_tokens=8, min_new_tokens=5, **mode))
         assert torch.equal(*found), name
+
+
+# A family of each row, but those of the heads above: a method has the next one that it has a place in.
+TURNS = ("bart", "bert", "llama", "whisper", "gpt2", "roberta", "t5", "vit", "neox")
+
+
+@pytest.mark.sampled(8)
+@pytest.mark.parametrize("method", shipped())
+def test_every_method_on_a_row(method: str, tmp_path: Path) -> None:
+    """What a method computes is in the bundle: the certificate compares it, and it is not the backbone's."""
+    first = shipped().index(method) % len(TURNS)
+    turn = (*TURNS[first:], *TURNS[:first])
+    family = next(one for one in turn if not lacks(method, one))
+    model = stir(peftc.compile(tiny(family), spec_of(method)))
+    parity = peftc.export(model, tmp_path)
+    assert all(one.error <= one.tolerance and one.cases > 1 for one in parity)
+    inputs = batch(model)
+    if model.can_generate():
+        inputs = {k: v for k, v in inputs.items() if k != "decoder_input_ids"}
+        mode = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False)
+        runner = peftc.runtime.load(tmp_path)
+        assert torch.equal(runner.generate(**inputs, **mode), model.generate(**inputs, **mode))
+        return
+    want, bare = outputs(model, inputs)["logits"], outputs(model.backbone, inputs)["logits"]
+    got = peftc.runtime.load(tmp_path)(**inputs).logits
+    assert (got - want).abs().max() <= tolerance(float(want.abs().max()))
+    moved = (want - bare).abs().max() > tolerance(float(want.abs().max()))
+    assert moved == bool(model.plan.edits)  # what trains the backbone's own is the backbone
 
 
 def test_rows_stand_in_a_cache_from_the_start(tmp_path: Path) -> None:
