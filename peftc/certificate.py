@@ -152,7 +152,7 @@ def _each(model: CompiledModel, merged: PreTrainedModel) -> Iterator[Row]:
             continue  # of a module that keeps nothing of its own in this graph
         seen = Compared()
         seen.see(mine, folded, edit.name, False)
-        moved = math.nan
+        moved = seen.scale  # of rows in front: what was not there moved by what it is
         if bare is not None and bare.shape == mine.shape:
             moved = float((mine - bare).abs().max())
         numbers = seen.scale, seen.error, seen.mean, 0.0, 1.0
