@@ -45,6 +45,7 @@ def merge(
     example: Batch | None = None,
     trace: Trace | None = None,
     dequantize: bool = False,
+    shares: bool = False,
 ) -> tuple[PreTrainedModel, Report]:
     """Fold what algebra can fold into a copy of the backbone, in float64, cast once.
 
@@ -55,7 +56,8 @@ def merge(
     (`peftc.rewrite.tolerance`). `model` stays as it is.
 
     A quantised weight holds no sum with a delta. MergeError says so; with `dequantize`, each that something folds into
-    becomes an ordinary one, and the report's `held` tells the bytes that this takes.
+    becomes an ordinary one, and the report's `held` tells the bytes that this takes. Weights that nothing folds into
+    are copied, but where the result `shares` them: then neither of both models may be changed in place.
     """
     if is_placed(model.backbone):
         raise MergeError(
@@ -63,7 +65,7 @@ def merge(
             "into the backbone as you load it without a device_map"
         )
     trace = trace or Trace()
-    backbone, folding = fold(model, trace, tying.separable, refitted)
+    backbone, folding = fold(model, trace, tying.separable, refitted, shares=shares)
     untied = folding.weights.keys() & folding.tied
     if untied:
         tying.untie(backbone)
@@ -78,9 +80,11 @@ def merge(
     if folding.like is not None:
         refit(backbone, folding.like, folding.weights)
     weights = dict(backbone.named_parameters(remove_duplicate=False))
-    with torch.no_grad():
-        for path, weight in folding.weights.items():
-            weights[path].copy_(weight)
+    for (
+        path,
+        weight,
+    ) in folding.weights.items():  # memory of its own, whatever the old one was shared with
+        weights[path].data = weight.to(weights[path].device).contiguous()
     merged: PreTrainedModel = backbone.train(model.training)
     if folding.edits:
         edits = tying.anchored(folding.edits, folding.separable if untied else frozenset())
@@ -143,18 +147,20 @@ def fold(
     separable: Callable[[PreTrainedModel], frozenset[str]] = lambda _: frozenset(),
     refitted: Callable[[PreTrainedModel, Shapes], PreTrainedModel | None] | None = None,
     as_stored: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = rounded,
+    shares: bool = False,
 ) -> tuple[PreTrainedModel, Folding]:
     """A copy of the backbone as it is, and the folding of the deltas into its weights.
 
     `separable` says which tied paths may get a weight of their own, `refitted` gives a model that has parameters of
-    other shapes, `as_stored(stored, folded)` what is kept of a folded weight, which is float64. Raises MergeError where a delta holds infinities or no numbers.
+    other shapes, `as_stored(stored, folded)` what is kept of a folded weight, which is float64; the copy `shares` the
+    weights. Raises MergeError where a delta holds infinities or no numbers.
     """
     slots = model.deltas.values()
     values = {path: slots[path] for path in model.plan.tensors}
     odd = [path for path, value in values.items() if not torch.isfinite(value).all()]
     if odd:
         raise MergeError(f"delta '{odd[0]}' holds numbers that are not finite; train it again")
-    backbone = bare_copy(model)
+    backbone = bare_copy(model, shares)
     edits, tied = list(model.plan.edits), tying.tied(backbone)
     concerned = any(
         "W" in edit.site.weights and edit.site.weights["W"].path in tied for edit in edits

@@ -21,8 +21,8 @@ def doctored(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def fold(*args: object, **kwargs: object) -> object:
         backbone, folding = real(*args, **kwargs)  # type: ignore[arg-type]
-        with torch.no_grad():
-            backbone.get_parameter("classifier.weight").mul_(1.001)
+        weight = backbone.get_parameter("classifier.weight")
+        weight.data = weight.detach() * 1.001  # its memory may be the model's own
         return backbone, folding
 
     monkeypatch.setattr(merging, "fold", fold)
@@ -39,6 +39,26 @@ def test_merge_raises_on_a_wrong_fold(doctored: None, tmp_path: Path) -> None:
     assert torch.equal(logits(model, batch(model)), before)
     _, report = peftc.merge(model, tolerance=0.01)
     assert report.error > SHARES[torch.float32] * report.scale
+
+
+@pytest.mark.parametrize("method", ["lora", "mam", "lora_embedding", "bitfit"])
+@pytest.mark.parametrize("family", ["bert", "bart"])
+def test_what_shares_weights_leaves_the_model_alone(family: str, method: str) -> None:
+    """The same numbers and flags as a copy's, and of what nothing folds into the same memory."""
+    model = stir(peftc.compile(tiny(family), method))
+    state = {k: (v.detach().clone(), v.requires_grad) for k, v in model.named_parameters()}
+    shared, apart = (peftc.merge(model, shares=one)[0] for one in (True, False))
+    assert torch.equal(logits(shared, batch(model)), logits(apart, batch(model)))
+    for k, v in model.named_parameters():
+        assert torch.equal(v, state[k][0]) and v.requires_grad == state[k][1]
+    theirs, others = dict(shared.named_parameters()), dict(apart.named_parameters())
+    own = {v.data_ptr() for v in model.parameters()}
+    assert {k: v.requires_grad for k, v in theirs.items()} == {
+        k: v.requires_grad for k, v in others.items()
+    }
+    same = [k for k, v in theirs.items() if v.data_ptr() in own]
+    assert len(same) > len(theirs) / 2
+    assert not any(v.data_ptr() in own for k, v in others.items() if "deltas" not in k)
 
 
 def test_the_commands_say_so(run: Run, lora: Path, doctored: None, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from peftc.export.precision import (
     precision_of,
     quantized,
 )
-from peftc.export.source import Source
+from peftc.export.source import Source, plain
 from peftc.export.tasks import Task, task_of
 from peftc.export.weights import write_models
 from peftc.graph.placement import weights
@@ -73,10 +73,10 @@ class Subject:
         """Raises ExportError where there is no task for it, MergeError where folding changes the outputs."""
         model = on_the_cpu(model, torch.float32)
         inputs = sample(model, example)
-        task, folded, report = task_of(Source(model, inputs)), model, Report(())
+        task, folded, report = task_of(Source(plain(model), inputs)), model, Report(())
         if isinstance(model, CompiledModel) and model.plan.edits:
             say("folding")
-            folded, report = merge(model, example=example)
+            folded, report = merge(model, example=example, shares=True)
         return Subject(task, folded.eval(), report, inputs)
 
     def graphs(self, layout: Layout) -> tuple[Graph, ...]:

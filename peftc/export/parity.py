@@ -64,7 +64,7 @@ def compared(
         raise ExportError(f"{file} is of another model: only one of both has '{odd[0]}'")
     generator = torch.Generator().manual_seed(0)
     seen = {name: Compared() for name in graph.outputs}
-    tried = list(cases(graph.cases, longest(model, "seq") - 8, full))
+    tried = cases(graph.cases, longest(model, "seq") - 8, full)
     for case in tried:
         tokens = graph.feeds(case, generator)
         inputs = graph.full(tokens)

@@ -15,6 +15,7 @@ from peftc.export.pooling import Pooling
 from peftc.graph.facts import ModelFacts
 from peftc.graph.program import Program
 from peftc.graph.rows import Room, room_of
+from peftc.model.compiled import CompiledModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +72,11 @@ class Source:
     def program(self, entry: str, inputs: Tensors) -> Program:
         """The graph of an entry."""
         return program_of(self.model, entry, inputs)
+
+
+def plain(model: PreTrainedModel) -> PreTrainedModel:
+    """Without its deltas: it gives tensors of the same names and axes, and needs no graph for it."""
+    return model.backbone if isinstance(model, CompiledModel) else model
 
 
 def masked(inputs: Tensors) -> dict[str, torch.Tensor]:

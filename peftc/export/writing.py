@@ -15,7 +15,7 @@ import torch
 
 import passes
 from peftc.export.graph import Graph, Tensors
-from peftc.export.source import Source, masked
+from peftc.export.source import Source, masked, plain
 from peftc.graph.arguments import argument
 from peftc.graph.cache import STATES, CacheSlot, flatten_cache
 from peftc.graph.grid import LENGTHS, Case, drawn, fed, mask_of
@@ -88,9 +88,10 @@ def _cache_names(inputs: Any, seq2seq: bool, prefix: str) -> dict[str, str]:
 
 
 def _cached(one: Source, inputs: Tensors) -> dict[str, torch.Tensor]:
-    """What a cache holds behind a batch."""
+    """What a cache holds behind a batch, the rows that stand in front of the tokens among it."""
+    model = one.model if one.room.rows else plain(one.model)
     with torch.no_grad():
-        cache = one.model(**inputs, use_cache=True).get(one.facts.cache)
+        cache = model(**inputs, use_cache=True).get(one.facts.cache)
     return {} if cache is None else {k: v.clone() for k, v in flatten_cache(cache).items()}
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import astuple, dataclass
 
 import torch
 from torch.nn import functional
@@ -27,15 +28,28 @@ class Case:
     padding: str
 
 
-def cases(sizes: Iterable[tuple[int, int, int]], most: int, full: bool = True) -> Iterator[Case]:
-    """Each (length, past, query) with each padding, `full` with each number of rows too, else with one of them in turn;
-    a single token has nothing to pad."""
-    for i, one in enumerate(one for one in sizes if one[0] <= most):
-        paddings = PADDINGS if one[0] > 2 else ("none",)
-        for j, padding in enumerate(paddings):
-            some = ROWS if full or len(paddings) == 1 else (ROWS[(i + j) % len(ROWS)],)
-            for rows in some:
-                yield Case(rows, *one, padding)
+def cases(sizes: Iterable[tuple[int, int, int]], most: int, full: bool = True) -> list[Case]:
+    """Each (length, past, query) with each padding and number of rows; a single token has nothing to pad. Of these, if
+    not `full`, so many that any two values of two axes that can meet do meet."""
+    every = [
+        Case(rows, *one, padding)
+        for one in sizes
+        if one[0] <= most
+        for padding in (PADDINGS if one[0] > 2 else ("none",))
+        for rows in ROWS
+    ]
+    return every if full else _paired(every)
+
+
+def _paired(every: Iterable[Case]) -> list[Case]:
+    """The cases that show all pairs of values; taken greedily, those first that show most."""
+    pairs = {one: frozenset(itertools.combinations(enumerate(astuple(one)), 2)) for one in every}
+    left = set().union(*pairs.values())
+    chosen = []
+    while left:
+        chosen.append(best := max(pairs, key=lambda one: len(pairs[one] & left)))
+        left -= pairs[best]
+    return sorted(chosen, key=astuple)
 
 
 def mask_of(case: Case, length: int) -> torch.Tensor:

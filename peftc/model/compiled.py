@@ -513,9 +513,12 @@ def attach(
     return model
 
 
-def bare_copy(model: CompiledModel) -> PreTrainedModel:
-    """A copy of the model without its deltas, with the `requires_grad` flags that its backbone came with."""
-    copied = copy.deepcopy(model.body)
+def bare_copy(model: CompiledModel, shares: bool = False) -> PreTrainedModel:
+    """A copy of the model without its deltas, with the `requires_grad` flags that its backbone came with. One that
+    `shares` has parameters of its own on the same memory, which nobody may write to."""
+    weights = model.body.parameters() if shares else ()
+    memo = {id(one): nn.Parameter(one.detach(), one.requires_grad) for one in weights}
+    copied = copy.deepcopy(model.body, memo)
     model.__dict__["_origin"].restore(copied)
     take_back(copied)
     return copied
