@@ -44,7 +44,7 @@ def verify(
         ),
     ] = None,
     full: Annotated[
-        bool, typer.Option("--full", help="Every number of rows with every length and padding.")
+        bool, typer.Option("--full", help="All of the grid, not a part where any two values meet.")
     ] = False,
 ) -> None:
     """Check deltas, a merged checkpoint or a bundle again, on a grid of batches.
