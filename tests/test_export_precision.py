@@ -93,7 +93,7 @@ def test_what_is_too_far_off_is_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """T5 does not scale its attention: four bits of its weights turn into other numbers."""
-    with pytest.raises(PeftcError, match=r"encoder: .* differs from torch by"):
+    with pytest.raises(PeftcError, match=r"coder: .* (differs from torch by|choices are torch)"):
         peftc.export(tiny("t5"), tmp_path / "b", quantize="int4")
     strict = dataclasses.replace(QUANTIZED["int4"], agreement=0.999)
     monkeypatch.setitem(QUANTIZED, "int4", strict)  # type: ignore[arg-type]
