@@ -55,9 +55,9 @@ def _joined(program: Program, total: fx.Node, known: Known) -> bool:
     """Write a sum of a linear and a branch as one linear."""
     constant = alone(program)
     for one, other, factor in _summands(total):
-        if _is_stored(one) and len(one.users) == 1:
+        if _is_stored(one, constant) and len(one.users) == 1:
             branch = _branch(other, factor, constant)
-            first = None if branch is None else _first(one, branch)
+            first = None if branch is None else _first(one, branch, constant)
             if branch is not None and first is not None:
                 _write(program, total, first, one, branch, known)
                 return True
@@ -72,12 +72,9 @@ def _summands(total: fx.Node) -> Iterator[tuple[Any, Any, float]]:
         yield right, left, 1
 
 
-def _is_stored(node: Any) -> bool:
-    """Whether it is a linear of a parameter, as it is or turned, or one that an edit like this made."""
-    if not is_call(node, *LINEAR):
-        return False
-    weight = weight_of(node)
-    return _untransposed(weight).op == "placeholder" or "delta" in weight.meta
+def _is_stored(node: Any, constant: Constants) -> bool:
+    """Whether it is a linear of a constant: a parameter, as it is or turned, or what an edit like this made of one."""
+    return is_call(node, *LINEAR) and _untransposed(weight_of(node)) in constant
 
 
 def _untransposed(weight: fx.Node) -> fx.Node:
@@ -130,7 +127,7 @@ def _units(
     return None
 
 
-def _first(last: fx.Node, branch: _Branch) -> fx.Node | None:
+def _first(last: fx.Node, branch: _Branch, constant: Constants) -> fx.Node | None:
     """The linear of the branch's own x that `last` reads the hidden units of, if all of it can be one with it."""
     inner: Any = last.args[0]
     alike = [static_shape(one)[:-1] == static_shape(branch.hidden)[:-1] for one in (inner, last)]
@@ -139,7 +136,8 @@ def _first(last: fx.Node, branch: _Branch) -> fx.Node | None:
     if not all(alike) or any(len(one) != 2 for one in sizes) or len(types) > 1:
         return None
     made_of = behind(inner, branch.x)
-    firsts = [n for n in branch.x.users if n in made_of and _is_stored(n) and n.args[0] is branch.x]
+    readers = [n for n in branch.x.users if n in made_of and n.args[0] is branch.x]
+    firsts = [n for n in readers if _is_stored(n, constant)]
     own = [one for one in (branch.down, branch.bias) if one is not None]
     return next((one for one in sorted(firsts) if all(n < one for n in own)), None)
 

@@ -365,8 +365,7 @@ def program_of(model: PreTrainedModel, entry: str, inputs: Mapping[str, torch.Te
         return model.program(entry, inputs, flags)
     program = capture(model, Call.of(model, entry, inputs), flags)
     passes.Normalize().run(program)
-    if program.quantized:
-        passes.Quantized().run(program)
+    passes.Quantized().run(program)
     return program
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Run, saved, tiny
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, BertTokenizer, PreTrainedModel
 
 from peftc.cli.main import COMMANDS, command
@@ -293,6 +295,12 @@ def test_export_run_and_verify_a_writer(run: Run, folder: Path, tmp_path: Path) 
     code, out, _ = run("verify", bundle, "-m", model)
     assert code == 0
     assert "tokens of beam search that differ, now" in out
+    tensors = load_file(model / "model.safetensors")
+    name = next(one for one in tensors if one.endswith("fc2.weight"))
+    save_file(tensors | {name: tensors[name] * 2}, model / "model.safetensors", {"format": "pt"})
+    code, out, _ = run("verify", bundle, "-m", model)
+    assert code == 1
+    assert re.search(r"FAILED  \w+ against torch, now: \w+: '\S+' differs from torch by", out)
 
 
 @pytest.mark.parametrize("writes", [True, False])

@@ -147,7 +147,8 @@ def _bundle(directory: Path, model: str | None, full: bool) -> tuple[Mapping[str
             for parity, fault in bundle.verified(
                 torch_model, directory, full=full, progress=progress
             ):
-                yield _row(f"{parity.graph} against torch, now", parity, precision.why, not fault)
+                what = f"{parity.graph} against torch, now" + (f": {fault}" if fault else "")
+                yield _row(what, parity, precision.why, not fault)
         if runner is not None and runner.can_generate():
             with step("writing with both"):
                 yield _tokens(runner, torch_model, 0 if precision.name == "fp32" else None)
