@@ -9,15 +9,12 @@ from typing import Any
 
 from torch import fx
 
-from peftc.graph.aten import MOVE, POINTWISE, static_shape
+from peftc.graph.aten import MOVE, is_pointwise, static_shape
 from peftc.graph.program import Program, aten, is_call, scope_of
 from peftc.rewrite.constants import alone
 from peftc.rewrite.lower import Known
 from peftc.rewrite.nodes import made
 from peftc.sites.site import layer_of
-
-# What reads the rows of a wider matrix without a copy.
-_STRIDED = (*POINTWISE, aten.matmul.default, aten.flatten.using_ints)
 
 
 @dataclass(frozen=True)
@@ -52,8 +49,13 @@ def _may_join(product: fx.Node, constant: Collection[fx.Node]) -> bool:
         x not in constant
         and factor in constant
         and len(static_shape(factor)) == 2
-        and all(is_call(user, *_STRIDED) and user.args[0] is product for user in product.users)
+        and all(_strided(user) and user.args[0] is product for user in product.users)
     )
+
+
+def _strided(user: fx.Node) -> bool:
+    """Whether an op reads the rows of a wider matrix without a copy."""
+    return is_pointwise(user) or is_call(user, aten.matmul.default, aten.flatten.using_ints)
 
 
 def _key(product: fx.Node) -> Hashable:

@@ -24,8 +24,10 @@ CONV = (
 )
 SDPA = aten.scaled_dot_product_attention.default
 SOFTMAX = (aten.softmax.int, aten._softmax.default)
+NORM = (aten.layer_norm.default, aten.rms_norm.default)
 MATMUL = (aten.matmul.default, aten.bmm.default)
 FILL = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
+WHERE = (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf)
 EMBEDDING = (aten.embedding.default,)
 DROPOUT = (aten.dropout.default, aten.native_dropout.default)
 ADD = (aten.add.Tensor, aten.add_.Tensor)
@@ -68,22 +70,22 @@ CUT = (
     aten.unflatten.int,
     operator.getitem,
 )
-ACTIVATION = (
-    aten.relu.default,
-    aten.relu_.default,
-    aten.gelu.default,
-    aten.silu.default,
-    aten.silu_.default,
-    aten.tanh.default,
-    aten.sigmoid.default,
-    aten.leaky_relu.default,
-    aten.elu.default,
-    aten.hardtanh.default,
-    aten.mish.default,
-    aten.erf.default,
-    aten.pow.Tensor_Scalar,
-)
-POINTWISE = ACTIVATION + ADD + MUL + (aten.sub.Tensor, aten.neg.default, aten.exp.default)
+# Sums and multiples; every other op that torch calls pointwise bends what it is given.
+STRAIGHT = (*ADD, *MUL, aten.sub.Tensor, aten.sub.Scalar, aten.rsub.Scalar, aten.neg.default, *MOVE)
+# Pointwise too, and not marked so.
+_UNMARKED = (aten.hardswish.default, aten.log_sigmoid.default, aten.prelu.default, aten.masked_fill.Tensor)
+
+
+def is_pointwise(node: object) -> bool:
+    """Whether each element of what `node` computes is of the elements at its place alone."""
+    if not isinstance(node, fx.Node) or node.op != "call_function":
+        return False
+    return is_call(node, *_UNMARKED) or torch.Tag.pointwise in getattr(node.target, "tags", ())
+
+
+def is_nonlinear(node: object) -> bool:
+    """Whether `node` is pointwise and no sum or multiple."""
+    return is_pointwise(node) and not is_call(node, *STRAIGHT)
 
 
 def operand(node: fx.Node, index: int) -> fx.Node | None:

@@ -92,6 +92,10 @@ _ROWS = (
         _projection(side, what)
         for side, what in (("q", "query"), ("k", "key"), ("v", "value"), ("o", "output"))
     ),
+    *(
+        _linear(f"attention.{side}_down", f"the first of two {what} projections, one after another")
+        for side, what in (("q", "query"), ("k", "key"), ("v", "value"))
+    ),
     SiteType(
         "attention.heads",
         {

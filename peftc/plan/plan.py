@@ -255,7 +255,7 @@ def _placed(spec: Spec, chosen: Sequence[Sequence[Site]]) -> list[Placed]:
 
 def _delta(several: Sequence[tuple[Entry, Sequence[Site]]], label: str) -> list[Placed]:
     """What becomes of the entries that were written as one delta, and share what it shares."""
-    shared: dict[str, tuple[int, ...]] = {}
+    shared = _Shared()
     found: list[Placed] = []
     for entry, sites in several:
         placed = Placed([], [], []) if entry.train else _edits(entry, label, sites, shared)
@@ -270,10 +270,25 @@ def _delta(several: Sequence[tuple[Entry, Sequence[Site]]], label: str) -> list[
     return found
 
 
-def _edits(
-    entry: Entry, label: str, sites: Sequence[Site], shared: dict[str, tuple[int, ...]]
-) -> Placed:
-    """`shared` is the shape of each tensor of the delta so far."""
+@dataclass(frozen=True)
+class _Shared:
+    """What the sites of one delta share so far: the shape of each tensor, and by the kind of site the shapes that such
+    sites have. Where they differ (stages of a vision model) those of one shape share."""
+
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    kinds: dict[str, list[tuple[tuple[int, ...], ...]]] = field(default_factory=dict)
+
+    def among(self, site: Site, entry: Entry) -> str:
+        """The name under which a site shares tensors with others of its kind."""
+        shapes = tuple(_shape(one, site, entry) for one in entry.params if one.per == "kind")
+        known = self.kinds.setdefault(site.group, [])
+        if shapes not in known:
+            known.append(shapes)
+        number = known.index(shapes)
+        return f"{site.group}_{number + 1}" if number else site.group
+
+
+def _edits(entry: Entry, label: str, sites: Sequence[Site], shared: _Shared) -> Placed:
     placed: list[Edit] = []
     missed: list[Miss] = []
     problems: dict[str, str] = {}
@@ -284,18 +299,19 @@ def _edits(
             continue
         try:
             path = f"{site.scope}.{site.at.replace('.', '_')}.{label}"
-            edit = Edit(
-                site, entry, path, tuple(_parameter(p, site, entry, label) for p in entry.params)
-            )
+            kind = shared.among(site, entry)
+            made = tuple(_parameter(one, site, entry, label, kind) for one in entry.params)
+            edit = Edit(site, entry, path, made)
             check(edit)
         except ex.ExprError as error:
             problems.setdefault(error.fact, f"{entry.place}: at {site.name}: {error.fact}")
             continue
         for parameter in edit.parameters:
-            if shared.setdefault(parameter.path, parameter.shape) != parameter.shape:
+            first = shared.shapes.setdefault(parameter.path, parameter.shape)
+            if first != parameter.shape:
                 problems[parameter.path] = (
                     f"{entry.place}: parameter '{parameter.name}' is shared by sites of different shapes: "
-                    f"{list(shared[parameter.path])} and {list(parameter.shape)} (at {site.name})"
+                    f"{list(first)} and {list(parameter.shape)} (at {site.name})"
                 )
         placed.append(edit)
     return Placed(placed, missed, list(problems.values()))
@@ -325,12 +341,20 @@ def _paths(placed: Iterable[Placed]) -> set[str]:
     return {p.path for one in placed for edit in one.edits for p in edit.parameters}
 
 
-def _parameter(param: Param, site: Site, entry: Entry, label: str) -> Parameter:
-    sizes = {**entry.arguments, **site.dims}
-    shape = tuple(_size(dim, sizes, param) for dim in param.shape)
+def _shape(param: Param, site: Site, entry: Entry) -> tuple[int, ...]:
+    return tuple(_size(dim, _sizes(site, entry), param) for dim in param.shape)
+
+
+def _sizes(site: Site, entry: Entry) -> dict[str, float | int]:
+    return {**entry.arguments, **site.dims}
+
+
+def _parameter(param: Param, site: Site, entry: Entry, label: str, kind: str) -> Parameter:
+    """`kind` names the sites that share what is `per: kind`."""
+    sizes, shape = _sizes(site, entry), _shape(param, site, entry)
     group = {
         "site": f"{site.scope}.{site.at.replace('.', '_')}",
-        "kind": f"shared.{site.group}",
+        "kind": f"shared.{kind}",
         "shape": "shared." + "x".join(map(str, shape)),
         "model": "shared.model",
     }[param.per]

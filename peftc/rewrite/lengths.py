@@ -10,7 +10,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from peftc.graph.aten import MOVE, POINTWISE, VIEW
+from peftc.graph.aten import MOVE, VIEW, is_pointwise
 from peftc.graph.program import aten, is_call
 
 
@@ -29,7 +29,7 @@ def release(value: fx.Node, axis: int, users: Iterable[fx.Node]) -> None:
 def _moved(user: fx.Node, node: fx.Node, axis: int) -> int | None:
     """Where the axis is behind one op; None where the op is none that keeps it."""
     shape = node.meta["val"].shape
-    if user.args[:1] != (node,) and not is_call(user, *POINTWISE):
+    if user.args[:1] != (node,) and not is_pointwise(user):
         return None
     if is_call(user, aten.unsqueeze.default):
         return axis + int(_axis(user.args[1], len(shape) + 1) <= axis)
@@ -44,7 +44,7 @@ def _moved(user: fx.Node, node: fx.Node, axis: int) -> int | None:
         return _unsized(user, axis + len(sizes) - len(shape))
     if is_call(user, *VIEW):
         return _viewed(user, shape, axis)
-    if is_call(user, *MOVE, *POINTWISE):
+    if is_pointwise(user) or is_call(user, *MOVE):
         return axis + int(user.meta["val"].ndim) - len(shape)
     return None
 

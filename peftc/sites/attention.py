@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from peftc.graph.aten import FILL, SDPA, features, static_shape, weight_of
+from peftc.graph.aten import SDPA, features, static_shape, weight_of
 from peftc.graph.facts import Stacks
-from peftc.graph.program import Program, Read, Value, aten, is_call, scope_of
+from peftc.graph.program import Program, Read, Value, aten, is_call, op_name, scope_of
 from peftc.sites import fused
-from peftc.sites.cores import Core, cores
+from peftc.sites.cores import Core, cores, visible
 from peftc.sites.dataflow import next_linear, projections, runs
 from peftc.sites.index import Index
 from peftc.sites.linear import computed, linear_site, ports_of
@@ -29,17 +29,23 @@ _ALL = ("attention", "attention.heads", *(f"attention.{side}" for side in (*SIDE
 
 @dataclass(frozen=True)
 class Attention:
-    """A core with the linears around it. `columns` has the slices of those that are fused."""
+    """A core with the linears around it. `columns` has the slices of those that are fused. `downs` are the first of
+    two linears, one after another, that make one side (multi-head latent attention, DeepSeek-V2)."""
 
     core: Core
     linears: Mapping[str, fx.Node]
     columns: Mapping[str, Columns | None]
+    downs: Mapping[str, fx.Node]
 
     @property
     def kind(self) -> str:
         """Self attention projects queries and keys from one value."""
-        q, k = self.linears["q"], self.linears["k"]
+        q, k = self.first("q"), self.first("k")
         return "self" if q is k or q.args[0] is k.args[0] else "cross"
+
+    def first(self, side: str) -> fx.Node:
+        """The linear that reads the sub-layer's input."""
+        return self.downs.get(side, self.linears[side])
 
     @property
     def dims(self) -> dict[str, int]:
@@ -60,7 +66,7 @@ def attentions(index: Index) -> tuple[Attention | NoSite, ...]:
 
 
 def _attention(core: Core) -> Attention | NoSite:
-    found = {side: projections(getattr(core, side).node) for side in SIDES}
+    found = {side: _last(projections(getattr(core, side).node)) for side in SIDES}
     for side, linears in found.items():
         if len(linears) != 1:
             several = ", ".join(scope_of(one) for one in linears)
@@ -75,7 +81,29 @@ def _attention(core: Core) -> Attention | NoSite:
         return NoSite(_ALL, core.scope, "its result goes into no linear")
     single = {side: one for side, (one,) in found.items()}
     columns = {side: fused.columns(getattr(core, side).node, one) for side, one in single.items()}
-    return Attention(core, {**single, "o": out}, {**columns, "o": None})
+    downs = {side: down for side, one in single.items() if (down := _down(core, one))}
+    return Attention(core, {**single, "o": out}, {**columns, "o": None}, downs)
+
+
+def _last(linears: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
+    """Of linears that a value is computed from those that none of the others is computed from."""
+    if len(linears) < 2:
+        return linears
+    before = {behind for one in linears for behind in _before(one)}
+    return tuple(one for one in linears if one not in before)
+
+
+def _before(linear: fx.Node) -> tuple[fx.Node, ...]:
+    source = linear.args[0]
+    assert isinstance(source, fx.Node)
+    return projections(source)
+
+
+def _down(core: Core, linear: fx.Node) -> fx.Node | None:
+    """The linear of the same module whose result, normed perhaps, is all that this one reads."""
+    before = _before(linear)
+    inside = before and f"{scope_of(before[0])}.".startswith(f"{core.scope}.")
+    return before[0] if len(before) == 1 and inside else None
 
 
 _NAMES = {"q": "queries", "k": "keys", "v": "values"}
@@ -84,7 +112,7 @@ _NAMES = {"q": "queries", "k": "keys", "v": "values"}
 def linears_of(index: Index) -> set[fx.Node]:
     """The linears that belong to attention."""
     found = [one for one in index.once(attentions) if isinstance(one, Attention)]
-    return {linear for one in found for linear in one.linears.values()}
+    return {linear for one in found for of in (one.linears, one.downs) for linear in of.values()}
 
 
 def find(index: Index, stacks: Stacks) -> Iterator[Site | NoSite]:
@@ -93,9 +121,9 @@ def find(index: Index, stacks: Stacks) -> Iterator[Site | NoSite]:
         if isinstance(one, NoSite):
             yield one
             continue
-        first, last = (index.weights(one.linears[side]) for side in ("q", "o"))
+        first, last = index.weights(one.first("q")), index.weights(one.linears["o"])
         if not (first and last):
-            gone = one.linears["o" if first else "q"]
+            gone = one.linears["o"] if first else one.first("q")
             yield NoSite(("attention",), one.core.scope, computed(weight_of(gone)))
             continue
         yield replace(_site("attention", one, stacks), weights={**last, "q": first["W"]})
@@ -113,7 +141,7 @@ def find_side(side: str, index: Index, stacks: Stacks) -> Iterator[Site | NoSite
     for one in index.once(attentions):
         if isinstance(one, NoSite) or not one.has(side):
             continue
-        query = index.weights(one.linears["q"]).get("W")
+        query = index.weights(one.first("q")).get("W")
         found = linear_site(
             index,
             stacks,
@@ -135,8 +163,16 @@ def find_side(side: str, index: Index, stacks: Stacks) -> Iterator[Site | NoSite
         yield found
 
 
+def find_down(side: str, index: Index, stacks: Stacks) -> Iterator[Site | NoSite]:
+    """The first of two projections of a side, where there are two."""
+    for one in index.once(attentions):
+        if isinstance(one, Attention) and side in one.downs:
+            at, scope = f"attention.{side}_down", one.core.scope
+            yield linear_site(index, stacks, one.downs[side], at, scope, one.kind, one.dims)
+
+
 def _site(at: str, one: Attention, stacks: Stacks) -> Site:
-    scope, size = one.core.scope, features(one.linears["q"])[0]
+    scope, size = one.core.scope, features(one.first("q"))[0]
     dims = {**one.dims, "in": size, "out": one.dims["d"]}
     return Site(at, scope, stacks.of(scope), one.kind, layer_of(scope), dims, {})
 
@@ -220,17 +256,21 @@ def _resize(
 
 
 def _padded(program: Program, place: Read, call: Callable[..., Any], rows: int) -> fx.Node:
-    """The mask with `rows` visible keys on its left: 0 where it is added, True or False by its op."""
+    """The mask with `rows` keys on its left that it leaves as they are. Raises SiteError where it cannot."""
     mask, value = place.node, place.node.meta["val"]
-    if value.shape[-1] == 1:
+    if value.ndim == 0 or value.shape[-1] == 1:
         return mask
-    visible = 0.0 if value.dtype != torch.bool else not is_call(place.user, *FILL)
+    neutral = visible(place)
+    if neutral is None:
+        raise SiteError(
+            f"'{op_name(place.user)}' masks the scores in {scope_of(place.user)}, and no value of its mask leaves one as it is"
+        )
     for user in mask.users:
-        if user.meta.get("extends") == (rows, visible):
+        if user.meta.get("extends") == (rows, neutral):
             return user
     with program.graph.inserting_before(mask.next):
-        wide: fx.Node = call(aten.constant_pad_nd.default, mask, [rows, 0], visible, name="mask")
-    wide.meta["extends"] = (rows, visible)
+        wide: fx.Node = call(aten.constant_pad_nd.default, mask, [rows, 0], neutral, name="mask")
+    wide.meta["extends"] = (rows, neutral)
     return wide
 
 

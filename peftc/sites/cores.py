@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from peftc.graph.aten import (
@@ -17,6 +18,8 @@ from peftc.graph.aten import (
     SDPA,
     SOFTMAX,
     VIEW,
+    WHERE,
+    is_pointwise,
     static_shape,
 )
 from peftc.graph.program import Read, aten, is_call, scope_of
@@ -30,8 +33,8 @@ Sized = tuple[tuple[fx.Node, int], ...]
 class Core:
     """One attention: its operands [batch, heads, length, head_dim] as edges, its result, its module path.
 
-    Keys and values are taken before they are repeated for grouped queries. `masks` are added to the
-    scores, fill them, or are the fused op's own; `sized` are the views whose list of sizes has the number
+    Keys and values are taken before they are repeated for grouped queries. `masks` are what scores or
+    probabilities meet on the way, or the fused op's own; `sized` are the views whose list of sizes has the number
     of keys at that place.
     """
 
@@ -127,7 +130,7 @@ def _four_axes(h: fx.Node) -> fx.Node:
 
 @dataclass(frozen=True)
 class _Scores:
-    """The product of queries and keys behind a softmax, what is added to it on the way, and the views."""
+    """The product of queries and keys behind a softmax, what masks it on the way, and the views."""
 
     q: Read
     keys: object
@@ -136,8 +139,10 @@ class _Scores:
 
 
 def _written_out(softmax: fx.Node) -> Core | None:
+    if softmax.args[1] not in (-1, len(static_shape(softmax)) - 1):
+        return None
     found = _scores(softmax.args[0])
-    values, views = _value_product(softmax)
+    values, masks, views = _value_product(softmax)
     if found is None or values is None:
         return None
     keys = found.keys
@@ -147,46 +152,68 @@ def _written_out(softmax: fx.Node) -> Core | None:
         return None
     assert isinstance(keys, fx.Node)
     sized = (*found.sized, *views)
-    return _core(found.q, Read(keys, 0), Read(values, 1), found.masks, sized, values, softmax)
+    masked = (*found.masks, *masks)
+    return _core(found.q, Read(keys, 0), Read(values, 1), masked, sized, values, softmax)
 
 
 def _scores(node: object) -> _Scores | None:
-    """Walk back from a softmax through masks, scales and soft caps to the product of queries and keys."""
-    if not isinstance(node, fx.Node) or node.op != "call_function":
+    """Walk back from a softmax through masks, scales, soft caps and sinks to the product of queries and keys."""
+    if not isinstance(node, fx.Node):
         return None
     if is_call(node, *MATMUL):
         return _Scores(Read(node, 0), node.args[1], (), ())
     if is_call(node, _BIASED):
         return _Scores(Read(node, 1), node.args[2], (Read(node, 0),), ())
-    if is_call(node, *ADD):
-        for i in (0, 1):
-            found = _scores(node.args[i])
-            if found is not None:
-                added = isinstance(node.args[1 - i], fx.Node)
-                masks = (*found.masks, Read(node, 1 - i)) if added else found.masks
-                return _Scores(found.q, found.keys, masks, found.sized)
+    if is_call(node, aten.cat.default):  # with a sink behind the keys
+        return _scores(node.args[0][0])  # type: ignore[index]
+    if not (is_pointwise(node) or is_call(node, *MOVE)):
         return None
-    if not is_call(node, *FILL, *MUL, *MOVE, aten.tanh.default):
-        return None
-    found = _scores(node.args[0])
-    if found is None:
-        return None
-    masks = (*found.masks, Read(node, 1)) if is_call(node, *FILL) else found.masks
-    sized = (*found.sized, (node, -1)) if is_call(node, *VIEW) else found.sized
-    return _Scores(found.q, found.keys, masks, sized)
+    for place, value in enumerate(node.args):
+        found = _scores(value)
+        if found is not None:
+            sized = (*found.sized, (node, -1)) if is_call(node, *VIEW) else found.sized
+            return _Scores(found.q, found.keys, (*found.masks, *_others(node, place)), sized)
+    return None
 
 
-def _value_product(softmax: fx.Node) -> tuple[fx.Node | None, Sized]:
-    """The product of the probabilities with the values, and the views on the way to it."""
-    node, sized = softmax, list[tuple[fx.Node, int]]()
+def _others(node: fx.Node, place: int) -> Iterator[Read]:
+    """What an op makes of scores with, besides the operand at `place`."""
+    for other, value in enumerate(node.args):
+        if other != place and isinstance(value, fx.Node) and "val" in value.meta:
+            yield Read(node, other)
+
+
+def visible(mask: Read) -> float | bool | None:
+    """What stands in a mask where it changes no score, by the op that reads it; None where no value does that."""
+    op, boolean = mask.user, mask.node.meta["val"].dtype == torch.bool
+    if is_call(op, *FILL):
+        return False
+    if is_call(op, *WHERE):  # the condition, or what is there instead of scores
+        return _scores(op.args[1]) is not None if mask.index == 0 else 0.0
+    if is_call(op, *MUL):
+        return 1.0
+    if is_call(op, *ADD, aten.sub.Tensor):
+        return 0.0
+    if is_call(op, SDPA, _BIASED):
+        return True if boolean else 0.0
+    return None
+
+
+def _value_product(softmax: fx.Node) -> tuple[fx.Node | None, tuple[Read, ...], Sized]:
+    """The product of the probabilities with the values, what masks them, and the views on the way to it."""
+    node, masks, sized = softmax, list[Read](), list[tuple[fx.Node, int]]()
     while True:
         users = list(node.users)
         matmul = next((u for u in users if is_call(u, *MATMUL) and u.args[0] is node), None)
         if matmul is not None:
-            return matmul, tuple(sized)
-        onward = [u for u in users if is_call(u, *DROPOUT, *MOVE)]
+            return matmul, tuple(masks), tuple(sized)
+        onward = [u for u in users if is_call(u, *_ONWARD) and u.args[0] is node]
         if not onward:
-            return None, ()
+            return None, (), ()
         node = onward[0]
+        masks += _others(node, 0) if is_call(node, *FILL, *MUL) else ()
         if is_call(node, *VIEW):
             sized.append((node, -1))
+
+
+_ONWARD = (*DROPOUT, *MOVE, *FILL, *MUL, aten.slice.Tensor)

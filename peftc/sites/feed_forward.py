@@ -9,19 +9,21 @@ from typing import Any
 from torch import fx
 
 from peftc.graph.aten import (
-    ACTIVATION,
+    CONV,
     CUT,
     DROPOUT,
     LINEAR,
     MOVE,
-    POINTWISE,
+    NORM,
     features,
+    is_nonlinear,
+    is_pointwise,
     weight_of,
 )
 from peftc.graph.facts import Stacks
-from peftc.graph.program import Read, Value, is_call, scope_of
+from peftc.graph.program import Read, Value, aten, is_call, scope_of
 from peftc.language.ops import OPS, Op
-from peftc.sites import attention, fused
+from peftc.sites import attention, fused, mixture
 from peftc.sites.dataflow import residual_add
 from peftc.sites.index import Index
 from peftc.sites.linear import computed, linear_site
@@ -63,10 +65,11 @@ class FeedForward:
 
 
 def feed_forwards(index: Index) -> tuple[FeedForward, ...]:
-    """The feed-forwards of a graph, by their last linear; attention's own linears are none."""
+    """The feed-forwards of a graph, by their last linear; attention's own linears and single experts are none."""
     taken = index.once(attention.linears_of)
-    found = (_feed_forward(one, taken) for one in index.linears if one not in taken)
-    return tuple(one for one in found if one is not None)
+    found = (_feed_forward(index, one, taken) for one in index.linears if one not in taken)
+    mixed = [f"{one.scope}." for one in index.once(mixture.mixtures)]
+    return tuple(one for one in found if one and not any(map(one.scope.startswith, mixed)))
 
 
 def linears_of(index: Index) -> set[fx.Node]:
@@ -75,10 +78,10 @@ def linears_of(index: Index) -> set[fx.Node]:
     return own | index.once(attention.linears_of)
 
 
-def _feed_forward(down: fx.Node, taken: set[fx.Node]) -> FeedForward | None:
+def _feed_forward(index: Index, down: fx.Node, taken: set[fx.Node]) -> FeedForward | None:
     """The feed-forward that ends in the linear `down`. A classifier's head looks like one, but ends in no
     residual add."""
-    inner = _inner(down.args[0])
+    inner = _inner(index, down.args[0])
     if residual_add(down) is None or not inner or len(inner) > 2 or set(inner) & taken:
         return None
     if len(inner) == 1:
@@ -88,8 +91,12 @@ def _feed_forward(down: fx.Node, taken: set[fx.Node]) -> FeedForward | None:
     return FeedForward(up, gate, down)
 
 
-def _inner(start: object) -> tuple[fx.Node, ...]:
-    """The linears that `start` is a pointwise, nonlinear function of; none when anything else flows in."""
+# What may be between the linears beside what is pointwise: a norm, a convolution over the neighbours.
+_BETWEEN = (*MOVE, *CUT, *DROPOUT, *NORM, *CONV, aten.mean.dim, aten.glu.default)
+
+
+def _inner(index: Index, start: object) -> tuple[fx.Node, ...]:
+    """The linears that `start` is a nonlinear function of, with parameters; none when anything else flows in."""
     found: dict[fx.Node, None] = {}
     seen: set[fx.Node] = set()
     stack, nonlinear = [start], False
@@ -100,28 +107,36 @@ def _inner(start: object) -> tuple[fx.Node, ...]:
         seen.add(one)
         if is_call(one, *LINEAR):
             found[one] = None
-        elif is_call(one, *POINTWISE, *MOVE, *CUT, *DROPOUT):
-            nonlinear = nonlinear or is_call(one, *ACTIVATION)
-            tensors = one.args if is_call(one, *POINTWISE) else one.args[:1]
-            stack += reversed(tensors)
+        elif is_pointwise(one) or is_call(one, *_BETWEEN):
+            nonlinear = nonlinear or is_nonlinear(one) or is_call(one, aten.glu.default)
+            stack += reversed([arg for arg in one.all_input_nodes if not _is_fixed(index, arg)])
         else:
             return ()
     return tuple(found) if nonlinear else ()
+
+
+def _is_fixed(index: Index, node: fx.Node) -> bool:
+    """Whether a value is none of the tokens': a parameter, a constant, a size."""
+    while is_call(node, *MOVE):
+        node = node.args[0]  # type: ignore[assignment]
+    slot = index.program.slot(node)
+    return slot is not None and slot.kind != "input" or not node.all_input_nodes and node.op != "placeholder"
 
 
 def _activated(linear: fx.Node) -> bool:
     node = linear
     while len(node.users) == 1:
         node = next(iter(node.users))
-        if is_call(node, *ACTIVATION):
+        if is_nonlinear(node):
             return True
         if not is_call(node, *MOVE):
             return False
-    return any(is_call(user, *ACTIVATION) for user in node.users)
+    return any(map(is_nonlinear, node.users))
 
 
 def find(index: Index, stacks: Stacks) -> Iterator[Site | NoSite]:
-    """Whole sub-layers, found by their first and last projection."""
+    """Whole sub-layers, found by their first and last projection, or by the router of their experts."""
+    yield from mixture.find(index, stacks)
     for one in index.once(feed_forwards):
         weights = _weights(index, one)
         if "up" not in weights or "W" not in weights:
@@ -202,6 +217,8 @@ def find_any(index: Index, stacks: Stacks) -> Iterator[Site | NoSite]:
 
 def locate(index: Index, site: Site) -> tuple[Place, ...]:
     """From the first projection's input to the last one's result, with the residual that is added to it."""
+    if "W" not in site.weights:
+        return mixture.locate(index, site)
     ends = index.multiplying(site.weights["W"].path)
     starts = attention.between(index, site, site.weights["up"].path, ends)
     return tuple(_place(start, end) for start, end in zip(starts, ends, strict=True))

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from peftc.graph.aten import ACTIVATION, CUT, DROPOUT, MOVE, features, hint
+from peftc.graph.aten import CUT, DROPOUT, MOVE, features, hint, is_nonlinear
 from peftc.graph.program import aten, behind, is_call
 from peftc.sites.view import Columns
 
@@ -43,7 +43,7 @@ def gated_halves(down: fx.Node, linear: fx.Node) -> tuple[Columns, Columns] | No
     if len(found) != 2 or None in found:
         return None
     first, second = found
-    activated = any(is_call(one, *ACTIVATION) for one in behind(sides[0], linear))
+    activated = any(map(is_nonlinear, behind(sides[0], linear)))
     return (second, first) if activated else (first, second)  # type: ignore[return-value]
 
 

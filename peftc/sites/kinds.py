@@ -79,6 +79,10 @@ KINDS: dict[str, Kind] = {
             folds=_LINEAR,
             operands={"input": "q"},
         ),
+        *(
+            _linear(f"attention.{side}_down", partial(attention.find_down, side))
+            for side in attention.SIDES
+        ),
         Kind("ffn", feed_forward.find, feed_forward.locate, folds=Folds(), operands={"x": "up"}),
         Kind(
             "ffn.hidden",

@@ -7,14 +7,12 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from peftc.graph.aten import ADD, MOVE, static_shape
+from peftc.graph.aten import ADD, MOVE, NORM, static_shape
 from peftc.graph.facts import Stacks
 from peftc.graph.program import Read, Value, aten, is_call, scope_of
 from peftc.sites.index import Index
 from peftc.sites.site import NoSite, Place, Site, layer_of
 from peftc.sites.view import Port, Weight
-
-_ONE_OP = (aten.layer_norm.default, aten.rms_norm.default)
 
 
 @dataclass(frozen=True)
@@ -33,8 +31,8 @@ def norms(index: Index) -> tuple[Norm, ...]:
 
 def _norms(index: Index) -> Iterator[Norm]:
     parameter = index.program.parameter
-    for node in index.calls(*_ONE_OP, aten.mul.Tensor):
-        if is_call(node, *_ONE_OP):
+    for node in index.calls(*NORM, aten.mul.Tensor):
+        if is_call(node, *NORM):
             # aten.layer_norm(input, normalized_shape, weight, bias, ...)
             if len(node.args) > 2 and parameter(node.args[2]):
                 shifted = len(node.args) > 3 and parameter(node.args[3])

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import fx
 
-from peftc.graph.aten import LINEAR, MOVE, POINTWISE, SOFTMAX
+from peftc.graph.aten import LINEAR, MOVE, SOFTMAX, is_pointwise
 from peftc.graph.facts import Stacks
 from peftc.graph.program import aten, is_call, scope_of
 from peftc.sites.index import Index
@@ -16,10 +16,14 @@ from peftc.sites.site import NoSite, Site
 
 def find(index: Index, stacks: Stacks) -> Iterator[Site | NoSite]:
     """The linears whose results, perhaps as probabilities or shifted, a `topk` chooses from."""
-    for node in index.calls(aten.topk.default):
-        scores = _scores(node.args[0])
-        if scores is not None:
-            yield linear_site(index, stacks, scores, "router", scope_of(scores))
+    for scores in index.once(scoring):
+        yield linear_site(index, stacks, scores, "router", scope_of(scores))
+
+
+def scoring(index: Index) -> tuple[fx.Node, ...]:
+    """Those linears, each once, in graph order."""
+    found = (_scores(node.args[0]) for node in index.calls(aten.topk.default))
+    return tuple(dict.fromkeys(one for one in found if one is not None))
 
 
 def _scores(node: object) -> fx.Node | None:
@@ -27,7 +31,7 @@ def _scores(node: object) -> fx.Node | None:
     if is_call(node, *LINEAR):
         assert isinstance(node, fx.Node)
         return node
-    if is_call(node, *MOVE, *POINTWISE, *SOFTMAX):
+    if is_pointwise(node) or is_call(node, *MOVE, *SOFTMAX):
         assert isinstance(node, fx.Node)
         found = (_scores(one) for one in node.args)
         return next((one for one in found if one is not None), None)

@@ -1,0 +1,203 @@
+"""One cell of the sweep: what becomes of a method on a class of models."""
+
+from __future__ import annotations
+
+import copy
+import re
+import tempfile
+import traceback
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from nature import Nature
+from transformers import PreTrainedModel
+
+import peftc
+from peftc.graph.arguments import CaptureError
+from peftc.language.reader import load_spec
+from peftc.language.spec import Spec
+from peftc.plan.plan import PlanError
+
+METHODS: dict[str, Spec] = {
+    "lora": load_spec("lora", r=4, alpha=8),
+    "mam": load_spec("mam", l=5, m=6, r=4),
+    "prompt_tuning": load_spec("prompt_tuning", l=5),
+    "houlsby_adapter": load_spec("houlsby_adapter", r=4),
+}
+# What is the bare function where all deltas are zero; rows in front are not.
+ADDS = ("lora", "houlsby_adapter")
+# A kind of site, and what eager code has where there is such a place.
+PLACES = {"attention": "attention", "ffn": "feed_forward", "embedding": "table"}
+HOLDS, NO_PLACE, REFUSED, FAILS = "holds", "no place", "refused", "fails"
+# Of the largest output: float32, some layers, weights four times as wide as at the start of a training.
+CLOSE = 2e-4
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What became of a method: one of four outcomes, the step at which, and why."""
+
+    outcome: str
+    step: str = ""
+    reason: str = ""
+
+
+class _Wrong(Exception):
+    """A number that is not what it should be."""
+
+
+def cell(
+    method: str, model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], nature: Nature
+) -> Cell:
+    """The outcome of a shipped method on a model, of which this takes copies."""
+    step = ["plan"]
+    try:
+        for name in _steps(method, model, inputs):
+            step[0] = name
+    except PlanError as error:
+        if step[0] != "plan":
+            return Cell(FAILS, step[0], _line(error))
+        there = _contradicted(str(error), nature)
+        return Cell(REFUSED if there else NO_PLACE, "plan", there or _line(error))
+    except CaptureError as error:
+        return Cell(REFUSED, step[0], " ".join(str(error).split())[:400])
+    except _Wrong as error:
+        return Cell(FAILS, step[0], str(error))
+    except Exception as error:  # whatever it is, a user would see it
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{Path(last.filename).name}:{last.lineno}"
+        return Cell(FAILS, step[0], f"{type(error).__name__} ({place}): {_line(error)}")
+    return Cell(HOLDS)
+
+
+def _contradicted(problems: str, nature: Nature) -> str:
+    """What is said to have no place, and has one in the eager code."""
+    for at in re.findall(r"'([\w.]+)' of ", problems):
+        what = PLACES.get(at.partition(".")[0], "")
+        if what and getattr(nature, what):
+            return f"'{at}': eager code has {getattr(nature, what)}; {_line(problems)}"
+    return ""
+
+
+def _steps(
+    method: str, bare: PreTrainedModel, inputs: Mapping[str, torch.Tensor]
+) -> Iterator[str]:
+    """Each step by its name, before it is done."""
+    spec, eager = METHODS[method], outputs(bare, inputs)
+    yield "plan"
+    peftc.plan(bare, spec, example=inputs)
+    yield "compile"
+    model = peftc.compile(copy.deepcopy(bare), spec, example=inputs).eval()
+    yield "forward"
+    if method in ADDS:
+        with torch.no_grad():
+            for one in model.deltas.parameters():
+                one.zero_()
+        _same(outputs(model, inputs), eager, "without deltas it is not the bare model")
+    _stir(model)
+    changed = outputs(model, inputs)
+    if not _distance(changed, eager) > CLOSE:
+        raise _Wrong("deltas change nothing")
+    yield "gradient"
+    model.zero_grad()
+    loss = sum(one.float().square().mean() for one in _outputs(model, inputs).values())
+    loss.backward()
+    without = [name for name, one in model.deltas.named_parameters() if one.grad is None or not one.grad.any()]
+    if without:
+        raise _Wrong(f"no gradient reaches {len(without)} deltas; the first: {without[0]}")
+    yield "save and load"
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        again = peftc.load(folder, copy.deepcopy(bare), example=inputs).eval()
+    _same(outputs(again, inputs), changed, "what was loaded computes something else", 0.0)
+    del again
+    yield "fold"
+    folded, _ = peftc.merge(model, example=inputs)
+    _same(outputs(folded.eval(), inputs), changed, "folded is another function")
+    del folded
+    if bare.can_generate():
+        yield "generate"
+        _generates(bare, model, inputs)
+
+
+def _generates(
+    bare: PreTrainedModel, model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]
+) -> None:
+    """With a cache as without one, where eager code does so."""
+    given = {k: v for k, v in inputs.items() if not k.startswith(("decoder_", "labels"))}
+    try:
+        eager = [_written(bare, given, cached) for cached in (True, False)]
+    except Exception:  # a class that says it generates, and does not on such inputs
+        return
+    ours = [_written(model, given, cached) for cached in (True, False)]
+    if torch.equal(*eager) and not torch.equal(*ours):
+        raise _Wrong("tokens with a cache are not those without")
+
+
+def _written(
+    model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], cached: bool
+) -> torch.Tensor:
+    with torch.no_grad():
+        ids: torch.Tensor = model.generate(
+            **inputs, max_new_tokens=5, min_new_tokens=5, do_sample=False, num_beams=1, use_cache=cached
+        )
+    return ids
+
+
+def outputs(
+    model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Floating outputs in evaluation mode."""
+    with torch.no_grad():
+        return _outputs(model, inputs)
+
+
+def _outputs(
+    model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    fields = model(**inputs, **({"use_cache": False} if model.can_generate() else {}))
+    return {
+        k: v
+        for k, v in fields.items()
+        if isinstance(v, torch.Tensor) and v.is_floating_point() and v.numel()
+    }
+
+
+def _same(
+    ours: Mapping[str, torch.Tensor],
+    wanted: Mapping[str, torch.Tensor],
+    otherwise: str,
+    close: float = CLOSE,
+) -> None:
+    if missing := [name for name in wanted if name not in ours]:
+        raise _Wrong(f"{otherwise}: there is no '{missing[0]}'")
+    error = _distance(ours, wanted)
+    if not error <= close:
+        raise _Wrong(f"{otherwise}: {error:.1e} of the largest output")
+
+
+def _distance(ours: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> float:
+    """The largest difference of any output, of its own largest; not a number where one is at another place."""
+    found = 0.0
+    for name, value in wanted.items():
+        one, finite = ours[name], value.isfinite()
+        if one.shape != value.shape or not torch.equal(one.isfinite(), finite):
+            return float("nan")
+        if finite.any():
+            scale = max(float(value[finite].abs().max()), 1e-6)
+            found = max(found, float((one - value)[finite].abs().max()) / scale)
+    return found
+
+
+def _stir(model: PreTrainedModel) -> None:
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for one in model.deltas.parameters():
+            one.copy_(torch.randn(one.shape, generator=generator) * 0.3)
+
+
+def _line(error: object) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:300]

@@ -1,0 +1,175 @@
+"""The sweep: what four methods become on every class that transformers registers.
+
+A class is built small from its default configuration (registry.py), runs eagerly, is watched (nature.py), and then
+each method goes from its plan to generation (cells.py). One line of JSON a class is appended to the results as it is
+done; classes that are there already are passed over, so that a sweep can be stopped and gone on with. Each worker is a
+process of its own, ended when a class takes too long.
+
+python benchmarks/sweep.py [--only PATTERN] [--sample N --seed S] [--workers 2] [--limit 600] [--out FILE] [--table]
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import fnmatch
+import json
+import multiprocessing
+import random
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results" / "sweep.jsonl"
+CHUNK = 25  # classes that one worker does: what libraries keep of each is let go with it
+
+
+def done(one: Any) -> dict[str, Any]:
+    """What became of a class, as a line of the results."""
+    import torch
+    from cells import METHODS, cell
+    from nature import Nature
+    from registry import Skipped, build
+
+    start = time.perf_counter()
+    torch.set_num_threads(1)
+    said: dict[str, Any] = {"class": one.name, "mapping": one.mapping}
+    try:
+        built = build(one)
+    except Skipped as error:
+        return {**said, "skipped": str(error), "seconds": round(time.perf_counter() - start, 1)}
+    nature = Nature.of(built.model, built.inputs)
+    said |= {"divided": built.divided, "inputs": list(built.inputs), "eager": asdict(nature)}
+    cells = {}
+    for method in METHODS:
+        began = time.perf_counter()
+        found = asdict(cell(method, built.model, built.inputs, nature))
+        cells[method] = {**found, "seconds": round(time.perf_counter() - began, 1)}
+    return {**said, "cells": cells, "seconds": round(time.perf_counter() - start, 1)}
+
+
+def _work(pipe: Connection) -> None:
+    warnings.filterwarnings("ignore")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    while (one := pipe.recv()) is not None:
+        pipe.send(done(one))
+
+
+class _Worker:
+    """A process that does one class after another."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(theirs,), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.one: Any = None
+        self.since, self.count = 0.0, 0
+
+    def give(self, one: Any) -> None:
+        self.one, self.since, self.count = one, time.monotonic(), self.count + 1
+        self.pipe.send(one)
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.pipe.close()
+
+
+def sweep(classes: Sequence[Any], workers: int, limit: float) -> Iterator[dict[str, Any]]:
+    """The line of each class, as they are done."""
+    left, running = collections.deque(classes), [_Worker() for _ in range(workers)]
+    try:
+        while left or any(worker.one for worker in running):
+            for place, worker in enumerate(running):
+                if worker.one is None and left:
+                    if worker.count >= CHUNK:
+                        worker.end()
+                        running[place] = worker = _Worker()
+                    worker.give(left.popleft())
+            busy = [worker for worker in running if worker.one]
+            ready = wait([worker.pipe for worker in busy], timeout=1.0)
+            for worker in busy:
+                line = _line(worker, worker.pipe in ready, limit)
+                if line is not None:
+                    yield line
+                    if "died" in line:
+                        running[running.index(worker)] = _Worker()
+                    worker.one = None
+    finally:
+        for worker in running:
+            worker.end()
+
+
+def _line(worker: _Worker, ready: bool, limit: float) -> dict[str, Any] | None:
+    """What a worker has to say of its class, or that it died or was ended; None while it works."""
+    took = time.monotonic() - worker.since
+    if ready:
+        try:
+            found: dict[str, Any] = worker.pipe.recv()
+            return found
+        except EOFError:
+            reason = f"the process died after {took:.0f} s"
+    elif took < limit:
+        return None
+    else:
+        reason = f"took more than {limit:.0f} s"
+    worker.end()
+    return {"class": worker.one.name, "mapping": worker.one.mapping, "died": reason}
+
+
+def table(lines: Sequence[Mapping[str, Any]]) -> str:
+    """The results as people read them: totals, then what does not hold."""
+    ran = [one for one in lines if "cells" in one]
+    methods = list(ran[0]["cells"]) if ran else []
+    outcomes = ("holds", "no place", "refused", "fails")
+    rows = [f"| | {' | '.join(outcomes)} |", "|---" * (len(outcomes) + 1) + "|"]
+    for method in methods:
+        counts = collections.Counter(one["cells"][method]["outcome"] for one in ran)
+        rows.append(f"| {method} | " + " | ".join(str(counts[o]) for o in outcomes) + " |")
+    skipped = [one for one in lines if "skipped" in one]
+    died = [one for one in lines if "died" in one]
+    head = f"{len(lines)} classes: {len(ran)} ran, {len(skipped)} could not be built or run eagerly, {len(died)} died"
+    return "\n".join([head, "", *rows])
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    parser.add_argument("--only", default="*", help="classes by a pattern of their name")
+    parser.add_argument("--sample", type=int, help="so many classes, drawn by --seed")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--limit", type=float, default=600, help="seconds for a class, at most")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help="print what is known, run nothing")
+    asked = parser.parse_args(arguments)
+    known = [json.loads(line) for line in asked.out.read_text().splitlines()] if asked.out.exists() else []
+    if asked.table:
+        print(table(known))
+        return 0
+    from registry import registered
+
+    have = {one["class"] for one in known}
+    classes = [one for one in registered() if fnmatch.fnmatchcase(one.name, asked.only) and one.name not in have]
+    if asked.sample is not None:
+        classes = random.Random(asked.seed).sample(classes, min(asked.sample, len(classes)))
+    with asked.out.open("a") as file:
+        for number, line in enumerate(sweep(classes, asked.workers, asked.limit), 1):
+            print(json.dumps(line), file=file, flush=True)
+            known.append(line)
+            said = {k: v["outcome"] for k, v in line.get("cells", {}).items()} or line.get("skipped", line.get("died"))
+            print(f"{number}/{len(classes)} {line['class']} {line.get('seconds', '')} {said}", flush=True)
+    print(table(known))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

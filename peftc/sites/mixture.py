@@ -1,0 +1,101 @@
+"""Feed-forwards of experts: from what the router reads to what is added to the residual, whatever the experts are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from torch import fx
+
+from peftc.graph.aten import ADD, DROPOUT, VIEW, weight_of
+from peftc.graph.facts import Stacks
+from peftc.graph.program import Read, Value, is_call, scope_of
+from peftc.sites import router
+from peftc.sites.index import Index
+from peftc.sites.linear import computed
+from peftc.sites.site import NoSite, Place, Site, layer_of
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A router with all that is computed of it until `residual` is added to the result `h`."""
+
+    router: fx.Node
+    x: Read
+    h: fx.Node
+    residual: Read
+
+    @property
+    def scope(self) -> str:
+        """The innermost module that has the router and the result."""
+        shared = []
+        for one, other in zip(scope_of(self.router).split("."), scope_of(self.h).split(".")):
+            if one != other:
+                break
+            shared.append(one)
+        return ".".join(shared)
+
+
+def mixtures(index: Index) -> tuple[Mixture, ...]:
+    """The mixtures of experts of a graph, in its order."""
+    found = (_mixture(index, one) for one in index.once(router.scoring))
+    return tuple(one for one in found if one is not None)
+
+
+def _mixture(index: Index, scores: fx.Node) -> Mixture | None:
+    nodes, before = list(index.order), _before(scores)
+    behind = {scores}
+    for node in nodes[index.order[scores] + 1 :]:
+        sources = node.all_input_nodes
+        if not behind.intersection(sources):
+            continue
+        if is_call(node, *ADD) and len(sources) == 2:
+            past = next((i for i in (0, 1) if node.args[i] in before), None)
+            if past is not None:
+                h: fx.Node = node.args[1 - past]  # type: ignore[assignment]
+                while is_call(h, *DROPOUT):
+                    h = h.args[0]  # type: ignore[assignment]
+                return Mixture(scores, _as_long(Read(scores, 0), h), h, Read(node, past))
+        behind.add(node)
+    return None
+
+
+def _before(node: fx.Node) -> set[fx.Node]:
+    """All that a node is computed from."""
+    found: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        for one in stack.pop().all_input_nodes:
+            if one not in found:
+                found.add(one)
+                stack.append(one)
+    return found
+
+
+def _as_long(x: Read, h: fx.Node) -> Read:
+    """The input before its tokens were laid in one row, where the result has them apart."""
+    while is_call(x.node, *VIEW) and x.node.meta["val"].ndim < h.meta["val"].ndim:
+        x = Read(x.node, 0)
+    return x
+
+
+def find(index: Index, stacks: Stacks) -> Iterator[Site | NoSite]:
+    """Found by the router, whose weight stands for the first projection's."""
+    for one in index.once(mixtures):
+        weight = index.weights(one.router).get("W")
+        if weight is None:
+            yield NoSite(("ffn",), one.scope, computed(weight_of(one.router)))
+            continue
+        size = int(one.h.meta["val"].shape[-1])
+        dims = {"in": int(one.x.node.meta["val"].shape[-1]), "out": size, "d": size}
+        stack, layer = stacks.of(one.scope), layer_of(one.scope)
+        yield Site("ffn", one.scope, stack, "", layer, dims, {"up": replace(weight, also="")})
+
+
+def locate(index: Index, site: Site) -> tuple[Place, ...]:
+    """Each time that the router runs."""
+    return tuple(
+        Place({"x": one.x, "h": Value(one.h), "residual": one.residual})
+        for one in index.once(mixtures)
+        if one.router in index.multiplying(site.weights["up"].path)
+    )
