@@ -13,6 +13,7 @@ from torch._higher_order_ops.wrap import wrap_with_set_grad_enabled
 
 from peftc.graph.aten import TURN, VIEW
 from peftc.graph.program import Program, aten, is_call
+from peftc.rewrite.inplace import write_out
 from peftc.rewrite.nodes import made
 
 _ASSERTS = (
@@ -37,12 +38,13 @@ _RESHAPE = (
 class Normalize:
     """Drop metadata assertions, casts to the dtype and device a value already has, slices of all of a value,
     reshapes of a parameter to the shape it is stored in, updates of running statistics, and dead code; write a
-    product with a turned weight as the linear that it is, and what is computed without gradients as what it is."""
+    product with a turned weight as the linear that it is, what is computed without gradients as what it is, and what is
+    written into a value as a value of its own."""
 
     name: str = "normalize"
 
     def run(self, program: Program) -> int:
-        removed, written = 0, _unwrap(program)
+        removed, written = 0, _unwrap(program) + write_out(program)
         for node in list(program.graph.nodes):
             idle = _is_idle_cast(node) or _is_idle_slice(node) or _is_idle_sum(node)
             same = node.args[0] if idle else _stored(program, node)

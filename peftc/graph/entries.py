@@ -65,8 +65,8 @@ def _cached(model: PreTrainedModel, tensors: Tensors, flags: Mapping[str, Any]) 
     out = model(**inputs, **flags, **{facts.cache: cache}, use_cache=True, return_dict=True)
     output_type, fields = _plain(out)
     fields.pop("encoder_last_hidden_state", None)
-    kept = out.get(facts.cache)
-    present = {} if kept is None else flatten_cache(kept)
+    given = out.get(facts.cache)
+    present = flatten_cache(cache if given is None else given)  # an encoder fills it, and gives none
     return output_type, fields | {k: v for k, v in present.items() if not _is_fixed(k, tensors)}
 
 

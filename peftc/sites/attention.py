@@ -55,9 +55,9 @@ class Attention:
         return {**sizes, "kv": kv_heads * head_dim, "d": features(self.linears["o"])[1]}
 
     def has(self, side: str) -> bool:
-        """Whether a side is a site of its own: not when one linear makes all and no slice is its."""
-        alone = len({self.linears[one] for one in SIDES}) == 3
-        return side == "o" or alone or self.columns[side] is not None
+        """Whether a side is a site of its own: not when its linear makes another side too and no slice is its."""
+        alone = [*self.linears.values()].count(self.linears[side]) == 1
+        return alone or self.columns[side] is not None
 
 
 def attentions(index: Index) -> tuple[Attention | NoSite, ...]:

@@ -7,7 +7,7 @@ from torch import fx
 from peftc.graph.aten import ADD, DROPOUT, LINEAR, MOVE, MUL, SDPA, SOFTMAX
 from peftc.graph.program import Read, aten, is_call
 
-_STOP = (SDPA, *SOFTMAX, aten.embedding.default, aten.layer_norm.default)
+_STOP = (SDPA, *SOFTMAX, aten.embedding.default)
 
 
 def projections(node: fx.Node) -> tuple[fx.Node, ...]:
