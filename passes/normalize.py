@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from operator import getitem
+from operator import getitem, neg
 from typing import Any
 
 import torch
@@ -118,6 +118,8 @@ def _inline(program: Program, node: fx.Node, inner: fx.GraphModule) -> None:
 
 def _may_learn(program: Program, value: fx.Node) -> bool:
     """Whether a gradient could come through `value` to a parameter or to floating numbers that were given."""
+    if not isinstance(value.meta["val"], torch.Tensor):  # a size
+        return False
     seen: set[fx.Node] = set()
     stack = [value]
     while stack:
@@ -188,8 +190,18 @@ def _is_idle_slice(node: fx.Node) -> bool:
     if not is_call(node, aten.slice.Tensor):
         return False
     defaults: tuple[Any, ...] = (None, 0, None, None, 1)
-    _, _, start, stop, step = node.args + defaults[len(node.args) :]
-    return bool(start in (0, None) and stop in (None, sys.maxsize) and step == 1)
+    source, axis, start, stop, step = node.args + defaults[len(node.args) :]
+    first = start in (0, None) or _is_length(start, source, axis)
+    return bool(first and stop in (None, sys.maxsize) and step == 1)
+
+
+def _is_length(start: Any, source: Any, axis: Any) -> bool:
+    """Whether a slice starts as far from the end as there are elements."""
+    return (
+        is_call(start, neg)
+        and is_call(start.args[0], aten.sym_size.int)
+        and start.args[0].args == (source, axis)
+    )
 
 
 def _is_idle_sum(node: fx.Node) -> bool:

@@ -99,7 +99,7 @@ def axes(name: str, rank: int, entry: str, encoder_decoder: bool) -> tuple[str |
     if not row.follows:
         return ("batch", *(None,) * (rank - 1))
     if row.cached:
-        return ("batch", None, _length(row, entry, encoder_decoder), None)
+        return ("batch", *(None,) * (rank - 3), _length(row, entry, encoder_decoder), None)
     if row.square and rank > 2:
         new, all_ = (_length(row, entry, encoder_decoder, whole) for whole in (False, True))
         return ("batch", *(None,) * (rank - 3), new, all_)

@@ -26,7 +26,12 @@ SDPA = aten.scaled_dot_product_attention.default
 SOFTMAX = (aten.softmax.int, aten._softmax.default)
 NORM = (aten.layer_norm.default, aten.rms_norm.default)
 MATMUL = (aten.matmul.default, aten.bmm.default)
-FILL = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
+FILL = (
+    aten.masked_fill.Scalar,
+    aten.masked_fill.Tensor,
+    aten.masked_fill_.Scalar,
+    aten.masked_fill_.Tensor,
+)
 WHERE = (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf)
 EMBEDDING = (aten.embedding.default,)
 DROPOUT = (aten.dropout.default, aten.native_dropout.default)
@@ -73,7 +78,7 @@ CUT = (
 # Sums and multiples; every other op that torch calls pointwise bends what it is given.
 STRAIGHT = (*ADD, *MUL, aten.sub.Tensor, aten.sub.Scalar, aten.rsub.Scalar, aten.neg.default, *MOVE)
 # Pointwise too, and not marked so.
-_UNMARKED = (aten.hardswish.default, aten.log_sigmoid.default, aten.prelu.default, aten.masked_fill.Tensor)
+_UNMARKED = (*FILL, aten.hardswish.default, aten.log_sigmoid.default, aten.prelu.default)
 
 
 def is_pointwise(node: object) -> bool:

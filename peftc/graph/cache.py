@@ -22,9 +22,10 @@ from transformers.cache_utils import (
 FILLED = "past_length"
 # The arguments that a model takes its cache by, and the fields that it gives it by.
 CACHES = ("past_key_values", "cache_params")
-# What a layer holds, and its attribute for it: keys and values of tokens, [batch, heads, length, dim], and states,
-# [batch, ...], whose sizes no token changes and of which it may have several of a side.
-TOKENS = {"key": "keys", "value": "values"}
+# What a layer holds, and its attribute for it: keys and values of tokens, [batch, heads, length, dim], the keys of an
+# indexer that chooses among tokens, [batch, length, dim], and states, [batch, ...], whose sizes no token changes and of
+# which it may have several of a side.
+TOKENS = {"key": "keys", "value": "values", "indexer": "indexer_keys"}
 STATES = {"conv": "conv_states", "recurrent": "recurrent_states"}
 # The tensors of a layer, by their side and number.
 Held = dict[tuple[str, int], torch.Tensor]
@@ -180,7 +181,9 @@ def hold(layer: Any, tensors: Held) -> None:
     methods, it would copy them."""
     for (side, number), one in tensors.items():
         if side in TOKENS:
-            if not layer.is_initialized:
+            if side == "indexer":
+                layer.lazy_initialization_indexer(one)
+            elif not layer.is_initialized:
                 layer.lazy_initialization(one, one)
             setattr(layer, TOKENS[side], one)
             continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
@@ -16,7 +16,7 @@ from peftc.graph.aten import SDPA, features, static_shape, weight_of
 from peftc.graph.facts import Stacks
 from peftc.graph.program import Program, Read, Value, aten, is_call, op_name, scope_of
 from peftc.sites import fused
-from peftc.sites.cores import Core, cores, visible
+from peftc.sites.cores import Core, Mask, cores
 from peftc.sites.dataflow import next_linear, projections, runs
 from peftc.sites.index import Index
 from peftc.sites.linear import computed, linear_site, ports_of
@@ -62,7 +62,25 @@ class Attention:
 
 def attentions(index: Index) -> tuple[Attention | NoSite, ...]:
     """The attention sub-layers, in graph order; those whose projections are not one linear each are none."""
-    return tuple(_attention(core) for core in index.once(cores))
+    found = [_attention(core) for core in index.once(cores)]
+    return tuple(one if isinstance(one, NoSite) else _united(one, found) for one in found)
+
+
+def _united(one: Attention, all_: Sequence[Attention | NoSite]) -> Attention:
+    """An attention whose columns are those of all cores of its module: some split the heads of one value over two."""
+    same = [
+        other
+        for other in all_
+        if isinstance(other, Attention)
+        and (other.core.scope, other.linears) == (one.core.scope, one.linears)
+    ]
+    if len(same) == 1:
+        return one
+    united = {
+        side: fused.united([other.columns[side] for other in same], features(linear)[1])
+        for side, linear in one.linears.items()
+    }
+    return replace(one, columns=united)
 
 
 def _attention(core: Core) -> Attention | NoSite:
@@ -235,7 +253,7 @@ def _with_input(site: Site, ends: list[fx.Node], queries: list[fx.Node]) -> tupl
 def extend_keys(core: Core, program: Program, call: Callable[..., Any], rows: int) -> None:
     """Let every query see `rows` more keys in front; the other keys keep their mask."""
     for mask in core.masks:
-        mask.user.update_arg(mask.index, _padded(program, mask, call, rows))
+        mask.read.user.update_arg(mask.read.index, _padded(program, mask, call, rows))
     # aten.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, ...)
     if not core.masks and is_call(core.h, SDPA) and len(core.h.args) > 5 and core.h.args[5]:
         _explicit_causal(program, core.h, call, rows)
@@ -255,15 +273,16 @@ def _resize(
         view.update_arg(1, sizes)
 
 
-def _padded(program: Program, place: Read, call: Callable[..., Any], rows: int) -> fx.Node:
+def _padded(program: Program, one: Mask, call: Callable[..., Any], rows: int) -> fx.Node:
     """The mask with `rows` keys on its left that it leaves as they are. Raises SiteError where it cannot."""
-    mask, value = place.node, place.node.meta["val"]
+    mask, neutral = one.read.node, one.visible
+    value = mask.meta["val"]
     if value.ndim == 0 or value.shape[-1] == 1:
         return mask
-    neutral = visible(place)
     if neutral is None:
+        op = one.read.user
         raise SiteError(
-            f"'{op_name(place.user)}' masks the scores in {scope_of(place.user)}, and no value of its mask leaves one as it is"
+            f"'{op_name(op)}' masks the scores in {scope_of(op)}, and no value of its mask leaves one as it is"
         )
     for user in mask.users:
         if user.meta.get("extends") == (rows, neutral):

@@ -30,18 +30,26 @@ Sized = tuple[tuple[fx.Node, int], ...]
 
 
 @dataclass(frozen=True)
+class Mask:
+    """What scores or probabilities meet on the way, and the value of it that leaves them as they are, None where there
+    is none."""
+
+    read: Read
+    visible: float | bool | None
+
+
+@dataclass(frozen=True)
 class Core:
     """One attention: its operands [batch, heads, length, head_dim] as edges, its result, its module path.
 
-    Keys and values are taken before they are repeated for grouped queries. `masks` are what scores or
-    probabilities meet on the way, or the fused op's own; `sized` are the views whose list of sizes has the number
+    Keys and values are taken before they are repeated for grouped queries. `masks` may be the fused op's own; `sized` are the views whose list of sizes has the number
     of keys at that place.
     """
 
     q: Read
     k: Read
     v: Read
-    masks: tuple[Read, ...]
+    masks: tuple[Mask, ...]
     sized: Sized
     h: fx.Node
     scope: str
@@ -55,7 +63,7 @@ def cores(index: Index) -> tuple[Core, ...]:
 def _cores(index: Index) -> Iterator[Core]:
     for node in index.calls(SDPA, *SOFTMAX):
         if is_call(node, SDPA):
-            masks = (Read(node, 3),) if len(node.args) > 3 and node.args[3] is not None else ()
+            masks = (_mask(node, 3),) if len(node.args) > 3 and node.args[3] is not None else ()
             yield _core(Read(node, 0), Read(node, 1), Read(node, 2), masks, (), node, node)
         elif core := _written_out(node):
             yield core
@@ -65,7 +73,7 @@ def _core(
     q: Read,
     k: Read,
     v: Read,
-    masks: tuple[Read, ...],
+    masks: tuple[Mask, ...],
     sized: Sized,
     h: fx.Node,
     anchor: fx.Node,
@@ -134,7 +142,7 @@ class _Scores:
 
     q: Read
     keys: object
-    masks: tuple[Read, ...]
+    masks: tuple[Mask, ...]
     sized: Sized
 
 
@@ -163,7 +171,7 @@ def _scores(node: object) -> _Scores | None:
     if is_call(node, *MATMUL):
         return _Scores(Read(node, 0), node.args[1], (), ())
     if is_call(node, _BIASED):
-        return _Scores(Read(node, 1), node.args[2], (Read(node, 0),), ())
+        return _Scores(Read(node, 1), node.args[2], (_mask(node, 0),), ())
     if is_call(node, aten.cat.default):  # with a sink behind the keys
         return _scores(node.args[0][0])  # type: ignore[index]
     if not (is_pointwise(node) or is_call(node, *MOVE)):
@@ -176,20 +184,27 @@ def _scores(node: object) -> _Scores | None:
     return None
 
 
-def _others(node: fx.Node, place: int) -> Iterator[Read]:
+def _others(node: fx.Node, place: int) -> Iterator[Mask]:
     """What an op makes of scores with, besides the operand at `place`."""
     for other, value in enumerate(node.args):
-        if other != place and isinstance(value, fx.Node) and "val" in value.meta:
-            yield Read(node, other)
+        if other != place and isinstance(value, fx.Node) and isinstance(value.meta["val"], torch.Tensor):
+            yield _mask(node, other)
 
 
-def visible(mask: Read) -> float | bool | None:
-    """What stands in a mask where it changes no score, by the op that reads it; None where no value does that."""
-    op, boolean = mask.user, mask.node.meta["val"].dtype == torch.bool
+def _mask(op: fx.Node, place: int) -> Mask:
+    read = Read(op, place)
+    neutral = _visible(op, place, read.node.meta["val"].dtype == torch.bool)
+    while is_call(read.node, aten.expand_as.default):  # as wide as the scores, whatever they are
+        read = Read(read.node, 0)
+    return Mask(read, neutral)
+
+
+def _visible(op: fx.Node, place: int, boolean: bool) -> float | bool | None:
+    """What stands in a mask where it changes no score, by the op that reads it."""
     if is_call(op, *FILL):
         return False
     if is_call(op, *WHERE):  # the condition, or what is there instead of scores
-        return _scores(op.args[1]) is not None if mask.index == 0 else 0.0
+        return _scores(op.args[1]) is not None if place == 0 else 0.0
     if is_call(op, *MUL):
         return 1.0
     if is_call(op, *ADD, aten.sub.Tensor):
@@ -199,9 +214,9 @@ def visible(mask: Read) -> float | bool | None:
     return None
 
 
-def _value_product(softmax: fx.Node) -> tuple[fx.Node | None, tuple[Read, ...], Sized]:
+def _value_product(softmax: fx.Node) -> tuple[fx.Node | None, tuple[Mask, ...], Sized]:
     """The product of the probabilities with the values, what masks them, and the views on the way to it."""
-    node, masks, sized = softmax, list[Read](), list[tuple[fx.Node, int]]()
+    node, masks, sized = softmax, list[Mask](), list[tuple[fx.Node, int]]()
     while True:
         users = list(node.users)
         matmul = next((u for u in users if is_call(u, *MATMUL) and u.args[0] is node), None)

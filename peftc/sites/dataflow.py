@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from torch import fx
 
-from peftc.graph.aten import ADD, DROPOUT, LINEAR, MOVE, MUL, SDPA, SOFTMAX
+from peftc.graph.aten import (
+    ADD,
+    CUT,
+    DROPOUT,
+    LINEAR,
+    MOVE,
+    MUL,
+    NORM,
+    SDPA,
+    SOFTMAX,
+    is_pointwise,
+)
 from peftc.graph.program import Read, aten, is_call
 
 _STOP = (SDPA, *SOFTMAX, aten.embedding.default)
@@ -27,19 +38,29 @@ def projections(node: fx.Node) -> tuple[fx.Node, ...]:
     return tuple(found)
 
 
+# What a result may go through on its way to the linear that ends its sub-layer.
+_ONWARD = (*MOVE, *CUT, *NORM, *DROPOUT, aten.cat.default, aten.mean.dim)
+
+
 def next_linear(node: fx.Node) -> fx.Node | None:
-    """The first linear that consumes `node`, walking forward through moves, casts, dropout and gates."""
-    frontier = [node]
-    while frontier:
-        onward: list[fx.Node] = []
-        for one in frontier:
-            for user in one.users:
-                if is_call(user, *LINEAR) and user.args[0] is one:
-                    return user
-                if is_call(user, *MOVE, *MUL, *DROPOUT):
-                    onward.append(user)
-        frontier = onward
+    """The first linear that consumes `node`, in the order of the graph: behind moves, gates, norms and sums of parts of
+    it. A sum with anything else is a residual, and ends the way."""
+    mine, one = {node}, node.next
+    while one.op != "output":
+        sources = one.all_input_nodes
+        if mine.intersection(sources):
+            if is_call(one, *LINEAR) and one.args[0] in mine:
+                return one
+            if is_call(one, *_ONWARD) or (is_pointwise(one) and not _joins(one, mine)):
+                mine.add(one)
+        one = one.next
     return None
+
+
+def _joins(node: fx.Node, mine: set[fx.Node]) -> bool:
+    """Whether a sum has an operand that is neither of `mine` nor stored."""
+    others = (one for one in node.all_input_nodes if one not in mine)
+    return is_call(node, *ADD, aten.sub.Tensor) and any(one.op == "call_function" for one in others)
 
 
 def residual_add(node: fx.Node) -> Read | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,14 @@ def columns(node: fx.Node, linear: fx.Node) -> Columns | None:
     for labels in _reaching(node, linear, width, between):
         seen |= set(labels.flatten().tolist())
     return _pattern(sorted(seen), width) if 0 < len(seen) < width else None
+
+
+def united(several: Sequence[Columns | None], width: int) -> Columns | None:
+    """The features of one linear that are in any of several slices of it; None when they are all, or no pattern."""
+    known = [one for one in several if one is not None]
+    features = {feature for one in known for feature in one.index().tolist()}
+    whole = len(known) < len(several) or len(features) == width
+    return None if whole else _pattern(sorted(features), width)
 
 
 def gated_halves(down: fx.Node, linear: fx.Node) -> tuple[Columns, Columns] | None:
