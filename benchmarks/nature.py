@@ -20,6 +20,7 @@ _NONLINEAR = (
     "relu", "gelu", "silu", "tanh", "sigmoid", "elu", "leaky_relu", "hardtanh", "mish", "erf", "pow", "exp",
     "softplus", "hardswish", "hardsigmoid", "celu", "threshold", "clamp", "clamp_min", "glu", "log_sigmoid_forward",
 )  # fmt: skip
+_REDUCE = ("mean", "var_mean", "var", "amax", "argmax", "topk", "sort", "convolution")
 # What a value is, followed through views, sums and pointwise ops.
 PARAMETER, LINEAR, ACTIVATED, MIXED, PROBABLE = "parameter", "linear", "activated", "mixed", "probable"
 
@@ -110,9 +111,9 @@ class _Watch(TorchDispatchMode):
             yield LINEAR
             if ACTIVATED in joined:
                 yield MIXED
-        elif name in _NORMS:
+        elif name in _NORMS or name == "sum":  # over experts
             yield from joined & {MIXED}
-        elif name in ("mean", "sum", "var_mean", "var", "amax", "argmax", "topk", "sort", "conv1d", "convolution"):
+        elif name in _REDUCE:
             return
         elif values or not each:
             yield from self._pointwise(name, given, joined)

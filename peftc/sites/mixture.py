@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import fx
 
-from peftc.graph.aten import ADD, DROPOUT, VIEW, weight_of
+from peftc.graph.aten import ADD, DROPOUT, MOVE, VIEW, weight_of
 from peftc.graph.facts import Stacks
 from peftc.graph.program import Read, Value, is_call, scope_of
 from peftc.sites import router
@@ -43,14 +44,17 @@ def mixtures(index: Index) -> tuple[Mixture, ...]:
 
 
 def _mixture(index: Index, scores: fx.Node) -> Mixture | None:
-    nodes, before = list(index.order), _before(scores)
+    nodes, before = list(index.order), _before(scores, set())
+    start: Any = scores.args[0]
+    while is_call(start, *MOVE):
+        start = start.args[0]
     behind = {scores}
     for node in nodes[index.order[scores] + 1 :]:
         sources = node.all_input_nodes
         if not behind.intersection(sources):
             continue
         if is_call(node, *ADD) and len(sources) == 2:
-            past = next((i for i in (0, 1) if node.args[i] in before), None)
+            past = next((i for i in (0, 1) if _passes(node.args[i], start, before, behind)), None)
             if past is not None:
                 h: fx.Node = node.args[1 - past]  # type: ignore[assignment]
                 while is_call(h, *DROPOUT):
@@ -60,16 +64,24 @@ def _mixture(index: Index, scores: fx.Node) -> Mixture | None:
     return None
 
 
-def _before(node: fx.Node) -> set[fx.Node]:
-    """All that a node is computed from."""
+def _before(node: fx.Node, but: set[fx.Node]) -> set[fx.Node]:
+    """All values that a node is computed from, not through those in `but`."""
     found: set[fx.Node] = set()
     stack = [node]
     while stack:
         for one in stack.pop().all_input_nodes:
-            if one not in found:
+            if one not in found and one not in but and one.op == "call_function":
                 found.add(one)
                 stack.append(one)
     return found
+
+
+def _passes(other: Any, start: fx.Node, before: set[fx.Node], behind: set[fx.Node]) -> bool:
+    """Whether what is added is none of the experts': it is what their input is made of, alone or with the results of
+    others. A shared expert reads their input only."""
+    if not isinstance(other, fx.Node) or other in behind:
+        return False
+    return other in before or bool(_before(other, {start}) & before)
 
 
 def _as_long(x: Read, h: fx.Node) -> Read:
