@@ -8,14 +8,17 @@ import gc
 import itertools
 import linecache
 import logging
+import random
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
+import numpy as np
 import torch
 from torch import fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
@@ -29,6 +32,7 @@ from peftc.graph.cache import keys_of
 from peftc.graph.call import Call
 from peftc.graph.captures import CAPTURES
 from peftc.graph.entries import ENTRIES, Tensors
+from peftc.graph.dropped import Dropped, left_out
 from peftc.graph.finite import Finite, selected
 from peftc.graph.masks import deciding, proven
 from peftc.graph.program import Bound, Program, Slot
@@ -146,6 +150,7 @@ def _traced(
     drop: bool,
     exact: frozenset[str],
     finite: bool = False,
+    dropped: bool = False,
 ) -> Program:
     entry, inputs, labels = call.entry, call.inputs, call.labels
     if _get_current_dispatch_mode() is not None:
@@ -163,17 +168,17 @@ def _traced(
     auto = torch.export.Dim.AUTO
     shapes = {k: {i: auto for i, a in enumerate(labels[k]) if a} for k in tensors}
     output_types: list[type] = []
-    answers = Finite(finite)
+    answers, draws = Finite(finite), Dropped(dropped)
 
     def run(arguments: Tensors) -> dict[str, Any]:
         wide = room.widened(model, entry, arguments)
-        with answers:
+        with answers, draws:
             output_type, fields = ENTRIES[entry].call(model, wide, flags)
         output_types.append(output_type)
         return room.cut(model, entry, wide, fields)
 
     traced = _Traced(model, run)
-    with _alone(model), deciding(drop) as decision:
+    with _alone(model), _told(model), deciding(drop) as decision:
         try:
             exported = torch.export.export(
                 traced, (tensors,), dynamic_shapes=(shapes,), strict=False
@@ -188,8 +193,15 @@ def _traced(
             traced.forget()
     wide = room.wide(entry, seq2seq)
     program = _program(exported, entry, model, labels, wide, output_types[-1])
-    if finite:
+    if finite or dropped:
         return program
+    if draws.asked:
+        other = _traced(model, call, flags, room, drop, exact, dropped=True)
+        if not left_out(program, other):
+            raise CaptureError(
+                f"{type(model).__name__} cannot be traced ({entry}): a random number decides more than whether a layer is "
+                "left out"
+            )
     if answers.asked:
         other = _traced(model, call, flags, room, drop, exact, finite=True)
         if not selected(program, other):
@@ -261,6 +273,24 @@ def _alone(model: PreTrainedModel) -> Iterator[None]:
         fx.config.do_not_emit_stack_traces = stacks
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _told(model: PreTrainedModel) -> Iterator[None]:
+    """Says once that a model draws numbers outside torch, as SpecAugment does: a graph holds those of its trace. The
+    generators are afterwards as before."""
+    own, numpy = random.getstate(), np.random.get_state(legacy=False)
+    yield
+    drawn = random.getstate() != own or str(np.random.get_state(legacy=False)) != str(numpy)
+    random.setstate(own)
+    np.random.set_state(numpy)
+    if drawn:
+        warnings.warn(
+            f"{type(model).__name__} draws random numbers in training by Python's or NumPy's generator (SpecAugment "
+            "does): a compiled model uses those of its trace in every step. Switch it off (apply_spec_augment=False), or "
+            "give it its masks as inputs",
+            stacklevel=2,
+        )
 
 
 _LOGGERS = ("torch.export", "torch.fx", "torch._export", "torch.fx.experimental.symbolic_shapes")

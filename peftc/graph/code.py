@@ -53,12 +53,72 @@ NAMED: dict[Any, Callable[..., Any]] = {
 }
 
 
+# In the meta of a selection: (draw, before, after) of a layer that training leaves out where the draw says so.
+LEFT_OUT = "left_out"
+
+
 def function_of(root: nn.Module, graph: fx.Graph) -> Callable[..., Any]:
-    """A graph, which calls what is in `root`, as a function of its placeholders in their order."""
+    """A graph, which calls what is in `root`, as a function of its placeholders in their order. What only the result of
+    a layer that is left out needs is not run then."""
     named = fx.Graph()
     found: dict[fx.Node, fx.Node] = {}
+    several = [node for node in graph.nodes if LEFT_OUT in node.meta]
+    layers = {node: layer for node in several if (layer := _alone(node))}
+    inside = {one for layer in layers.values() for one in layer}
     for node in graph.nodes:
+        if node in inside:
+            continue
+        if node in layers:
+            found[node] = _unless(root, named, node, layers[node], found)
+            continue
         args, kwargs = fx.map_arg((node.args, node.kwargs), found.__getitem__)
         target = NAMED.get(node.target, node.target)
         found[node] = named.create_node(node.op, target, args, kwargs, node.name)
     return fx.GraphModule(root, named).forward
+
+
+def _alone(selection: fx.Node) -> list[fx.Node]:
+    """The nodes that nothing but one side of a selection needs, in order."""
+    draw, after = selection.args[0], selection.args[_side(selection)]
+    mine: set[fx.Node] = set()
+    node = selection.prev
+    while node is not draw and node.op != "placeholder":
+        users = set(node.users)
+        if users and (node is after and users == {selection} or users <= mine):
+            mine.add(node)
+        node = node.prev
+    return [one for one in selection.graph.nodes if one in mine]
+
+
+def _side(selection: fx.Node) -> int:
+    """The operand that is what comes out of the layer."""
+    before = selection.meta[LEFT_OUT][1]
+    return 2 if selection.args[1] is before or selection.args[1].name == before.name else 1
+
+
+def _unless(
+    root: nn.Module,
+    named: fx.Graph,
+    selection: fx.Node,
+    layer: list[fx.Node],
+    found: dict[fx.Node, fx.Node],
+) -> fx.Node:
+    """A selection that runs the layer only where its result is taken."""
+    body, side = fx.Graph(), _side(selection)
+    reads = list(dict.fromkeys(n for one in layer for n in one.all_input_nodes if n not in layer))
+    copies = {one: body.placeholder(one.name) for one in reads}
+    for one in layer:
+        copies[one] = body.node_copy(one, copies.__getitem__)
+    body.output(copies[layer[-1]])
+    run = function_of(root, body)
+
+    def unless(draw: torch.Tensor, past: torch.Tensor, *given: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            sides = [past, run(*given)]
+            return torch.where(draw, *(sides if side == 2 else reversed(sides)))
+        taken = bool(draw) is (side == 1)
+        result: torch.Tensor = run(*given) if taken else past
+        return result
+
+    past = selection.args[3 - side]
+    return named.call_function(unless, tuple(found[one] for one in (selection.args[0], past, *reads)))
