@@ -15,6 +15,8 @@ from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
     EncoderDecoderCache,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
     StaticLayer,
 )
 
@@ -127,11 +129,17 @@ def fresh(config: PreTrainedConfig) -> DynamicCache:
     """An empty cache with a model's kinds of layers, of which none drops tokens: graphs mask what a window leaves
     out."""
     cache = DynamicCache(config=config.get_text_config(decoder=True))
-    cache.layers[:] = [
-        DynamicLayer() if type(layer) is DynamicSlidingWindowLayer else layer
-        for layer in cache.layers
-    ]
+    cache.layers[:] = [whole(layer) for layer in cache.layers]
     return cache
+
+
+def whole(layer: Any) -> Any:
+    """A layer like one that drops what is behind a window, which keeps every token; any other as it is."""
+    if type(layer) is DynamicSlidingWindowLayer:
+        return DynamicLayer()
+    if type(layer) is LinearAttentionAndSlidingWindowAttentionLayer:
+        return LinearAttentionAndFullAttentionLayer(layer.number_of_states)
+    return layer
 
 
 def unflatten_cache(

@@ -25,7 +25,7 @@ from transformers.cache_utils import (
 )
 
 from peftc.graph.arguments import OWN_MASK, CaptureError
-from peftc.graph.cache import FILLED, by_layer, flatten_cache, fresh, hold, pair, parts_of
+from peftc.graph.cache import FILLED, by_layer, flatten_cache, fresh, hold, pair, parts_of, whole
 
 # Layers that are used as they are: of a dynamic cache, and of a static one.
 _AS_IT_IS = (DynamicLayer, DynamicIndexedLayer, LinearAttentionLayer, LinearAttentionAndFullAttentionLayer, DummyLayer)
@@ -56,16 +56,18 @@ def _whole(layer: Any) -> Any:
     """A layer that keeps every token: graphs mask what a window leaves out, so none may be dropped."""
     if type(layer) in _AS_IT_IS:
         return _unrecorded(layer)
-    if type(layer) is not DynamicSlidingWindowLayer:
+    kept = whole(layer)
+    if kept is layer:
         raise _refusal(layer)
-    whole = DynamicLayer()
     keys, values = layer.keys, layer.values
     if keys is not None and values is not None:
         if layer.cumulative_length != keys.shape[-2]:
             raise _refusal(layer, " that has dropped tokens")
-        whole.lazy_initialization(keys, values)
-        whole.keys, whole.values = keys, values
-    return whole
+        if isinstance(layer, LinearAttentionLayer):
+            raise _refusal(layer, " that is filled")
+        kept.lazy_initialization(keys, values)
+        kept.keys, kept.values = keys, values
+    return kept
 
 
 def _unrecorded(layer: Any) -> Any:

@@ -247,6 +247,10 @@ class CompiledModel(Sharing):
             return widened(attention_mask, past_key_values, self._rows, 1)
         return widened(attention_mask, past_key_values, self._rows)
 
+    def _supports_mm_encoder_outputs(self) -> bool:
+        """What `generate` asks before it encodes images: a graph takes them with the tokens."""
+        return not self._sets.names and bool(super()._supports_mm_encoder_outputs())
+
     def get_encoder(self, modality: str | None = None) -> nn.Module:
         """The encoder with its deltas, as `generate` wants it."""
         if modality is not None:

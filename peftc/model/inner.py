@@ -26,7 +26,8 @@ _ONE = frozenset(vars(nn.Module())) - {"training"}
 
 
 def split(wanted: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Tensors become inputs of the graph; switches and numbers are fixed in it."""
+    """Tensors become inputs of the graph; switches and numbers are fixed in it. What holds nothing says nothing."""
+    wanted = {k: v for k, v in wanted.items() if not (isinstance(v, dict | list | tuple) and not v)}
     tensors = {k: v for k, v in wanted.items() if isinstance(v, torch.Tensor)}
     flags = {k: v for k, v in wanted.items() if k not in tensors and k not in _CONTROL}
     odd = [k for k, v in flags.items() if not isinstance(v, bool | int | float | str)]

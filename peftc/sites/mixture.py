@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from peftc.graph.aten import ADD, DROPOUT, MOVE, VIEW, weight_of
+from peftc.graph.aten import ADD, DROPOUT, MOVE, MUL, VIEW, weight_of
 from peftc.graph.facts import Stacks
 from peftc.graph.program import Read, Value, is_call, scope_of
 from peftc.sites import router
@@ -81,7 +81,10 @@ def _passes(other: Any, start: fx.Node, before: set[fx.Node], behind: set[fx.Nod
     others. A shared expert reads their input only."""
     if not isinstance(other, fx.Node) or other in behind:
         return False
-    return other in before or bool(_before(other, {start}) & before)
+    scaled: Any = other
+    while scaled is not start and is_call(scaled, *MOVE, *MUL):
+        scaled = scaled.args[0]
+    return other in before or scaled is start or bool(_before(other, {start}) & before)
 
 
 def _as_long(x: Read, h: fx.Node) -> Read:
