@@ -11,7 +11,7 @@ import torch
 from torch import fx
 from torch._higher_order_ops.wrap import wrap_with_set_grad_enabled
 
-from peftc.graph.aten import TURN, VIEW
+from peftc.graph.aten import MATMUL, TURN, VIEW
 from peftc.graph.program import Program, aten, is_call
 from peftc.rewrite.inplace import write_out
 from peftc.rewrite.nodes import made
@@ -56,6 +56,9 @@ class Normalize:
             elif _is_linear(program, node):
                 node.target = aten.linear.default
                 node.update_arg(1, node.args[1].args[0])
+                written += 1
+            elif is_call(node, *MATMUL) and _is_permuted(node.args[1]):
+                _write_turned(program, node)
                 written += 1
             elif is_call(node, aten.addmm.default) and _is_turned(program, node):
                 _write_linear(program, node)
@@ -146,6 +149,26 @@ def _is_linear(program: Program, node: fx.Node) -> bool:
     assert isinstance(turned, fx.Node)
     weight = turned.args[0]
     return program.parameter(weight) is not None and len(weight.meta["val"].shape) == 2  # type: ignore[union-attr]
+
+
+def _is_permuted(node: Any) -> bool:
+    """Whether this is the second operand of a product, [..., features, length] of [..., length, ..., features]."""
+    return (
+        is_call(node, aten.permute.default)
+        and list(node.args[1]) != sorted(node.args[1])
+        and list(node.args[1][-2:]) == sorted(node.args[1][-2:], reverse=True)
+        and sorted(node.args[1]) != [*node.args[1][:-2], *sorted(node.args[1][-2:])]
+    )
+
+
+def _write_turned(program: Program, product: fx.Node) -> None:
+    """The operand laid out as a value is, and then turned: so keys have their places before their features."""
+    permuted: Any = product.args[1]
+    *first, features, length = permuted.args[1]
+    with program.graph.inserting_before(product):
+        order = [*first, length, features]
+        laid = made(program, permuted, aten.permute.default, (permuted.args[0], order))
+        product.update_arg(1, made(program, permuted, aten.transpose.int, (laid, -1, -2)))
 
 
 def _is_turned(program: Program, addmm: fx.Node) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import fx
 
 from peftc.graph.aten import (
@@ -117,10 +118,14 @@ def _inner(index: Index, start: object) -> tuple[fx.Node, ...]:
 
 def _is_fixed(index: Index, node: fx.Node) -> bool:
     """Whether a value is none of the tokens': a parameter, a constant, a size."""
+    if not isinstance(node.meta.get("val"), torch.Tensor):
+        return True
     while is_call(node, *MOVE):
         node = node.args[0]  # type: ignore[assignment]
     slot = index.program.slot(node)
-    return slot is not None and slot.kind != "input" or not node.all_input_nodes and node.op != "placeholder"
+    if slot is not None:
+        return slot.kind != "input"
+    return not node.all_input_nodes
 
 
 def _activated(linear: fx.Node) -> bool:

@@ -16,6 +16,19 @@ from peftc.sites.view import Columns
 # What only moves values: a label that goes in comes out, somewhere.
 _MOVES = (*MOVE, *CUT)
 
+# What takes the shape of a value alone.
+_SHAPED = (
+    aten.sym_size.int,
+    aten.new_empty.default,
+    aten.new_zeros.default,
+    aten.new_ones.default,
+    aten.new_full.default,
+    aten.empty_like.default,
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.full_like.default,
+)
+
 _CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.type_as.default)
 
 
@@ -63,6 +76,8 @@ def _reaching(
     for one in sorted(between - {linear}):
         sources = [source for source in one.all_input_nodes if source in labels]
         if not sources:
+            continue
+        if is_call(one, *_SHAPED):
             continue
         moved = _moved(one, labels) if is_call(one, *_MOVES) else None
         if moved is None:

@@ -1,0 +1,85 @@
+"""What sites are found in: one class of transformers' registry for each way in which eager code is written."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import peftc
+import pytest
+from peftc.driver import survey
+from peftc.language.reader import parse_spec
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+from cells import METHODS, cell  # noqa: E402
+from nature import Nature  # noqa: E402
+from registry import Built, build, registered  # noqa: E402
+
+# The class, and how many sites of each kind it has at two layers (or as many as are needed for all kinds of them).
+SITES = {
+    # queries, and keys and values, by two projections one after another; keys written into a part of a new value
+    "DeepseekV3ForTokenClassification": {
+        "attention": 2,
+        "attention.q_down": 2,
+        "attention.k": 2,
+        "attention.v_down": 2,
+        "ffn": 2,
+    },
+    # scores filled in place, masks expanded to their shape
+    "XLMForTokenClassification": {"attention": 2, "attention.q": 2, "embedding": 1},
+    # a layer norm between queries and their projection, which is a slice
+    "PersimmonForTokenClassification": {"attention.q": 2, "attention.v": 2},
+    # results cut into words and entities, and joined
+    "LukeForTokenClassification": {"attention": 2},
+    # keys laid out with their features first
+    "OpenAIGPTForSequenceClassification": {"attention.heads": 2},
+    # two cores in a module, each with half of the values' heads
+    "DiffLlamaForTokenClassification": {"attention.v": 2, "attention.heads": 2},
+    # experts that share their norm with attention
+    "Cohere2MoeForCausalLM": {"ffn": 4, "router": 4},
+    # a learned activation
+    "ApertusForTokenClassification": {"ffn": 2, "ffn.hidden": 2},
+    # a convolution over neighbours between the linears
+    "SegformerForImageClassification": {"attention": 4, "ffn": 4},
+}
+
+
+def built(name: str) -> Built:
+    return build(next(one for one in registered() if one.name == name))
+
+
+@pytest.mark.parametrize("name", SITES)
+def test_sites(name: str) -> None:
+    found = [one.at for one in survey(built(name).model)]
+    assert {at: found.count(at) for at in SITES[name]} == SITES[name]
+
+
+# What shows when a model runs.
+SHOWN = {
+    "AXK2ForCausalLM": "the keys of an indexer in the cache",
+    "BertLMHeadModel": "a cache that is filled and not given",
+    "DeepseekV3ForCausalLM": "two projections one after another",
+    "DiffLlamaForCausalLM": "two cores in a module",
+    "FuyuForCausalLM": "an empty dict as an argument",
+    "XLMForTokenClassification": "scores filled in place",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", SHOWN)
+def test_a_class_holds(name: str, method: str) -> None:
+    one = built(name)
+    assert cell(method, one.model, one.inputs, Nature.of(one.model, one.inputs)).outcome == "holds"
+
+
+def test_what_is_of_a_kind_and_of_one_shape_is_shared() -> None:
+    """Stages of a vision model have widths of their own: those of one width share."""
+    spec = parse_spec(
+        "deltas: [{at: attention, params: {A: {shape: [out, out], init: zeros, per: kind}}, delta: h @ A}]", "s"
+    )
+    plan = peftc.plan(built("SegformerForImageClassification").model, spec)
+    widths = {edit.site.dims["out"] for edit in plan.edits}
+    assert len(widths) > 1 and len(plan.tensors) == len(widths)
+    assert "shared.encoder_cross_2.s.A" in plan.tensors
