@@ -6,9 +6,10 @@ import copy
 import re
 import tempfile
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from nature import Nature
@@ -136,10 +137,20 @@ def _generates(
     ours = [_written(model, given, cached) for cached in (True, False)]
     if folded is not None:
         for cached, mine in zip((True, False), ours, strict=True):
-            if not torch.equal(mine, _written(folded, given, cached)):
+            if not torch.equal(mine.sequences, _written(folded, given, cached).sequences):
                 raise _Wrong(f"tokens are not those of the folded model (cache: {cached})")
-    if torch.equal(*eager) and _is_causal(bare, inputs) and not torch.equal(*ours):
+    if _alike(*eager) and _is_causal(bare, inputs) and not _alike(*ours):
         raise _Wrong("tokens with a cache are not those without")
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether the same tokens were written, of the same scores: with padding, eager code may have them by luck."""
+    close = _distance(_numbered(one.logits), _numbered(other.logits)) < CLOSE
+    return close and torch.equal(one.sequences, other.sequences)
+
+
+def _numbered(several: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {str(i): one for i, one in enumerate(several)}
 
 
 def _is_causal(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> bool:
@@ -152,12 +163,12 @@ def _is_causal(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> bo
 
 def _written(
     model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], cached: bool
-) -> torch.Tensor:
+) -> Any:
+    """Five tokens, greedily, with their scores."""
+    options = dict(max_new_tokens=5, min_new_tokens=5, do_sample=False, num_beams=1)
+    asked = dict(use_cache=cached, return_dict_in_generate=True, output_logits=True)
     with torch.no_grad():
-        ids: torch.Tensor = model.generate(
-            **inputs, max_new_tokens=5, min_new_tokens=5, do_sample=False, num_beams=1, use_cache=cached
-        )
-    return ids
+        return model.generate(**inputs, **options, **asked)
 
 
 def outputs(

@@ -31,9 +31,9 @@ MAPPINGS = (
 )
 VOCABULARY = 1000
 EXPERTS = 8
-# Widths are divided by the first of these with which a model is built and runs.
-FACTORS = (16, 8, 4, 2, 1)
-LARGEST = 150_000_000  # parameters
+# Widths are divided by, and layers at most, the first of these with which a model is built and runs.
+SIZES = ((16, 2), (8, 2), (4, 2), (16, 8), (8, 8), (2, 2), (1, 2))
+LARGEST = 250_000_000  # parameters
 WIDE = 32  # what a width is at least
 
 
@@ -76,13 +76,11 @@ def build(one: Registered) -> Built:
     """The class at its smallest that runs eagerly, in float32, its weights wide enough that every part matters, with a
     batch. Raises Skipped with what the class itself says at its smallest."""
     error: Exception | None = None
-    for factor in FACTORS:
+    for factor, layers in SIZES:
         try:
-            config = small(one.cls.config_class(), factor)
-            with torch.device("meta"):
-                count = sum(p.numel() for p in one.cls(config).parameters())
-            if count > LARGEST:
-                break
+            config = small(one.cls.config_class(), factor, layers)
+            if _count(one.cls, config) > LARGEST:
+                continue
             torch.manual_seed(0)
             model = _wide(one.cls(config))
             inputs = seeded_inputs(model)
@@ -92,8 +90,17 @@ def build(one: Registered) -> Built:
         except Exception as found:  # whatever code of any model raises
             error = found
     if error is None:
-        raise Skipped(f"has {count:,} parameters at its smallest")
+        raise Skipped(f"has more than {LARGEST:,} parameters")
     raise Skipped(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+
+
+def _count(cls: type[PreTrainedModel], config: PretrainedConfig) -> int:
+    """How many parameters a model would have; 0 where its code makes none without memory."""
+    try:
+        with torch.device("meta"):
+            return sum(one.numel() for one in cls(config).parameters())
+    except Exception:
+        return 0
 
 
 def _wide(model: PreTrainedModel) -> PreTrainedModel:
@@ -126,9 +133,9 @@ _RULES: tuple[tuple[str, Callable[[int, int], int]], ...] = (
 )
 
 
-def small(config: PretrainedConfig, factor: int) -> PretrainedConfig:
-    """A configuration of the same class with smaller numbers, and as many layers as it has kinds of them."""
-    return type(config).from_dict(_smaller(_data(config), factor))
+def small(config: PretrainedConfig, factor: int, layers: int) -> PretrainedConfig:
+    """A configuration of the same class with smaller numbers, and `layers`, or as many as it has kinds of them."""
+    return type(config).from_dict(_smaller(_data(config), factor, layers))
 
 
 def _data(config: PretrainedConfig) -> dict[str, Any]:
@@ -136,20 +143,22 @@ def _data(config: PretrainedConfig) -> dict[str, Any]:
     return data | ({} if data.get("pad_token_id", 0) is not None else {"pad_token_id": 0})
 
 
-def _smaller(data: Mapping[str, Any], factor: int) -> dict[str, Any]:
-    layers = _layers(data)
-    return {k: _value(str(k), v, factor, layers) for k, v in data.items()}
+def _smaller(data: Mapping[str, Any], factor: int, least: int) -> dict[str, Any]:
+    layers = _layers(data, least)
+    most = max(layers.values(), default=least)
+    kept = {k: v for k, v in data.items() if not str(k).isdigit() or int(k) < most}
+    return {k: _value(str(k), v, factor, layers, least) for k, v in kept.items()}
 
 
-def _layers(data: Mapping[str, Any]) -> dict[int, int]:
-    """By a number of layers, how many are enough to have each kind that is listed; two where nothing is."""
+def _layers(data: Mapping[str, Any], least: int) -> dict[int, int]:
+    """By a number of layers, how many are enough to have each kind that is listed, and no fewer than `least`."""
     counts = {
-        v for k, v in data.items() if re.search(r"layers?$|^depth$", str(k)) and _is_number(v) and v > 2
+        v for k, v in data.items() if re.search(r"layers?$|^depth$", str(k)) and _is_number(v) and v > least
     }
     found = {}
     for count in counts:
         lists = [v for v in data.values() if isinstance(v, list | tuple) and len(v) == count]
-        found[count] = max([2, *map(_prefix, lists)])
+        found[count] = max([least, *map(_prefix, lists)])
     return found
 
 
@@ -159,16 +168,16 @@ def _prefix(kinds: list[Any] | tuple[Any, ...]) -> int:
     return 2 if len(first) == len(kinds) else max(first.values()) + 1
 
 
-def _value(name: str, value: Any, factor: int, layers: Mapping[int, int]) -> Any:
+def _value(name: str, value: Any, factor: int, layers: Mapping[int, int], least: int) -> Any:
     if isinstance(value, dict):
-        return _smaller(value, factor)
+        return _smaller(value, factor, least)
     if isinstance(value, list | tuple):
         cut = value[: layers.get(len(value), len(value))]
-        return [_value(name, one, factor, {}) for one in cut]
+        return [_value(name, one, factor, {}, least) for one in cut]
     if not _is_number(value):
         return value
     if re.search(r"layers?$|^depth$", name):
-        return layers.get(value, min(value, 2))
+        return layers.get(value, min(value, least))
     if re.search(r"depths|_blocks$", name):
         return min(value, 2)
     return next(rule for pattern, rule in _RULES if re.search(pattern, name))(value, factor)

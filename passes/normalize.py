@@ -13,6 +13,7 @@ from torch._higher_order_ops.wrap import wrap_with_set_grad_enabled
 
 from peftc.graph.aten import MATMUL, TURN, VIEW
 from peftc.graph.program import Program, aten, is_call
+from peftc.rewrite.einsum import as_product
 from peftc.rewrite.inplace import write_out
 from peftc.rewrite.nodes import made
 
@@ -53,6 +54,8 @@ class Normalize:
             if same is not None or is_call(node, *_ASSERTS) or _is_count(program, node):
                 program.graph.erase_node(node)
                 removed += 1
+            elif is_call(node, aten.einsum.default):
+                written += as_product(program, node)
             elif _is_linear(program, node):
                 node.target = aten.linear.default
                 node.update_arg(1, node.args[1].args[0])

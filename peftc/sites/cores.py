@@ -159,6 +159,8 @@ def _written_out(softmax: fx.Node) -> Core | None:
     if not is_call(keys, aten.transpose.int, aten.permute.default):
         return None
     assert isinstance(keys, fx.Node)
+    if not len(static_shape(keys)) == len(static_shape(values)) in (3, 4):
+        return None
     sized = (*found.sized, *views)
     masked = (*found.masks, *masks)
     return _core(found.q, Read(keys, 0), Read(values, 1), masked, sized, values, softmax)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from peftc.graph.aten import EMBEDDING, MOVE, static_shape
+from peftc.graph.aten import EMBEDDING, MOVE, TURN, static_shape
 from peftc.graph.facts import Stacks
 from peftc.graph.program import Read, Value, aten, is_call, scope_of
 from peftc.sites.index import Index
@@ -21,6 +21,10 @@ def find(index: Index, stacks: Stacks) -> Iterator[Site | NoSite]:
     for node in index.calls(*EMBEDDING):
         table, ids = index.stored(node.args[0]), _token_input(index, node.args[1])  # type: ignore[arg-type]
         if table is None or not ids:
+            continue
+        if _is_turned(node.args[1]):
+            reason = "its ids are laid out with the tokens in front of the batch"
+            yield NoSite(("embedding",), scope_of(node), reason)
             continue
         scope, size = scope_of(node), static_shape(node)[-1]
         vocab = static_shape(node.args[0])[0]
@@ -37,6 +41,15 @@ def _token_input(index: Index, node: object) -> str | None:
         node = node.args[0]
     slot = index.program.slot(node) if isinstance(node, fx.Node) else None
     return slot.name if slot is not None and slot.name.endswith("input_ids") else None
+
+
+def _is_turned(node: object) -> bool:
+    while is_call(node, *MOVE):
+        assert isinstance(node, fx.Node)
+        if is_call(node, *TURN, aten.permute.default):
+            return True
+        node = node.args[0]  # type: ignore[assignment]
+    return False
 
 
 def locate(index: Index, site: Site) -> tuple[Place, ...]:

@@ -1,0 +1,53 @@
+"""Einsum: a sum of products over one letter, written as the product of matrices that it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from peftc.graph.program import Program, aten
+from peftc.rewrite.nodes import made
+
+
+def as_product(program: Program, node: fx.Node) -> bool:
+    """`bnid,bnjd->bnij`, and any other in which both operands and the result have the same letters in front, in some
+    order, and one is summed over, as `matmul` of what is laid out for it. False where it is none of these."""
+    text, operands = node.args[0], node.args[1]
+    left, right, result = _letters(str(text))
+    if len(operands) != 2 or not (left and right and result):  # type: ignore[arg-type]
+        return False
+    shared = [one for one in result if one in left and one in right]
+    summed = [one for one in left if one in right and one not in result]
+    mine = [one for one in result if one not in right]
+    theirs = [one for one in result if one not in left]
+    fits = len(summed) == len(mine) == len(theirs) == 1
+    if not fits or {*left} != {*shared, *summed, *mine} or {*right} != {*shared, *summed, *theirs}:
+        return False
+    first, second = operands  # type: ignore[misc]
+    with program.graph.inserting_before(node):
+        a = _laid(program, node, first, left, [*shared, *mine, *summed])
+        b = _laid(program, node, second, right, [*shared, *theirs, *summed])
+        turned = made(program, node, aten.transpose.int, (b, -1, -2))
+        product = made(program, node, aten.matmul.default, (a, turned))
+        whole = _laid(program, node, product, [*shared, *mine, *theirs], result)
+    node.replace_all_uses_with(whole)
+    program.graph.erase_node(node)
+    return True
+
+
+def _letters(text: str) -> tuple[list[str], list[str], list[str]]:
+    """The letters of both operands and of the result; none where they repeat, or some are left open."""
+    sides, _, result = text.replace(" ", "").partition("->")
+    several = [*sides.split(","), result]
+    if len(several) != 3 or any(len({*one}) != len(one) or "." in one for one in several):
+        return [], [], []
+    left, right, result = several
+    return list(left), list(right), list(result)
+
+
+def _laid(program: Program, like: fx.Node, value: Any, old: list[str], new: list[str]) -> Any:
+    if old == new:
+        return value
+    order = [old.index(one) for one in new]
+    return made(program, like, aten.permute.default, (value, order))
