@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +19,13 @@ Positions = Callable[[torch.Tensor, int], torch.Tensor]
 
 @dataclass(frozen=True)
 class Stacks:
-    """What a model says of its own layout: its encoder's path, its only stack, its headless part."""
+    """What a model says of its own layout: its encoder's path, its only stack, its headless part, and the paths of
+    `towers`, what images and sounds go through before they meet text, with their names."""
 
     encoder: str | None
     single: str
     body: str
+    towers: tuple[tuple[str, str], ...] = ()
 
     @staticmethod
     def read(model: PreTrainedModel) -> Stacks:
@@ -33,15 +35,30 @@ class Stacks:
             encoder = next(name for name, one in model.named_modules() if one is module)
         single = "decoder" if model.can_generate() else "encoder"
         body = next((name for name, one in model.named_modules() if one is model.base_model), "")
-        return Stacks(encoder, single, body)
+        return Stacks(encoder, single, body, tuple(_towers(model)))
 
     def of(self, scope: str) -> str:
+        for path, name in self.towers:
+            if f"{scope}.".startswith(f"{path}."):
+                return name
         if self.encoder is None:
             return self.single
         return "encoder" if f"{scope}.".startswith(f"{self.encoder}.") else "decoder"
 
     def is_head(self, scope: str) -> bool:
         return bool(self.body) and not f"{scope}.".startswith(f"{self.body}.")
+
+
+def _towers(model: PreTrainedModel) -> Iterator[tuple[str, str]]:
+    """(path, stack) of what a model of text has for other things."""
+    if model.main_input_name != "input_ids":
+        return
+    paths = {id(module): path for path, module in model.named_modules()}
+    for modality, name in (("image", "vision"), ("audio", "audio")):
+        tower = model.get_encoder(modality=modality)
+        path = paths.get(id(tower), "")
+        if path and tower is not model.base_model:
+            yield path, name
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,8 @@ class Param:
 
 @dataclass(frozen=True)
 class Where:
-    """Narrows `at`; None does not. The stack `first` is the encoder if there is one, else the only stack."""
+    """Narrows `at`; None does not. The stack `first` is the encoder if there is one, else the only one
+    of text; `text` is the encoder and the decoder."""
 
     stack: str | None = None
     kind: str | None = None

@@ -14,7 +14,9 @@ from peftc.language.ports import SITES, by_op
 from peftc.language.source import Json, Source
 from peftc.language.spec import Entry, Where
 
-STACKS = ("encoder", "decoder", "first")
+STACKS = ("encoder", "decoder", "first", "text", "vision", "audio")
+# What a stack is besides the one that it names: where text is read and written.
+OF_TEXT = ("encoder", "decoder", "first")
 KINDS = ("self", "cross")
 
 
@@ -107,7 +109,7 @@ def _write_scope(entry: Entry) -> str | None:
 WHERE = (
     Field(
         "stack",
-        "the encoder, the decoder, or the first of a model's stacks",
+        "the encoder, the decoder, or the first of these; either of them (text), or what images or sounds go through first",
         lambda: {"enum": list(STACKS)},
         lambda source, node: source.choice(node, "'stack'", STACKS),
         lambda entry: entry.where.stack,
@@ -183,6 +185,9 @@ def _both(own: Any, other: Any) -> Any:
         return tuple(one for one in own if one in other) or None
     if {own, other} == {"first", "encoder"}:
         return "encoder"
+    if "text" in (own, other):
+        stack = other if own == "text" else own
+        return stack if stack in (*OF_TEXT, "text") else None
     return own if own == other else None
 
 

@@ -15,6 +15,7 @@ from peftc.graph.rows import Room
 from peftc.language import expr as ex
 from peftc.language.ports import INPUT, SITES, STORED
 from peftc.language.spec import FORMULA, Entry, Param, Spec
+from peftc.language.where import OF_TEXT
 from peftc.plan.algebra import growth
 from peftc.plan.checks import behind_rows, check
 from peftc.plan.counts import NONE, Counts, Quantized, Unfrozen, count, numel
@@ -140,10 +141,11 @@ def make_plan(
 
 def _selects(entry: Entry, site: Site, first: str) -> bool:
     where, stack = entry.where, entry.where.stack
+    stacks = OF_TEXT if stack == "text" else (first if stack == "first" else stack,)
     return (
         site.at == entry.at
         and (entry.scope is None or fnmatch.fnmatchcase(site.scope, entry.scope))
-        and (stack is None or (first if stack == "first" else stack) == site.stack)
+        and (stack is None or site.stack in stacks)
         and (where.kind is None or where.kind == site.kind)
         and (where.layers is None or site.layer in where.layers)
     )

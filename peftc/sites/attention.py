@@ -16,7 +16,7 @@ from peftc.graph.aten import SDPA, features, static_shape, weight_of
 from peftc.graph.facts import Stacks
 from peftc.graph.program import Program, Read, Value, aten, is_call, op_name, scope_of
 from peftc.sites import fused
-from peftc.sites.cores import Core, Mask, cores
+from peftc.sites.cores import Core, Mask, cores, missed
 from peftc.sites.dataflow import next_linear, projections, runs
 from peftc.sites.index import Index
 from peftc.sites.linear import computed, linear_site, ports_of
@@ -63,7 +63,9 @@ class Attention:
 def attentions(index: Index) -> tuple[Attention | NoSite, ...]:
     """The attention sub-layers, in graph order; those whose projections are not one linear each are none."""
     found = [_attention(core) for core in index.once(cores)]
-    return tuple(one if isinstance(one, NoSite) else _united(one, found) for one in found)
+    reason = "a softmax is multiplied here, of a '{}' that is no product of queries and keys as they are known"
+    none = [NoSite(_ALL, scope, reason.format(op)) for scope, op in missed(index)]
+    return (*(one if isinstance(one, NoSite) else _united(one, found) for one in found), *none)
 
 
 def _united(one: Attention, all_: Sequence[Attention | NoSite]) -> Attention:

@@ -22,7 +22,7 @@ from peftc.graph.aten import (
     is_pointwise,
     static_shape,
 )
-from peftc.graph.program import Read, aten, is_call, scope_of
+from peftc.graph.program import Read, aten, is_call, op_name, scope_of
 from peftc.sites.index import Index
 
 _BIASED = aten.baddbmm.default
@@ -43,7 +43,7 @@ class Core:
     """One attention: its operands [batch, heads, length, head_dim] as edges, its result, its module path.
 
     Keys and values are taken before they are repeated for grouped queries. `masks` may be the fused op's own; `sized` are the views whose list of sizes has the number
-    of keys at that place.
+    of keys at that place. `softmax` is the op of the probabilities, or the fused one.
     """
 
     q: Read
@@ -53,11 +53,28 @@ class Core:
     sized: Sized
     h: fx.Node
     scope: str
+    softmax: fx.Node
 
 
 def cores(index: Index) -> tuple[Core, ...]:
     """Attention cores in graph order."""
     return tuple(_cores(index))
+
+
+def missed(index: Index) -> Iterator[tuple[str, str]]:
+    """The module of each softmax that something is multiplied by and that is no core, and the op that is not
+    understood."""
+    found = {one.softmax for one in index.once(cores)}
+    for node in index.calls(*SOFTMAX):
+        if node not in found and _value_product(node)[0] is not None:
+            yield scope_of(node), _stops(node)
+
+
+def _stops(node: fx.Node) -> str:
+    """The op, on the way back from a softmax, behind which no product of queries and keys is found."""
+    while node.all_input_nodes and (is_pointwise(node) or is_call(node, *SOFTMAX, *MOVE)):
+        node = node.all_input_nodes[0]
+    return op_name(node) if node.op == "call_function" else node.name
 
 
 def _cores(index: Index) -> Iterator[Core]:
@@ -83,7 +100,7 @@ def _core(
     q, _ = _unflattened(q)
     packed = _packed(q)
     q, h = (packed, next(iter(h.users))) if packed else (q, _four_axes(h))
-    return Core(q, k, v, masks, (*sized, *of_k, *of_v), h, scope_of(anchor))
+    return Core(q, k, v, masks, (*sized, *of_k, *of_v), h, scope_of(anchor), anchor)
 
 
 def _packed(read: Read) -> Read | None:
