@@ -101,7 +101,7 @@ FEED_FORWARD = [
 BOTH = ("compacter", "houlsby_adapter", "ia3", "mam")
 # Why a method has no place in a family: what the family's architecture lacks.
 LACKS = {
-    "mixtral": (*FEED_FORWARD, *BOTH),  # experts are one product in a batch, no linears
+    "mixtral": ("ia3", "lora_ffn"),  # experts are one product in a batch, no linears
     "mamba": (*ATTENTION, *FEED_FORWARD, *BOTH, "bitfit_subset"),
     "vit": ("lora_embedding", "prompt_tuning", "prefix_words"),
     "whisper": ("prompt_tuning", "prefix_words"),

@@ -134,7 +134,7 @@ def test_experts_are_missed_with_a_reason() -> None:
     assert {miss.site.rpartition(".")[2] for miss in plan.misses} == {"gate_up_proj", "down_proj"}
     assert all("no linear" in miss.reason for miss in plan.misses)
     with pytest.raises(PeftcError, match=r"experts\.gate_up_proj.* and it is no linear"):
-        peftc.plan(tiny("mixtral"), "pfeiffer_adapter")
+        peftc.plan(tiny("mixtral"), "lora_ffn")
 
 
 def test_residual_of_a_pre_norm_model() -> None:

@@ -56,7 +56,7 @@ BAD = {
     "deltas: [{at: ffn, delta: x, where: {layer: 1}}]": "s.yaml:1:38: unknown key 'layer' (did you mean 'layers'?)",
     "deltas: [{at: ffn, delta: x, where: {layers: 1-x}}]": "s.yaml:1:46: 'layers' cannot be '1-x' (write it as \"0-5,11\")",
     "deltas: [{at: ffn, delta: x, where: {layers: 3-1}}]": "s.yaml:1:46: 'layers' selects nothing: '3-1'",
-    "deltas: [{at: ffn, delta: x, where: {stack: top}}]": "s.yaml:1:45: 'stack' cannot be 'top' (one of: encoder, decoder, first)",
+    "deltas: [{at: ffn, delta: x, where: {stack: top}}]": "s.yaml:1:45: 'stack' cannot be 'top' (one of: encoder, decoder, first, text, vision, audio)",
     "deltas: [{at: ffn, delta: x, words: hello}]": "s.yaml:1:30: no parameter starts from the words (init: k, for a prefix)",
     "deltas: [{at: ffn, delta: x, positions: move}]": "s.yaml:1:41: 'positions' cannot be 'move' (one of: keep, shift)",
     HEAD

@@ -118,7 +118,7 @@ def _inner(index: Index, start: object) -> tuple[fx.Node, ...]:
 
 def _is_fixed(index: Index, node: fx.Node) -> bool:
     """Whether a value is none of the tokens': a parameter, a constant, a size."""
-    if not isinstance(node.meta.get("val"), torch.Tensor):
+    if isinstance(node.meta.get("val"), int | torch.SymInt):
         return True
     while is_call(node, *MOVE):
         node = node.args[0]  # type: ignore[assignment]
