@@ -3,9 +3,10 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 DEMO_FLAGS ?=
 COUNTS_FLAGS ?=
+SWEEP_FLAGS ?=
 GPU_FLAGS ?=
 
-.PHONY: help demo test session slow lint types bench bundles counts gpu wheel clean
+.PHONY: help demo test session slow lint types bench bundles counts gpu sweep wheel clean
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
 
@@ -46,6 +47,9 @@ bundles: .venv/.done  ## compare exported bundles with torch, BART-large's size 
 
 counts: .venv/.done  ## count kernels, FLOPs and bytes beside PEFT's, and what changed since they were committed
 	$(BIN)/python benchmarks/counts.py $(COUNTS_FLAGS)
+
+sweep: .venv/.done  ## try four methods on every class that transformers registers (resumable; an hour and a half)
+	HF_HUB_OFFLINE=1 $(TOYS) $(BIN)/python benchmarks/sweep.py $(SWEEP_FLAGS)
 
 gpu: .venv/.done  ## run what needs a GPU: bf16 beside PEFT, eager and compiled, attention kernels, ONNX Runtime
 	$(BIN)/python benchmarks/gpu.py $(GPU_FLAGS)

@@ -102,12 +102,17 @@ def _steps(
     if not _distance(changed, eager) > CLOSE:
         raise _Wrong("deltas change nothing")
     yield "gradient"
-    model.zero_grad()
-    loss = sum(one.float().square().mean() for one in _outputs(model, inputs).values())
-    loss.backward()
+    _loss(model, inputs).backward()
     without = [name for name, one in model.deltas.named_parameters() if one.grad is None or not one.grad.any()]
     if without:
         raise _Wrong(f"no gradient reaches {len(without)} deltas; the first: {without[0]}")
+    yield "train"
+    torch.manual_seed(0)
+    loss = _loss(model.train(), inputs)
+    loss.backward()
+    if not loss.isfinite():
+        raise _Wrong("the loss is no number")
+    model.eval()
     yield "save and load"
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
@@ -188,6 +193,12 @@ def _outputs(
         for k, v in fields.items()
         if isinstance(v, torch.Tensor) and v.is_floating_point() and v.numel()
     }
+
+
+def _loss(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    model.zero_grad()
+    means = [one.float().square().mean() for one in _outputs(model, inputs).values()]
+    return torch.stack(means).sum()
 
 
 def _same(

@@ -5,7 +5,7 @@ each method goes from its plan to generation (cells.py). One line of JSON a clas
 done; classes that are there already are passed over, so that a sweep can be stopped and gone on with. Each worker is a
 process of its own, ended when a class takes too long.
 
-python benchmarks/sweep.py [--only PATTERN] [--sample N --seed S] [--workers 2] [--limit 600] [--out FILE] [--table]
+python benchmarks/sweep.py [--only PATTERN] [--sample N --seed S] [--workers 2] [--limit 600] [--out FILE] [--write]
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import fnmatch
 import json
 import multiprocessing
 import random
+import re
 import sys
 import time
 import warnings
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "sweep.jsonl"
+PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
 CHUNK = 25  # classes that one worker does: what libraries keep of each is let go with it
 
 
@@ -47,9 +49,8 @@ def done(one: Any) -> dict[str, Any]:
     said |= {"divided": built.divided, "inputs": list(built.inputs), "eager": asdict(nature)}
     cells = {}
     for method in METHODS:
-        began = time.perf_counter()
         found = asdict(cell(method, built.model, built.inputs, nature))
-        cells[method] = {**found, "seconds": round(time.perf_counter() - began, 1)}
+        cells[method] = {name: value for name, value in found.items() if value}
     return {**said, "cells": cells, "seconds": round(time.perf_counter() - start, 1)}
 
 
@@ -126,19 +127,72 @@ def _line(worker: _Worker, ready: bool, limit: float) -> dict[str, Any] | None:
     return {"class": worker.one.name, "mapping": worker.one.mapping, "died": reason}
 
 
-def table(lines: Sequence[Mapping[str, Any]]) -> str:
-    """The results as people read them: totals, then what does not hold."""
+OUTCOMES = ("holds", "no place", "refused", "fails")
+
+
+def page(lines: Sequence[Mapping[str, Any]]) -> str:
+    """The results as people read them: totals, by mapping, and what does not hold, with its reason."""
     ran = [one for one in lines if "cells" in one]
-    methods = list(ran[0]["cells"]) if ran else []
-    outcomes = ("holds", "no place", "refused", "fails")
-    rows = [f"| | {' | '.join(outcomes)} |", "|---" * (len(outcomes) + 1) + "|"]
-    for method in methods:
-        counts = collections.Counter(one["cells"][method]["outcome"] for one in ran)
-        rows.append(f"| {method} | " + " | ".join(str(counts[o]) for o in outcomes) + " |")
     skipped = [one for one in lines if "skipped" in one]
     died = [one for one in lines if "died" in one]
-    head = f"{len(lines)} classes: {len(ran)} ran, {len(skipped)} could not be built or run eagerly, {len(died)} died"
-    return "\n".join([head, "", *rows])
+    bad = [one for one in ran if any(c["outcome"] in OUTCOMES[2:] for c in one["cells"].values())]
+    head = [
+        "# Architectures",
+        "",
+        "Written by `make sweep` (`python benchmarks/sweep.py --write` from what is known). Every class of ten of "
+        "transformers' mappings, from its default configuration with smaller sizes; each method is planned, compiled, "
+        "compared with the bare model, run and trained, saved, loaded, folded, and writes with and without a cache.",
+        "",
+        f"{len(lines)} classes: {len(ran)} run; {len(skipped)} cannot be built or run eagerly in small, "
+        f"{len(died)} took too long. Of those that run {len(bad)} ({len(bad) / max(len(ran), 1):.1%}) have a method that "
+        "is refused or fails.",
+        "",
+        *_totals("method", {m: [one["cells"][m] for one in ran] for m in (ran[0]["cells"] if ran else ())}),
+        "",
+        *_totals("mapping, all methods", _by_mapping(ran)),
+    ]
+    for outcome in OUTCOMES[1:]:
+        head += ["", f"## {outcome.capitalize()}", "", *_grouped(ran, outcome)]
+    reasons: dict[str, list[str]] = {}
+    for one in (*skipped, *died):
+        reasons.setdefault(_short(one.get("skipped") or one["died"]), []).append(one["class"])
+    head += ["", "## Not run", ""]
+    head += [f"- {', '.join(f'`{n}`' for n in names)}: {why}" for why, names in sorted(reasons.items())]
+    return "\n".join(head) + "\n"
+
+
+def _totals(what: str, cells: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[str]:
+    yield f"| {what} | {' | '.join(OUTCOMES)} |"
+    yield "|---" * (len(OUTCOMES) + 1) + "|"
+    for name, several in cells.items():
+        counts = collections.Counter(one["outcome"] for one in several)
+        yield f"| {name} | " + " | ".join(str(counts[one]) for one in OUTCOMES) + " |"
+
+
+def _by_mapping(ran: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for one in ran:
+        found.setdefault(one["mapping"].lower().replace("_", " "), []).extend(one["cells"].values())
+    return found
+
+
+def _grouped(ran: Sequence[Mapping[str, Any]], outcome: str) -> Iterator[str]:
+    """One line for each reason, with the classes and methods that it is of."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for one in ran:
+        for method, cell in one["cells"].items():
+            if cell["outcome"] == outcome:
+                classes = found.setdefault(_short(cell.get("reason", "")), {})
+                classes.setdefault(one["class"], []).append(method)
+    for reason, classes in sorted(found.items()):
+        named = ", ".join(f"`{name}` ({', '.join(methods)})" for name, methods in classes.items())
+        yield f"- {named}: {reason}"
+
+
+def _short(reason: str) -> str:
+    """A reason without where the spec lies and what else was found."""
+    reason = re.sub(r"\S*/specs/", "", reason)
+    return re.sub(r"; (did you mean.*)?found: .*", "", reason).replace("|", "/")[:240]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -149,11 +203,11 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--limit", type=float, default=600, help="seconds for a class, at most")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true", help="print what is known, run nothing")
+    parser.add_argument("--write", action="store_true", help="write the page of what is known, run nothing")
     asked = parser.parse_args(arguments)
     known = [json.loads(line) for line in asked.out.read_text().splitlines()] if asked.out.exists() else []
-    if asked.table:
-        print(table(known))
+    if asked.write:
+        PAGE.write_text(page(known))
         return 0
     from registry import registered
 
@@ -167,7 +221,8 @@ def main(arguments: Sequence[str]) -> int:
             known.append(line)
             said = {k: v["outcome"] for k, v in line.get("cells", {}).items()} or line.get("skipped", line.get("died"))
             print(f"{number}/{len(classes)} {line['class']} {line.get('seconds', '')} {said}", flush=True)
-    print(table(known))
+    if asked.sample is None and asked.only == "*":
+        PAGE.write_text(page(known))
     return 0
 
 
