@@ -82,9 +82,7 @@ def _contradicted(problems: str, nature: Nature) -> str:
     return ""
 
 
-def _steps(
-    method: str, bare: PreTrainedModel, inputs: Mapping[str, torch.Tensor]
-) -> Iterator[str]:
+def _steps(method: str, bare: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> Iterator[str]:
     """Each step by its name, before it is done."""
     spec, eager = METHODS[method], outputs(bare, inputs)
     yield "plan"
@@ -103,7 +101,11 @@ def _steps(
         raise _Wrong("deltas change nothing")
     yield "gradient"
     _loss(model, inputs).backward()
-    without = [name for name, one in model.deltas.named_parameters() if one.grad is None or not one.grad.any()]
+    without = [
+        name
+        for name, one in model.deltas.named_parameters()
+        if one.grad is None or not one.grad.any()
+    ]
     if without:
         raise _Wrong(f"no gradient reaches {len(without)} deltas; the first: {without[0]}")
     yield "train"
@@ -161,14 +163,14 @@ def _numbered(several: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
 def _is_causal(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> bool:
     if model.config.is_encoder_decoder:
         return True
-    shorter = {k: v[:, :-1] if k in ("input_ids", "attention_mask") else v for k, v in inputs.items()}
+    shorter = {
+        k: v[:, :-1] if k in ("input_ids", "attention_mask") else v for k, v in inputs.items()
+    }
     whole, part = (outputs(model, one)["logits"] for one in (inputs, shorter))
     return part.ndim == 3 and _distance({"": whole[:, :-1]}, {"": part}) < CLOSE
 
 
-def _written(
-    model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], cached: bool
-) -> Any:
+def _written(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], cached: bool) -> Any:
     """Five tokens, greedily, with their scores."""
     options = dict(max_new_tokens=5, min_new_tokens=5, do_sample=False, num_beams=1)
     asked = dict(use_cache=cached, return_dict_in_generate=True, output_logits=True)
@@ -176,17 +178,13 @@ def _written(
         return model.generate(**inputs, **options, **asked)
 
 
-def outputs(
-    model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
+def outputs(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Floating outputs in evaluation mode."""
     with torch.no_grad():
         return _outputs(model, inputs)
 
 
-def _outputs(
-    model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
+def _outputs(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     fields = model(**inputs, **({"use_cache": False} if model.can_generate() else {}))
     return {
         k: v

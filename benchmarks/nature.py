@@ -15,14 +15,26 @@ from transformers import PreTrainedModel
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "_grouped_mm", "mv", "addmv")
 _FUSED = "scaled_dot_product"
 _SOFTMAX = ("_softmax", "softmax", "_safe_softmax")
-_NORMS = ("native_layer_norm", "_fused_rms_norm", "rms_norm", "native_group_norm", "native_batch_norm")
+_NORMS = (
+    "native_layer_norm",
+    "_fused_rms_norm",
+    "rms_norm",
+    "native_group_norm",
+    "native_batch_norm",
+)
 _NONLINEAR = (
     "relu", "gelu", "silu", "tanh", "sigmoid", "elu", "leaky_relu", "hardtanh", "mish", "erf", "pow", "exp",
     "softplus", "hardswish", "hardsigmoid", "celu", "threshold", "clamp", "clamp_min", "glu", "log_sigmoid_forward",
 )  # fmt: skip
 _REDUCE = ("mean", "var_mean", "var", "amax", "argmax", "topk", "sort", "convolution")
 # What a value is, followed through views, sums and pointwise ops.
-PARAMETER, LINEAR, ACTIVATED, MIXED, PROBABLE = "parameter", "linear", "activated", "mixed", "probable"
+PARAMETER, LINEAR, ACTIVATED, MIXED, PROBABLE = (
+    "parameter",
+    "linear",
+    "activated",
+    "mixed",
+    "probable",
+)
 
 
 @dataclass(frozen=True)
@@ -59,7 +71,10 @@ class _Watch(TorchDispatchMode):
         self._hooks: list[Any] = []
 
     def __enter__(self) -> _Watch:
-        into, out_of = nn.modules.module.register_module_forward_pre_hook, nn.modules.module.register_module_forward_hook
+        into, out_of = (
+            nn.modules.module.register_module_forward_pre_hook,
+            nn.modules.module.register_module_forward_hook,
+        )
         self._hooks = [
             into(lambda m, _: self._running.append(self._names.get(id(m), self._running[-1]))),
             out_of(lambda *_: self._running.pop() and None, always_call=True),
@@ -137,5 +152,6 @@ class _Watch(TorchDispatchMode):
         largest = max(one.numel() for one in given)
         flowing = (LINEAR, ACTIVATED, MIXED, PARAMETER)
         return any(
-            one.numel() == largest and one.ndim > 1 and not self._of(one) & set(flowing) for one in given
+            one.numel() == largest and one.ndim > 1 and not self._of(one) & set(flowing)
+            for one in given
         )

@@ -153,7 +153,9 @@ def _smaller(data: Mapping[str, Any], factor: int, least: int) -> dict[str, Any]
 def _layers(data: Mapping[str, Any], least: int) -> dict[int, int]:
     """By a number of layers, how many are enough to have each kind that is listed, and no fewer than `least`."""
     counts = {
-        v for k, v in data.items() if re.search(r"layers?$|^depth$", str(k)) and _is_number(v) and v > least
+        v
+        for k, v in data.items()
+        if re.search(r"layers?$|^depth$", str(k)) and _is_number(v) and v > least
     }
     found = {}
     for count in counts:
@@ -185,4 +187,3 @@ def _value(name: str, value: Any, factor: int, layers: Mapping[int, int], least:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-

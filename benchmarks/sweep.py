@@ -5,13 +5,14 @@ each method goes from its plan to generation (cells.py). One line of JSON a clas
 done; classes that are there already are passed over, so that a sweep can be stopped and gone on with. Each worker is a
 process of its own, ended when a class takes too long.
 
-python benchmarks/sweep.py [--only PATTERN] [--sample N --seed S] [--workers 2] [--limit 600] [--out FILE] [--write]
+python benchmarks/sweep.py [--only PATTERN] [--check N] [--workers 2] [--limit 600] [--out FILE] [--write]
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import datetime
 import fnmatch
 import json
 import multiprocessing
@@ -147,7 +148,10 @@ def page(lines: Sequence[Mapping[str, Any]]) -> str:
         f"{len(died)} took too long. Of those that run {len(bad)} ({len(bad) / max(len(ran), 1):.1%}) have a method that "
         "is refused or fails.",
         "",
-        *_totals("method", {m: [one["cells"][m] for one in ran] for m in (ran[0]["cells"] if ran else ())}),
+        *_totals(
+            "method",
+            {m: [one["cells"][m] for one in ran] for m in (ran[0]["cells"] if ran else ())},
+        ),
         "",
         *_totals("mapping, all methods", _by_mapping(ran)),
     ]
@@ -157,7 +161,9 @@ def page(lines: Sequence[Mapping[str, Any]]) -> str:
     for one in (*skipped, *died):
         reasons.setdefault(_short(one.get("skipped") or one["died"]), []).append(one["class"])
     head += ["", "## Not run", ""]
-    head += [f"- {', '.join(f'`{n}`' for n in names)}: {why}" for why, names in sorted(reasons.items())]
+    head += [
+        f"- {', '.join(f'`{n}`' for n in names)}: {why}" for why, names in sorted(reasons.items())
+    ]
     return "\n".join(head) + "\n"
 
 
@@ -195,33 +201,75 @@ def _short(reason: str) -> str:
     return re.sub(r"; (did you mean.*)?found: .*", "", reason).replace("|", "/")[:240]
 
 
+def check(
+    known: Mapping[str, Mapping[str, Any]],
+    classes: Sequence[Any],
+    count: int,
+    workers: int,
+    limit: float,
+) -> int:
+    """Run classes drawn by the week. 1 where one is worse than in the results: what held, or had no place, is not so."""
+    year, week, _ = datetime.date.today().isocalendar()
+    ran = [one for one in classes if "cells" in known.get(one.name, {})]
+    drawn = random.Random(f"{year}-{week}").sample(ran, min(count, len(ran)))
+    worse = 0
+    for line in sweep(drawn, workers, limit):
+        was = {m: cell["outcome"] for m, cell in known[line["class"]]["cells"].items()}
+        now = {m: cell["outcome"] for m, cell in line.get("cells", {}).items()}
+        lost = [
+            m for m, outcome in was.items() if outcome in OUTCOMES[:2] and now.get(m) != outcome
+        ]
+        worse += bool(lost)
+        print(
+            f"{line['class']} {line.get('seconds', '')} {now or line}{' WORSE' * bool(lost)}",
+            flush=True,
+        )
+    print(f"{len(drawn)} classes of week {week} of {year}: {worse} worse than in {RESULTS.name}")
+    return min(worse, 1)
+
+
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--only", default="*", help="classes by a pattern of their name")
-    parser.add_argument("--sample", type=int, help="so many classes, drawn by --seed")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--check",
+        type=int,
+        help="run so many classes anew, drawn by the week: is any worse than known?",
+    )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--limit", type=float, default=600, help="seconds for a class, at most")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--write", action="store_true", help="write the page of what is known, run nothing")
+    parser.add_argument(
+        "--write", action="store_true", help="write the page of what is known, run nothing"
+    )
     asked = parser.parse_args(arguments)
-    known = [json.loads(line) for line in asked.out.read_text().splitlines()] if asked.out.exists() else []
+    known = (
+        [json.loads(line) for line in asked.out.read_text().splitlines()]
+        if asked.out.exists()
+        else []
+    )
     if asked.write:
         PAGE.write_text(page(known))
         return 0
     from registry import registered
 
-    have = {one["class"] for one in known}
-    classes = [one for one in registered() if fnmatch.fnmatchcase(one.name, asked.only) and one.name not in have]
-    if asked.sample is not None:
-        classes = random.Random(asked.seed).sample(classes, min(asked.sample, len(classes)))
+    have = {one["class"]: one for one in known}
+    classes = [one for one in registered() if fnmatch.fnmatchcase(one.name, asked.only)]
+    if asked.check is not None:
+        return check(have, classes, asked.check, asked.workers, asked.limit)
+    classes = [one for one in classes if one.name not in have]
     with asked.out.open("a") as file:
         for number, line in enumerate(sweep(classes, asked.workers, asked.limit), 1):
             print(json.dumps(line), file=file, flush=True)
             known.append(line)
-            said = {k: v["outcome"] for k, v in line.get("cells", {}).items()} or line.get("skipped", line.get("died"))
-            print(f"{number}/{len(classes)} {line['class']} {line.get('seconds', '')} {said}", flush=True)
-    if asked.sample is None and asked.only == "*":
+            said = {k: v["outcome"] for k, v in line.get("cells", {}).items()} or line.get(
+                "skipped", line.get("died")
+            )
+            print(
+                f"{number}/{len(classes)} {line['class']} {line.get('seconds', '')} {said}",
+                flush=True,
+            )
+    if asked.only == "*":
         PAGE.write_text(page(known))
     return 0
 

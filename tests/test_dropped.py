@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 
-import peftc
 import pytest
 import torch
 import transformers
 from conftest import batch, stir, tiny, wide
-from peftc.language.reader import load_spec
 from transformers import PreTrainedModel
+
+import peftc
+from peftc.language.reader import load_spec
 
 SPEECH = dict(
     hidden_size=32,
@@ -81,9 +82,14 @@ def test_numbers_that_torch_does_not_draw_are_said() -> None:
     """SpecAugment draws by NumPy, whose generator a trace leaves as it was."""
     import numpy as np
 
-    model = peftc.compile(speech(apply_spec_augment=True, mask_time_prob=0.5, mask_time_length=2), load_spec("lora", r=2))
+    model = peftc.compile(
+        speech(apply_spec_augment=True, mask_time_prob=0.5, mask_time_length=2),
+        load_spec("lora", r=2),
+    )
     np.random.seed(3)
-    with pytest.warns(UserWarning, match="draws random numbers in training by Python's or NumPy's generator"):
+    with pytest.warns(
+        UserWarning, match="draws random numbers in training by Python's or NumPy's generator"
+    ):
         model.train()(**batch(model))
     after = np.random.rand()
     np.random.seed(3)
@@ -101,5 +107,8 @@ def test_what_else_hangs_on_a_draw_is_refused() -> None:
     torch.manual_seed(0)
     model = Odd(tiny("bert").config)
     compiled = peftc.compile(model, load_spec("lora", r=2)).train()
-    with pytest.raises(peftc.errors.PeftcError, match="a random number decides more than whether a layer is left out"):
+    with pytest.raises(
+        peftc.errors.PeftcError,
+        match="a random number decides more than whether a layer is left out",
+    ):
         compiled(**batch(model))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 
-import peftc
 import pytest
 import torch
 import transformers
 from conftest import stir, wide
-from peftc.language.reader import parse_spec
 from transformers import PreTrainedModel
+
+import peftc
+from peftc.language.reader import parse_spec
 
 IMAGE = 120  # the token that stands for a part of an image
 
@@ -82,5 +83,7 @@ def test_text_alone() -> None:
     ids = asked()["input_ids"][:, 4:]
     for one in (dict(), dict(pixel_values=asked()["pixel_values"])):
         given = asked()["input_ids"] if one else ids
-        written = [m.generate(given, **one, max_new_tokens=5, do_sample=False) for m in (compiled, model)]
+        written = [
+            m.generate(given, **one, max_new_tokens=5, do_sample=False) for m in (compiled, model)
+        ]
         assert torch.equal(*written)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import peftc
 import pytest
+
+import peftc
 from peftc.driver import survey
 from peftc.language.reader import parse_spec
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from cells import METHODS, cell  # noqa: E402
-from nature import Nature  # noqa: E402
-from registry import Built, build, registered  # noqa: E402
+from cells import METHODS, cell
+from nature import Nature
+from registry import Built, build, registered
 
 # The class, and how many sites of each kind it has at two layers (or as many as are needed for all kinds of them).
 SITES = {
@@ -77,7 +78,8 @@ def test_a_class_holds(name: str, method: str) -> None:
 def test_what_is_of_a_kind_and_of_one_shape_is_shared() -> None:
     """Stages of a vision model have widths of their own: those of one width share."""
     spec = parse_spec(
-        "deltas: [{at: attention, params: {A: {shape: [out, out], init: zeros, per: kind}}, delta: h @ A}]", "s"
+        "deltas: [{at: attention, params: {A: {shape: [out, out], init: zeros, per: kind}}, delta: h @ A}]",
+        "s",
     )
     plan = peftc.plan(built("SegformerForImageClassification").model, spec)
     widths = {edit.site.dims["out"] for edit in plan.edits}

@@ -31,8 +31,8 @@ from peftc.graph.arguments import SIZES, CaptureError, Labels, resized
 from peftc.graph.cache import keys_of
 from peftc.graph.call import Call
 from peftc.graph.captures import CAPTURES
-from peftc.graph.entries import ENTRIES, Tensors
 from peftc.graph.dropped import Dropped, left_out
+from peftc.graph.entries import ENTRIES, Tensors
 from peftc.graph.finite import Finite, selected
 from peftc.graph.masks import deciding, proven
 from peftc.graph.program import Bound, Program, Slot

@@ -84,7 +84,7 @@ def _alone(selection: fx.Node) -> list[fx.Node]:
     node = selection.prev
     while node is not draw and node.op != "placeholder":
         users = set(node.users)
-        if users and (node is after and users == {selection} or users <= mine):
+        if users and ((node is after and users == {selection}) or users <= mine):
             mine.add(node)
         node = node.prev
     return [one for one in selection.graph.nodes if one in mine]
@@ -121,4 +121,6 @@ def _unless(
         return result
 
     past = selection.args[3 - side]
-    return named.call_function(unless, tuple(found[one] for one in (selection.args[0], past, *reads)))
+    return named.call_function(
+        unless, tuple(found[one] for one in (selection.args[0], past, *reads))
+    )

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from peftc.graph.code import LEFT_OUT
-from peftc.graph.program import Program, aten, is_call
+from peftc.graph.program import Program, aten
 
 # Comparisons of a draw, and whether they hold where nothing is left out: a draw is in [0, 1), the rate is 0 then.
 _COMPARED = {

@@ -66,7 +66,9 @@ def _cached(model: PreTrainedModel, tensors: Tensors, flags: Mapping[str, Any]) 
     output_type, fields = _plain(out)
     fields.pop("encoder_last_hidden_state", None)
     given = out.get(facts.cache)
-    present = flatten_cache(cache if given is None else given)  # an encoder fills it, and gives none
+    present = flatten_cache(
+        cache if given is None else given
+    )  # an encoder fills it, and gives none
     return output_type, fields | {k: v for k, v in present.items() if not _is_fixed(k, tensors)}
 
 

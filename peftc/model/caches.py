@@ -28,7 +28,13 @@ from peftc.graph.arguments import OWN_MASK, CaptureError
 from peftc.graph.cache import FILLED, by_layer, flatten_cache, fresh, hold, pair, parts_of, whole
 
 # Layers that are used as they are: of a dynamic cache, and of a static one.
-_AS_IT_IS = (DynamicLayer, DynamicIndexedLayer, LinearAttentionLayer, LinearAttentionAndFullAttentionLayer, DummyLayer)
+_AS_IT_IS = (
+    DynamicLayer,
+    DynamicIndexedLayer,
+    LinearAttentionLayer,
+    LinearAttentionAndFullAttentionLayer,
+    DummyLayer,
+)
 _OF_ONE_SIZE = (StaticLayer, LinearAttentionLayer, DummyLayer)
 
 

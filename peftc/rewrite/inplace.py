@@ -51,14 +51,20 @@ def _write(program: Program, node: fx.Node, op: Any, order: dict[fx.Node, int]) 
     if base.op == "placeholder" or not later or any(_seen_later(base, parts, order, node)):
         return 0
     with program.graph.inserting_before(node):
-        value = _copied(program, node) if is_call(node, aten.copy_.default) else made(program, node, op, node.args, node.kwargs)
+        value = (
+            _copied(program, node)
+            if is_call(node, aten.copy_.default)
+            else made(program, node, op, node.args, node.kwargs)
+        )
         whole = value
         for part in parts:
             scatter = _PARTS[part.target]
             if scatter is None:
                 whole = made(program, node, part.target, (whole, *part.args[1:]))
             else:
-                whole = made(program, node, scatter, (part.args[0], whole, *part.args[1:]), part.kwargs)
+                whole = made(
+                    program, node, scatter, (part.args[0], whole, *part.args[1:]), part.kwargs
+                )
     for user in later:
         user.replace_input_with(base, whole)
     node.replace_all_uses_with(value)
@@ -78,7 +84,9 @@ def _copied(program: Program, node: fx.Node) -> fx.Node:
     return value
 
 
-def _seen_later(base: fx.Node, parts: list[fx.Node], order: dict[fx.Node, int], node: fx.Node) -> Any:
+def _seen_later(
+    base: fx.Node, parts: list[fx.Node], order: dict[fx.Node, int], node: fx.Node
+) -> Any:
     """For each view of `base` made before, whether it is read behind `node`."""
     for view in base.users:
         if view is not node and _shares(view) and order.get(view, len(order)) < order[node]:

@@ -206,7 +206,11 @@ def _scores(node: object) -> _Scores | None:
 def _others(node: fx.Node, place: int) -> Iterator[Mask]:
     """What an op makes of scores with, besides the operand at `place`."""
     for other, value in enumerate(node.args):
-        if other != place and isinstance(value, fx.Node) and isinstance(value.meta["val"], torch.Tensor):
+        if (
+            other != place
+            and isinstance(value, fx.Node)
+            and isinstance(value.meta["val"], torch.Tensor)
+        ):
             yield _mask(node, other)
 
 
