@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -15,6 +15,7 @@ from peftc.rewrite.folding import Folding, Key
 from peftc.rewrite.linear_map import Change, LinearMap, Stays
 from peftc.rewrite.tying import own_path
 from peftc.sites.kinds import KINDS
+from peftc.sites.site import Site
 from peftc.sites.view import Weight
 
 
@@ -56,6 +57,9 @@ def _target(change: Change, folding: Folding) -> str:
 def _fold(path: str, changes: Sequence[Change], folding: Folding) -> None:
     """Put every change of one linear that can be there into its weight and bias."""
     site = max((one.edit.site for one in changes), key=lambda one: "b" in one.weights)
+    if "experts" in site.dims:
+        _fold_each(path, changes, site, folding)
+        return
     weight, bias = _whole(site.weights["W"], path), site.weights.get("b")
     start = LinearMap(
         changes[0].folds.by,
@@ -85,6 +89,53 @@ def _fold(path: str, changes: Sequence[Change], folding: Folding) -> None:
     if bias is not None:  # of a result that nothing is added to any more, it is zero
         nothing = torch.zeros(made.matrix.shape[-1], dtype=torch.float64)
         folding.put(bias.path, nothing if made.offset is None else made.offset)
+
+
+def _fold_each(path: str, changes: Sequence[Change], site: Site, folding: Folding) -> None:
+    """`_fold` of the weights of experts, [experts, ...]: each is a linear of its own, with what is of it."""
+    weight, bias = _whole(site.weights["W"], path), site.weights.get("b")
+    matrices = weight.read(folding.read(path).detach().double()).clone()
+    offsets = None if bias is None else folding.read(bias.path).detach().double().clone()
+    stays: dict[Key, str] = {}
+    for expert, matrix in enumerate(matrices):
+        start = LinearMap(
+            "linear", matrix.clone(), None if offsets is None else offsets[expert].clone()
+        )
+        mine = [one for one in changes if _is_of(one.edit, expert)]
+        own = replace(folding, tensors=_tensors_of(mine, expert, folding.tensors))
+        try:
+            made = _composed(mine, start, own)
+        except Stays as one:
+            stays[one.change.edit.key] = one.reason
+            break
+        matrices[expert] = start.stored(made.matrix)
+        if offsets is not None and made.offset is not None:
+            offsets[expert] = made.offset
+    if stays:  # whatever is around it would be seen by it
+        reason = next(iter(stays.values()))
+        folding.reasons |= {one.edit.key: stays.get(one.edit.key, reason) for one in changes}
+        return
+    folding.folded |= {one.edit.key: path for one in changes}
+    folding.put(path, weight.write(folding.read(path).detach().double(), matrices))
+    if bias is not None and offsets is not None:
+        folding.put(bias.path, offsets)
+
+
+def _is_of(edit: Edit, expert: int) -> bool:
+    chosen = edit.entry.where.experts
+    return chosen is None or expert in chosen
+
+
+def _tensors_of(
+    changes: Sequence[Change], expert: int, tensors: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The tensors as one expert sees them."""
+    found = dict(tensors)
+    for change in changes:
+        chosen = change.edit.entry.where.experts
+        place = expert if chosen is None else chosen.index(expert)
+        found |= {p.path: tensors[p.path][place] for p in change.edit.parameters if p.experts}
+    return found
 
 
 def _reader(edit: Edit, folding: Folding) -> Edit | None:

@@ -14,6 +14,7 @@ SMALL: dict[str, dict[str, float]] = {
     "lokr": dict(r=2, f=2),
     "lora": dict(r=4, alpha=8),
     "lora_conv": dict(r=2),
+    "lora_experts": dict(r=2, alpha=4),
     "lora_ffn": dict(r=4, alpha=8),
     "mam": dict(l=5, m=6, r=4),
     "multi_head_parallel_adapter": dict(r=3),
@@ -43,6 +44,7 @@ EXACT = [
     "lora",
     "lora_conv",
     "lora_embedding",
+    "lora_experts",
     "lora_ffn",
     "norm_tuning",
     "oft",
@@ -66,6 +68,7 @@ FOLDS = [
     "lora",
     "lora_conv",
     "lora_embedding",
+    "lora_experts",
     "lora_ffn",
     "norm_tuning",
     "oft",
@@ -121,7 +124,8 @@ CONVOLVE = ("vit", "whisper", "mamba")
 
 def lacks(method: str, family: str) -> bool:
     """Whether a family's architecture has no place for a method."""
-    return method in LACKS.get(family, ()) or (method == "lora_conv" and family not in CONVOLVE)
+    only = {"lora_conv": CONVOLVE, "lora_experts": ("mixtral",)}
+    return method in LACKS.get(family, ()) or family not in only.get(method, (family,))
 
 
 @cache

@@ -12,7 +12,7 @@ from peftc.language.formulas import INITS
 from peftc.language.ports import SITES
 from peftc.language.spec import FORMULA, Init, Param
 
-PER = ("site", "kind", "shape", "model")
+PER = ("site", "kind", "shape", "model", "expert")
 
 
 def _shape(draft: Draft, node: yaml.Node) -> tuple[ex.Expr, ...]:
@@ -26,6 +26,14 @@ def _shape(draft: Draft, node: yaml.Node) -> tuple[ex.Expr, ...]:
 def _init(draft: Draft, node: yaml.Node) -> Init:
     sizes, ports = {*draft.arguments, *SITES[draft.at].dims}, set(SITES[draft.at].ports)
     return draft.formulas.init(node, draft.names, sizes, ports)
+
+
+def _per(draft: Draft, node: yaml.Node) -> str:
+    per = draft.source.choice(node, "'per'", PER) or "site"
+    if per == "expert" and "experts" not in SITES[draft.at].dims:
+        kinds = ", ".join(name for name, row in SITES.items() if "experts" in row.dims)
+        draft.source.fail(node, f"{draft.at} has no experts", f"of experts are {kinds}")
+    return per
 
 
 def _write_init(param: Param) -> str:
@@ -54,9 +62,9 @@ PARAM = (
     ),
     Field(
         "per",
-        "what shares one tensor: the site alone, sites of a kind, of a shape, all",
+        "what shares one tensor: the site alone, sites of a kind, of a shape, all; or each expert has its own",
         lambda: {"enum": list(PER), "default": "site"},
-        lambda draft, node: draft.source.choice(node, "'per'", PER) or "site",
+        _per,
         lambda param: None if param.per == "site" else param.per,
     ),
     Field(

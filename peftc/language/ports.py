@@ -145,6 +145,23 @@ _ROWS = (
         "a layer norm or RMS norm: its result, scale and shift",
     ),
     _linear("router", "the linear that scores experts"),
+    *(
+        SiteType(
+            f"experts{part}",
+            {
+                "x": Port(("...", "in"), INPUT),
+                "h": Port(("...", "out"), RESULT),
+            },
+            (*_LINEAR_DIMS, "experts"),
+            f"{what} of a mixture's experts: the rows that were routed, a formula of one expert",
+        )
+        for part, what in (
+            ("", "every projection"),
+            (".up", "the first projection"),
+            (".gate", "the gating projection"),
+            (".down", "the last projection"),
+        )
+    ),
     _linear("head", "a linear of the task head: outside the pretrained body", counted=False),
     _linear("linear", "any linear, by {op: linear, scope: glob over module paths}", by_op=True),
     SiteType(

@@ -45,6 +45,7 @@ class Where:
     stack: str | None = None
     kind: str | None = None
     layers: tuple[int, ...] | None = None
+    experts: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

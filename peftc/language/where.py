@@ -83,22 +83,35 @@ def at_schema() -> Json:
 
 
 def _layers(source: Source, node: yaml.Node) -> tuple[int, ...] | None:
-    written = source.text(node, "'layers'") or ""
+    return _numbers("layers", source, node)
+
+
+def _experts(source: Source, node: yaml.Node) -> tuple[int, ...] | None:
+    return _numbers("experts", source, node)
+
+
+def _numbers(key: str, source: Source, node: yaml.Node) -> tuple[int, ...] | None:
+    written = source.text(node, f"'{key}'") or ""
     found: list[int] = []
     for part in written.split(","):
         match = re.fullmatch(r"\s*(\d{1,4})(?:-(\d{1,4}))?\s*", part)
         if match is None:
-            source.fail(node, f"'layers' cannot be '{written}'", 'write it as "0-5,11"')
+            source.fail(node, f"'{key}' cannot be '{written}'", 'write it as "0-5,11"')
             return None
         found += range(int(match[1]), int(match[2] or match[1]) + 1)
     if not found:
-        source.fail(node, f"'layers' selects nothing: '{written}'")
+        source.fail(node, f"'{key}' selects nothing: '{written}'")
     return tuple(found)
 
 
 def _write_layers(entry: Entry) -> str | None:
     layers = entry.where.layers
     return None if layers is None else ",".join(map(str, layers))
+
+
+def _write_experts(entry: Entry) -> str | None:
+    experts = entry.where.experts
+    return None if experts is None else ",".join(map(str, experts))
 
 
 def _write_scope(entry: Entry) -> str | None:
@@ -129,6 +142,13 @@ WHERE = (
         _write_layers,
     ),
     Field(
+        "experts",
+        "numbers of experts, from 0",
+        lambda: {"type": ["string", "integer"], "examples": ["0-3"]},
+        _experts,
+        _write_experts,
+    ),
+    Field(
         "scope",
         "a glob over module paths",
         lambda: {"type": "string", "examples": ["*.encoder.*"]},
@@ -151,6 +171,8 @@ def read_where(draft: Draft, node: yaml.Node) -> dict[str, Any]:
     if scope is not None and draft.values.get("scope") is not None:
         draft.source.fail(node, "'scope' stands in 'at' already")
         scope = None
+    if where.experts is not None and "experts" not in getattr(SITES.get(draft.at), "dims", ()):
+        draft.source.fail(node, f"{draft.at or 'this'} has no experts to choose from")
     if "at" not in draft.items and where != Where():
         fix = "say 'at', or narrow by scope"
         draft.source.fail(node, "'where' narrows sites, and this trains parameters of any", fix)
@@ -166,6 +188,7 @@ def meet(source: Source, entry: Entry, more: Where, scope: str | None, node: yam
         "stack": (entry.where.stack, more.stack),
         "kind": (entry.where.kind, more.kind),
         "layers": (entry.where.layers, more.layers),
+        "experts": (entry.where.experts, more.experts),
         "scope": (entry.scope, scope),
     }
     met: dict[str, Any] = {}

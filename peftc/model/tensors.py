@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -113,6 +114,9 @@ def initial(parameter: Parameter, device: torch.device, dtype: torch.dtype) -> t
     value = torch.empty(parameter.shape, device=device, dtype=dtype)
     if device.type == "meta":
         return value
+    if parameter.experts:
+        one = replace(parameter, shape=parameter.seen, experts=0)
+        return torch.stack([initial(one, device, dtype) for _ in range(parameter.experts)])
     args = parameter.init_args
     with torch.no_grad():
         match parameter.init:

@@ -33,7 +33,7 @@ def numbers(edit: Edit) -> dict[str, float | int]:
 def shape_of(expression: Expr, edit: Edit, lets: Mapping[str, Shape] | None = None) -> Shape:
     """The shape of an expression at this site. Raises ExprError where shapes do not fit."""
     values = {name: Number(value) for name, value in numbers(edit).items()}
-    known = {**port_shapes(edit.site), **{p.name: p.shape for p in edit.parameters}, **(lets or {})}
+    known = {**port_shapes(edit.site), **{p.name: p.seen for p in edit.parameters}, **(lets or {})}
     return infer(substitute(expression, values), known)
 
 
@@ -119,7 +119,9 @@ def _fresh(label: str, taken: set[str]) -> str:
 
 
 def constant_parts(expression: Expr, edit: Edit) -> list[Expr]:
-    """The maximal calls that read parameters and numbers alone, from left to right."""
+    """The maximal calls that read parameters and numbers alone, from left to right; none of what is of each expert."""
+    if any(one.experts for one in edit.parameters):
+        return []
     parameters = {p.name for p in edit.parameters}
     free = parameters | set(numbers(edit))
     read = set(names(expression))

@@ -85,6 +85,8 @@ def _narrowed(where: Where, scope: str | None) -> Iterator[str]:
         yield where.kind
     if where.layers is not None:
         yield "layers " + ",".join(map(str, where.layers))
+    if where.experts is not None:
+        yield "experts " + ",".join(map(str, where.experts))
     if scope:
         yield scope
 

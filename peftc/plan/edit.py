@@ -14,7 +14,8 @@ from peftc.sites.site import Site
 class Parameter:
     """A delta tensor: `name` in the expression, `path` in the module tree, shape in numbers.
 
-    It starts by `init`, one of the language's initialisers, or as the `formula` of the site's own weight.
+    It starts by `init`, one of the language's initialisers, or as the `formula` of the site's own weight. Of as many
+    `experts` as that says it is one tensor, [experts, ...], and an expression sees what is of one.
     """
 
     name: str
@@ -24,6 +25,12 @@ class Parameter:
     init_args: tuple[float, ...]
     trainable: bool
     formula: Expr | None = None
+    experts: int = 0
+
+    @property
+    def seen(self) -> tuple[int, ...]:
+        """The shape that an expression sees."""
+        return self.shape[1:] if self.experts else self.shape
 
     def under(self, old: str, new: str) -> Parameter:
         """The same tensor, of the delta set `old` until now, in `new`."""

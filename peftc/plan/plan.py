@@ -354,19 +354,41 @@ def _sizes(site: Site, entry: Entry) -> dict[str, float | int]:
 def _parameter(param: Param, site: Site, entry: Entry, label: str, kind: str) -> Parameter:
     """`kind` names the sites that share what is `per: kind`."""
     sizes, shape = _sizes(site, entry), _shape(param, site, entry)
+    experts = _experts(entry, site) if param.per == "expert" else 0
+    if experts:
+        shape = (experts, *shape)
     group = {
         "site": f"{site.scope}.{site.at.replace('.', '_')}",
         "kind": f"shared.{kind}",
         "shape": "shared." + "x".join(map(str, shape)),
         "model": "shared.model",
+        "expert": f"{site.scope}.{site.at.replace('.', '_')}",
     }[param.per]
     path = f"{group}.{label}.{param.name}"
     if param.init.name == FORMULA:
+        if experts:
+            raise ex.ExprError(
+                0, f"'{param.name}' starts as a formula, and that is of no single expert", ""
+            )
         values = {name: ex.Number(value) for name, value in sizes.items()}
         formula = ex.substitute(param.init.args[0], values)
         return Parameter(param.name, path, shape, FORMULA, (), param.trainable, formula)
     args = tuple(float(ex.number(arg, sizes)) for arg in param.init.args)
-    return Parameter(param.name, path, shape, param.init.name, args, param.trainable)
+    return Parameter(
+        param.name, path, shape, param.init.name, args, param.trainable, experts=experts
+    )
+
+
+def _experts(entry: Entry, site: Site) -> int:
+    """Of how many experts a tensor is: of those that the entry chose."""
+    chosen, count = entry.where.experts, site.dims["experts"]
+    if chosen is None:
+        return count
+    if max(chosen) >= count:
+        raise ex.ExprError(
+            0, f"there is no expert {max(chosen)}: the first is 0, the last {count - 1}", ""
+        )
+    return len(chosen)
 
 
 def _size(dim: ex.Expr, sizes: Mapping[str, float | int], param: Param) -> int:

@@ -23,6 +23,7 @@ from peftc.plan.edit import Edit
 from peftc.rewrite.lengths import release
 from peftc.rewrite.lower import Builder, Operand
 from peftc.rewrite.pipeline import PassError
+from peftc.rewrite.routing import RoutedBuilder
 from peftc.sites.site import Place
 from peftc.sites.view import Part, Port, root, whole
 
@@ -44,9 +45,12 @@ def splice(
         port = place.ports[name]
         with program.graph.inserting_before(top):
             hoisted = _hoist(expression, edit, env, shared, wide)
-        builder = _builder(program, edit, port, name)
+        builder = _builder(program, edit, place, name)
         builder.known = shared.known
         with program.graph.inserting_before(_anchor(program, port, now, expression)):
+            if isinstance(builder, RoutedBuilder):
+                builder.see([*now.values(), _now(program, port)])
+                env = builder.learn(edit, env)
             seen = _seen(builder, edit, place, expression, name, now, wide)
             local = {k: _cast(builder, v, wide, k) for k, v in env.items()}
             result = builder.lower(hoisted, {**local, **seen}, name)
@@ -54,6 +58,9 @@ def splice(
                 raise PassError(f"{edit.name}: '{name}' is assigned a number")
             own = _now(program, port)
             result = _cast(builder, result, own.meta["val"].dtype, name)
+            if isinstance(builder, RoutedBuilder):
+                part = port.view.read(builder.call, own, name) if isinstance(port, Part) else own
+                result = builder.only(edit, result, part, name)
             if isinstance(port, Part):
                 result = port.view.write(builder.call, own, result, name)
             elif result is not own and result not in builder.inserted:
@@ -78,9 +85,10 @@ def _grew(before: fx.Node, after: fx.Node) -> bool:
     return len(old) > 1 and isinstance(old[-2], int) and old[-2] != new[-2]
 
 
-def _builder(program: Program, edit: Edit, port: Port, name: str) -> Builder:
-    stack = root(port).meta.get("nn_module_stack")
-    builder = Builder(program.graph, program.training, edit.entry.method, edit.name, stack)
+def _builder(program: Program, edit: Edit, place: Place, name: str) -> Builder:
+    stack = root(place.ports[name]).meta.get("nn_module_stack")
+    given = program.graph, program.training, edit.entry.method, edit.name, stack
+    builder = RoutedBuilder(*given, routed=place.routed) if place.routed else Builder(*given)
     builder.axes = len(SITES[edit.site.at].shapes[name]) - 1
     return builder
 

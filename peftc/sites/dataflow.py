@@ -14,6 +14,7 @@ from peftc.graph.aten import (
     NORM,
     SDPA,
     SOFTMAX,
+    is_nonlinear,
     is_pointwise,
 )
 from peftc.graph.program import Read, aten, is_call
@@ -61,6 +62,18 @@ def _joins(node: fx.Node, mine: set[fx.Node]) -> bool:
     """Whether a sum has an operand that is neither of `mine` nor stored."""
     others = (one for one in node.all_input_nodes if one not in mine)
     return is_call(node, *ADD, aten.sub.Tensor) and any(one.op == "call_function" for one in others)
+
+
+def activated(linear: fx.Node) -> bool:
+    """Whether a result goes into something nonlinear at once."""
+    node = linear
+    while len(node.users) == 1:
+        node = next(iter(node.users))
+        if is_nonlinear(node):
+            return True
+        if not is_call(node, *MOVE):
+            return False
+    return any(map(is_nonlinear, node.users))
 
 
 def residual_add(node: fx.Node) -> Read | None:

@@ -25,7 +25,7 @@ from peftc.graph.facts import Stacks
 from peftc.graph.program import Read, Value, aten, is_call, scope_of
 from peftc.language.ops import OPS, Op
 from peftc.sites import attention, fused, mixture
-from peftc.sites.dataflow import residual_add
+from peftc.sites.dataflow import activated, residual_add
 from peftc.sites.index import Index
 from peftc.sites.linear import computed, linear_site
 from peftc.sites.site import Hidden, NoSite, Place, Site, layer_of
@@ -86,8 +86,8 @@ def _feed_forward(index: Index, down: fx.Node, taken: set[fx.Node]) -> FeedForwa
     if residual_add(down) is None or not inner or len(inner) > 2 or set(inner) & taken:
         return None
     if len(inner) == 1:
-        return FeedForward(inner[0], None, down, fused.gated_halves(down, inner[0]))
-    gate = next((one for one in inner if _activated(one)), inner[0])
+        return FeedForward(inner[0], None, down, fused.gated_halves(down.args[0], inner[0]))
+    gate = next((one for one in inner if activated(one)), inner[0])
     up = inner[0] if inner[1] is gate else inner[1]
     return FeedForward(up, gate, down)
 
@@ -126,17 +126,6 @@ def _is_fixed(index: Index, node: fx.Node) -> bool:
     if slot is not None:
         return slot.kind != "input"
     return not node.all_input_nodes
-
-
-def _activated(linear: fx.Node) -> bool:
-    node = linear
-    while len(node.users) == 1:
-        node = next(iter(node.users))
-        if is_nonlinear(node):
-            return True
-        if not is_call(node, *MOVE):
-            return False
-    return any(map(is_nonlinear, node.users))
 
 
 def find(index: Index, stacks: Stacks) -> Iterator[Site | NoSite]:

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from peftc.graph.aten import CUT, DROPOUT, MOVE, features, hint, is_nonlinear
+from peftc.graph.aten import CUT, DROPOUT, MOVE, hint, is_nonlinear, static_shape
 from peftc.graph.program import aten, behind, is_call
 from peftc.sites.view import Columns
 
@@ -37,7 +37,7 @@ def columns(node: fx.Node, linear: fx.Node) -> Columns | None:
     between = behind(node, linear)
     if not any(is_call(one, *CUT) for one in between):
         return None
-    width = features(linear)[1]
+    width = static_shape(linear)[-1]
     seen: set[int] = set()
     for labels in _reaching(node, linear, width, between):
         seen |= set(labels.flatten().tolist())
@@ -52,9 +52,9 @@ def united(several: Sequence[Columns | None], width: int) -> Columns | None:
     return None if whole else _pattern(sorted(features), width)
 
 
-def gated_halves(down: fx.Node, linear: fx.Node) -> tuple[Columns, Columns] | None:
-    """(up, gate) of a feed-forward whose two first projections are one linear: `up * act(gate)`."""
-    node = down.args[0]
+def gated_halves(start: Any, linear: fx.Node) -> tuple[Columns, Columns] | None:
+    """(up, gate) of a feed-forward whose two first projections are one product: `start` is `up * act(gate)`."""
+    node = start
     while is_call(node, *MOVE, *DROPOUT):
         node = node.args[0]  # type: ignore[union-attr]
     if not isinstance(node, fx.Node) or not is_call(node, aten.mul.Tensor):

@@ -11,7 +11,16 @@ from functools import partial
 
 from peftc.graph.facts import Stacks
 from peftc.graph.program import Program
-from peftc.sites import attention, convolution, embedding, feed_forward, linear, norm, router
+from peftc.sites import (
+    attention,
+    convolution,
+    embedding,
+    experts,
+    feed_forward,
+    linear,
+    norm,
+    router,
+)
 from peftc.sites.index import Index
 from peftc.sites.site import NoSite, Place, Site
 
@@ -96,6 +105,16 @@ KINDS: dict[str, Kind] = {
         ),
         _linear("ffn.linear", feed_forward.find_any),
         _linear("router", router.find),
+        *(
+            Kind(
+                f"experts.{part}" if part else "experts",
+                partial(experts.find, part),
+                experts.locate,
+                experts.used,
+                Folds("linear", {"x": "x", "h": "h"}),
+            )
+            for part in ("", "up", "gate", "down")
+        ),
         Kind("linear", linear.find_all, linear.locate, folds=replace(_LINEAR, owns=True)),
         _linear("head", linear.head(feed_forward.linears_of)),
         Kind(

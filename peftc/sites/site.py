@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from peftc.errors import PeftcError
+from peftc.sites.routed import Routed
 from peftc.sites.view import Port, Weight
 
 
@@ -76,13 +77,15 @@ class Place:
 
     Where rows go in front of a port: `holds` says whether this graph gets them (a decoder that steps through a
     cache finds them there), `behind(call, value, rows)` gives the value that they go in front of, and `follow`
-    lets what depends on the length (masks, views with sizes) know of them.
+    lets what depends on the length (masks, views with sizes) know of them. `routed` says of experts' rows whose they
+    are.
     """
 
     ports: Mapping[str, Port]
     holds: bool = True
     behind: Callable[..., Any] | None = None
     follow: Callable[..., None] | None = None
+    routed: Routed | None = None
 
 
 def layer_of(scope: str) -> int | None:
