@@ -42,10 +42,16 @@ class Penalize:
             share = _share(program, loss, builder)
             for edit, penalty in penalized:
                 builder.label = builder.tag = edit.entry.method
-                term = builder.lower(penalty, environment(program, edit, [penalty]), "penalty")
-                if share is not None:
-                    term = builder.call(aten.mul.Tensor, term, share, name="penalty_share")
-                loss = builder.call(aten.add.Tensor, loss, term, name="loss")
+                for part in edit.parts:
+                    env = environment(program, edit, [penalty])
+                    for one in edit.parameters:
+                        if one.experts and one.name in env:
+                            own = env[one.name], 0, part
+                            env[one.name] = builder.call(aten.select.int, *own, name="expert")
+                    term = builder.lower(penalty, env, "penalty")
+                    if share is not None:
+                        term = builder.call(aten.mul.Tensor, term, share, name="penalty_share")
+                    loss = builder.call(aten.add.Tensor, loss, term, name="loss")
         outputs = list(place.user.args[0])  # type: ignore[arg-type]
         outputs[place.index] = loss
         place.user.args = (tuple(outputs),)

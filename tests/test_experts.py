@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 import peftc
 from peftc.driver import program_of
 from peftc.errors import PeftcError
+from peftc.language import shelf
 from peftc.language.reader import load_spec, parse_spec
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -132,6 +134,46 @@ def test_folds(at: str) -> None:
     )
 
 
+METHODS = ("dora", "loha", "pissa", "lokr", "rslora", "vera", "oft", "adalora")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_of_a_linear_is_one_of_an_expert(method: str) -> None:
+    """Its formula as it stands, at another place, of each expert its own: reparametrised weights and factors of the
+    weight too. It starts as it does at a linear, and folds."""
+    backbone = tiny("mixtral")
+    text = (shelf.directory() / f"{method}.yaml").read_text()
+    text = re.sub(r"at: \[?attention[^\n]*", "at: experts", text)
+    text = re.sub(r"(shape: \[[^\n\]]*\])", r"\1, per: expert", re.sub(r",\s*per: \w+", "", text))
+    compiled = peftc.compile(copy.deepcopy(backbone), parse_spec(text, method)).eval()
+    inputs = batch(compiled)
+    torch.testing.assert_close(
+        compiled(**inputs).logits, backbone(**inputs).logits, rtol=0, atol=1e-5
+    )
+    folded, report = peftc.merge(stir(compiled, 0.1))
+    assert not report.kept
+    torch.testing.assert_close(
+        folded(**inputs).logits, compiled(**inputs).logits, rtol=0, atol=1e-5
+    )
+
+
+def test_a_penalty_is_of_each_expert() -> None:
+    text = LORA + "    penalty: sum(sum(down * down)) * 0.01\n"
+    compiled = stir(peftc.compile(tiny("mixtral"), spec(text))).train()
+    inputs = batch(compiled)
+    labels = inputs["input_ids"]
+    downs = [v for k, v in compiled.deltas.named_parameters() if k.endswith("down")]
+    wanted = sum(one.square().sum() * 0.01 for one in downs)
+    torch.testing.assert_close(compiled.penalty(), wanted)
+    torch.manual_seed(0)
+    with_it = compiled(**inputs, labels=labels).loss
+    plain = stir(peftc.compile(tiny("mixtral"), spec(LORA))).train()
+    torch.manual_seed(0)
+    torch.testing.assert_close(
+        with_it - plain(**inputs, labels=labels).loss, wanted, rtol=1e-5, atol=1e-5
+    )
+
+
 def test_chosen_experts_are_others_apart() -> None:
     """Those that are not chosen stay as they were, to the bit; what does not fold is kept with the reason."""
     backbone = tiny("mixtral")
@@ -218,6 +260,10 @@ def test_families(name: str) -> None:
         (
             LORA.replace("AT", "experts").replace("WHERE", "experts: 4").replace("PER", "expert"),
             "there is no expert 4: the first is 0, the last 3",
+        ),
+        (
+            "deltas: [{at: experts, params: {a: {shape: [2, out], init: zeros, per: expert}}, delta: sum_first(a) * h}]",
+            "'sum_first' does not go with parameters that are per: expert",
         ),
         (
             LORA.replace("AT", "experts").replace("WHERE", "experts: x").replace("PER", "expert"),

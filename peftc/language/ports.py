@@ -151,6 +151,7 @@ _ROWS = (
             {
                 "x": Port(("...", "in"), INPUT),
                 "h": Port(("...", "out"), RESULT),
+                "W": Port(("out", "in"), WEIGHT),
             },
             (*_LINEAR_DIMS, "experts"),
             f"{what} of a mixture's experts: the rows that were routed, a formula of one expert",

@@ -91,6 +91,10 @@ def _formed(
     """What a formula of the site's own weight, or of its activations, is here."""
     assert parameter.formula is not None
     env = weights_at(edit.site, read)
+    if parameter.experts:
+        chosen = edit.entry.where.experts or range(parameter.experts)
+        of = [{name: value[expert] for name, value in env.items()} for expert in chosen]
+        return torch.stack([evaluate(parameter.formula, one, {}) for one in of])
     if edit.entry.words is not None and not set(names(parameter.formula)) <= env.keys():
         if activations is None:
             return torch.zeros(parameter.shape)

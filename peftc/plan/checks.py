@@ -25,6 +25,7 @@ def check(edit: Edit) -> None:
     for name, expression in entry.let:
         lets[name] = shape_of(expression, edit, lets)
     _check_growth(edit)
+    _check_each(edit)
     for port, expression in entry.assign:
         got, want = shape_of(expression, edit, lets), ports[port]
         if got[-1:] != want[-1:] and got != ():
@@ -48,6 +49,19 @@ def _check_growth(edit: Edit) -> None:
         raise ex.ExprError(0, "'positions: shift' goes with keys that are prepended")
 
 
+# Ops that count axes from the front, where what is of each expert has these.
+_OF_ONE = ("sum_first", "split_heads", "prepend", "lookup", "svd_in", "svd_out")
+
+
+def _check_each(edit: Edit) -> None:
+    if not any(one.experts for one in edit.parameters):
+        return
+    found = {call.op for one in inlined(edit)[1].values() for call in ex.calls(one)}
+    odd = [op for op in _OF_ONE if op in found]
+    if odd:
+        raise ex.ExprError(0, f"'{odd[0]}' does not go with parameters that are per: expert", "")
+
+
 def _check_formula(parameter: Parameter, ports: Mapping[str, ex.Shape]) -> None:
     assert parameter.formula is not None
     got = infer(parameter.formula, ports)
@@ -57,7 +71,7 @@ def _check_formula(parameter: Parameter, ports: Mapping[str, ex.Shape]) -> None:
             size if one in LENGTHS else one
             for one, size in zip(got[1:], parameter.shape, strict=False)
         )
-    if got != parameter.shape:
+    if got != parameter.seen:
         raise ex.ExprError(
             0, f"'{parameter.name}' is {_text(parameter.shape)} but starts as {_text(got)}", ""
         )

@@ -70,6 +70,12 @@ class Edit:
         )
 
     @property
+    def parts(self) -> range | tuple[None]:
+        """The places of what is of each expert in tensors that are per expert; None alone where there are none."""
+        count = max((one.experts for one in self.parameters), default=0)
+        return range(count) if count else (None,)
+
+    @property
     def key(self) -> tuple[int, str]:
         """What tells it from every other of its plan: two entries of one method may share a site."""
         return self.index, self.site.name

@@ -366,13 +366,9 @@ def _parameter(param: Param, site: Site, entry: Entry, label: str, kind: str) ->
     }[param.per]
     path = f"{group}.{label}.{param.name}"
     if param.init.name == FORMULA:
-        if experts:
-            raise ex.ExprError(
-                0, f"'{param.name}' starts as a formula, and that is of no single expert", ""
-            )
         values = {name: ex.Number(value) for name, value in sizes.items()}
         formula = ex.substitute(param.init.args[0], values)
-        return Parameter(param.name, path, shape, FORMULA, (), param.trainable, formula)
+        return Parameter(param.name, path, shape, FORMULA, (), param.trainable, formula, experts)
     args = tuple(float(ex.number(arg, sizes)) for arg in param.init.args)
     return Parameter(
         param.name, path, shape, param.init.name, args, param.trainable, experts=experts

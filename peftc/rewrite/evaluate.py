@@ -45,8 +45,9 @@ def penalty_value(edits: Iterable[Edit], tensors: Tensors) -> torch.Tensor:
     lowering.training = True
     for edit in edits:
         penalty = penalty_of(edit)
-        if penalty is not None:
-            env = {one.name: tensors[one.path] for one in edit.parameters}
+        for part in edit.parts if penalty is not None else ():
+            env = {p.name: tensors[p.path] for p in edit.parameters}
+            env |= {p.name: env[p.name][part] for p in edit.parameters if p.experts}
             found = found + lowering.lower(penalty, {**numbers(edit), **env}, "penalty")
     value: torch.Tensor = found
     return value

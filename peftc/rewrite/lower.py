@@ -253,13 +253,14 @@ def _kron(builder: Lowering, expr: Call, env: Env, name: str) -> Operand:
 
 
 def _block_diag(builder: Lowering, expr: Call, env: Env, name: str) -> Operand:
-    """[n, a, b] to [n * a, n * b] with the blocks on the diagonal"""
+    """[..., n, a, b] to [..., n * a, n * b] with the blocks on the diagonal"""
     x = builder.lower(expr.args[0], env, f"{name}_blocks")
-    last = builder.call(aten.permute.default, x, [1, 2, 0], name=f"{name}_last")
-    wide = builder.call(aten.diag_embed.default, last, name=f"{name}_wide")
-    order = builder.call(aten.permute.default, wide, [2, 0, 3, 1], name=f"{name}_order")
-    columns = builder.call(aten.flatten.using_ints, order, 2, 3, name=f"{name}_columns")
-    return builder.call(aten.flatten.using_ints, columns, 0, 1, name=name)
+    last = builder.call(aten.movedim.int, x, -3, -1, name=f"{name}_last")
+    wide = builder.call(aten.diag_embed.default, last, name=f"{name}_wide")  # [..., a, b, n, n]
+    axes = [-2, -4, -1, -3], [-4, -3, -2, -1]
+    order = builder.call(aten.movedim.intlist, wide, *axes, name=f"{name}_order")
+    columns = builder.call(aten.flatten.using_ints, order, -2, -1, name=f"{name}_columns")
+    return builder.call(aten.flatten.using_ints, columns, -3, -2, name=name)
 
 
 def _cayley(builder: Lowering, expr: Call, env: Env, name: str) -> Operand:

@@ -38,7 +38,7 @@ class RoutedBuilder(Builder):
             if apart:
                 self.apart.add(node)
             return node
-        if fn is aten.matmul.default and args[1] in self.apart:
+        if fn is aten.matmul.default and self._is_apart(args[1]):
             if args[0] not in self.rows:
                 raise PassError(
                     f"'{name}' multiplies the matrices of experts by rows on their right"
@@ -46,15 +46,18 @@ class RoutedBuilder(Builder):
             assert self.routed is not None
             node = self.routed.times(super().call, args[0], args[1], name)
         else:
-            each = [self._each(one, name) if one in self.apart else one for one in args]
+            each = [self._each(one, name) if self._is_apart(one) else one for one in args]
             node = super().call(fn, *each, name=name, **kwargs)
         self.rows.add(node)
         return node
 
+    def _is_apart(self, one: Any) -> bool:
+        return isinstance(one, fx.Node) and one in self.apart
+
     def _lined(self, args: Sequence[Any], given: Sequence[fx.Node]) -> list[Any]:
         """Operands of one expert's ranks: [experts, r] meets [experts, a, r] as [experts, 1, r]."""
         ranks = [one.meta["val"].ndim - (one in self.apart) for one in given]
-        return [self._deep(one, max(ranks)) if one in self.apart else one for one in args]
+        return [self._deep(one, max(ranks)) if self._is_apart(one) else one for one in args]
 
     def _deep(self, value: fx.Node, rank: int) -> fx.Node:
         for _ in range(rank + 1 - value.meta["val"].ndim):
@@ -81,8 +84,11 @@ class RoutedBuilder(Builder):
             for one in range(edit.site.dims["experts"])
         ]
         whole = make(aten.cat.default, parts, 0, name="chosen")
-        assert self.routed is not None
-        rows = self.routed.each(make, whole, "chosen")
+        if new in self.apart:  # weights
+            rows = make(aten.unsqueeze.default, whole, 1, name="chosen")
+        else:
+            assert self.routed is not None
+            rows = self.routed.each(make, whole, "chosen")
         mask = make(aten.gt.Scalar, rows, 0.5, name="mask")
         return make(aten.where.self, mask, new, old, name=name)
 
@@ -100,6 +106,10 @@ class RoutedBuilder(Builder):
             self.apart.add(node)
             found[one.name] = node
         return found
+
+    def keep(self, values: Iterable[fx.Node]) -> None:
+        """Values of the graph that are of each expert: weights."""
+        self.apart.update(values)
 
     def see(self, values: Iterable[fx.Node]) -> None:
         """Values of the graph that are rows."""

@@ -17,7 +17,7 @@ from torch import fx
 
 from peftc.graph.program import Program, Read, Slot, Value, aten
 from peftc.language.expr import Expr, Name, names
-from peftc.language.ports import SITES
+from peftc.language.ports import SITES, STORED
 from peftc.plan.algebra import constant_parts, grown, growth, inlined, replaced, ungrown
 from peftc.plan.edit import Edit
 from peftc.rewrite.lengths import release
@@ -49,7 +49,13 @@ def splice(
         builder.known = shared.known
         with program.graph.inserting_before(_anchor(program, port, now, expression)):
             if isinstance(builder, RoutedBuilder):
-                builder.see([*now.values(), _now(program, port)])
+                stored = SITES[edit.site.at].having(*STORED)
+                builder.see(
+                    _now(program, place.ports[one]) for one in place.ports if one not in stored
+                )
+                builder.keep(
+                    _now(program, place.ports[one]) for one in place.ports if one in stored
+                )
                 env = builder.learn(edit, env)
             seen = _seen(builder, edit, place, expression, name, now, wide)
             local = {k: _cast(builder, v, wide, k) for k, v in env.items()}

@@ -24,10 +24,12 @@ _TURNED = Form(aten.transpose.int, (-2, -1), aten.transpose.int, (-2, -1), "turn
 
 @dataclass(frozen=True)
 class Product:
-    """One product: rows x, the experts' weight, its result h with a bias where it has one, and how rows are routed."""
+    """One product: rows x, the experts' weight and who reads it, its result h with a bias where it has one, and how
+    rows are routed."""
 
     x: Read
     weight: Weight
+    read: Read
     bias: Weight | None
     h: fx.Node
     routed: Routed
@@ -54,11 +56,11 @@ def products(index: Index) -> tuple[Product, ...]:
 def _grouped(index: Index, node: fx.Node) -> Product | None:
     if node.op != "call_function" or "grouped_mm" not in op_name(node) or len(node.args) < 3:
         return None
-    weight, by = _matrices(index, node.args[1], turned=True), node.args[2]
-    if weight is None or not isinstance(by, fx.Node):
+    found, by = _matrices(index, Read(node, 1), turned=True), node.args[2]
+    if found is None or not isinstance(by, fx.Node):
         return None
     h, bias = _biased(index, node)
-    return Product(Read(node, 0), weight, bias, h, Routed("grouped", by, node, node.target))
+    return Product(Read(node, 0), *found, bias, h, Routed("grouped", by, node, node.target))
 
 
 def _gathered(index: Index, node: fx.Node) -> Product | None:
@@ -70,32 +72,34 @@ def _gathered(index: Index, node: fx.Node) -> Product | None:
         chosen, x = node.args[place], node.args[1 - place]
         if not (is_call(chosen, aten.index.Tensor) and is_call(x, aten.unsqueeze.default)):
             continue
-        weight = _matrices(index, chosen.args[0], turned)  # type: ignore[union-attr]
+        found = _matrices(index, Read(chosen, 0), turned)  # type: ignore[arg-type]
         ids: Any = chosen.args[1]  # type: ignore[union-attr]
-        if weight is not None and len(ids) == 1 and is_call(result, aten.squeeze.dim):
+        if found is not None and len(ids) == 1 and is_call(result, aten.squeeze.dim):
             h, bias = _biased(index, result)
-            return Product(Read(x, 0), weight, bias, h, Routed("gathered", ids[0], node))  # type: ignore[arg-type]
+            return Product(Read(x, 0), *found, bias, h, Routed("gathered", ids[0], node))  # type: ignore[arg-type]
     return None
 
 
 def _batched(index: Index, node: fx.Node) -> Product | None:
     if not is_call(node, aten.bmm.default, aten.matmul.default):
         return None
-    weight = _matrices(index, node.args[1], turned=True)
-    if weight is None or len(static_shape(node.args[0])) != 3:
+    found = _matrices(index, Read(node, 1), turned=True)
+    if found is None or len(static_shape(node.args[0])) != 3:
         return None
-    return Product(Read(node, 0), weight, None, node, Routed("batched", None, node))
+    return Product(Read(node, 0), *found, None, node, Routed("batched", None, node))
 
 
-def _matrices(index: Index, node: Any, turned: bool) -> Weight | None:
-    """The parameter [experts, ...] that an operand is; `turned`: as [in, out] of each expert."""
-    form = _TURNED if turned else None
+def _matrices(index: Index, read: Read, turned: bool) -> tuple[Weight, Read] | None:
+    """The parameter [experts, ...] that an operand is, and who reads it; `turned`: as [in, out] of each expert."""
+    if not isinstance(read.user.args[read.index], fx.Node):
+        return None
+    form, node = _TURNED if turned else None, read.node
     if is_call(node, aten.transpose.int) and {*node.args[1:]} in ({-2, -1}, {1, 2}):
-        node, form = node.args[0], None if turned else _TURNED
-    path = index.program.parameter(node)
-    if path is None or len(static_shape(node)) != 3:
+        read, form = Read(node, 0), None if turned else _TURNED
+    path = index.program.parameter(read.node)
+    if path is None or len(static_shape(read.node)) != 3:
         return None
-    return Weight(path, View(form))
+    return Weight(path, View(form, axis=-2)), read
 
 
 def _biased(index: Index, node: fx.Node) -> tuple[fx.Node, Weight | None]:
@@ -165,7 +169,7 @@ def find(part: str, index: Index, stacks: Stacks) -> Iterator[Site | NoSite]:
 def _site(index: Index, stacks: Stacks, at: str, one: Product, columns: Columns | None) -> Site:
     scope = one.weight.path if at == "experts" else one.module  # a module has several products
     form = one.weight.view.form
-    weights = {"W": Weight(one.weight.path, View(form, columns))}
+    weights = {"W": Weight(one.weight.path, View(form, columns, -2))}
     if one.bias is not None:
         weights["b"] = Weight(one.bias.path, View(columns=columns))
     stored = next(node for node, path in index.parameters if path == one.weight.path)
@@ -182,7 +186,8 @@ def locate(index: Index, site: Site) -> tuple[Place, ...]:
 
 
 def _place(one: Product, columns: Columns | None) -> Place:
-    ports: dict[str, Port] = {"x": one.x, "h": Value(one.h)}
+    weight = Part(one.read, View(one.weight.view.form, columns, -2))
+    ports: dict[str, Port] = {"x": one.x, "h": Value(one.h), "W": weight}
     if columns is not None:
         ports["h"] = Part(Value(one.h), View(columns=columns, axis=-1))
     return Place(ports, routed=one.routed)

@@ -111,7 +111,7 @@ KINDS: dict[str, Kind] = {
                 partial(experts.find, part),
                 experts.locate,
                 experts.used,
-                Folds("linear", {"x": "x", "h": "h"}),
+                Folds("linear", {"x": "x", "h": "h", "W": "W"}),
             )
             for part in ("", "up", "gate", "down")
         ),

@@ -72,7 +72,8 @@ def channels_last(axes: int) -> Form:
 
 @dataclass(frozen=True)
 class View:
-    """Some `columns` along `axis` (0 of a weight or bias, -1 of a value) of a value in another `form`."""
+    """Some `columns` along `axis` (0 of a weight or bias, -2 of experts' weights, -1 of a value) of a value in another
+    `form`."""
 
     form: Form | None = None
     columns: Columns | None = None
@@ -122,7 +123,7 @@ class View:
     @property
     def _pair(self) -> tuple[int, int]:
         """The two axes that `axis` becomes when it is split in groups."""
-        return (-2, -1) if self.axis == -1 else (0, 1)
+        return (self.axis - 1, self.axis) if self.axis < 0 else (0, 1)
 
 
 PLAIN = View()
