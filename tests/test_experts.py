@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 import peftc
 from peftc.driver import program_of
 from peftc.errors import PeftcError
+from peftc.interchange.write import export_peft
 from peftc.language import shelf
 from peftc.language.reader import load_spec, parse_spec
 
@@ -223,6 +224,13 @@ def test_generates_and_exports(tmp_path: Path) -> None:
     peftc.export(compiled, tmp_path / "bundle")
     runner = peftc.runtime.load(tmp_path / "bundle")
     assert torch.equal(runner.generate(ids, **options), tokens[0])
+
+
+def test_peft_has_no_layout_of_ours(tmp_path: Path) -> None:
+    compiled = peftc.compile(tiny("mixtral"), load_spec("lora_experts", r=2))
+    with pytest.raises(PeftcError, match="is of experts, and PEFT's layout of such"):
+        export_peft(compiled, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
 
 
 FAMILIES = [

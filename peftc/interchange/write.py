@@ -39,6 +39,10 @@ class LowRank:
 
 def low_rank(edit: Edit) -> LowRank:
     """The form PEFT calls LoRA, read off the expression. Raises InterchangeError when it is another."""
+    if "experts" in edit.site.dims:
+        raise InterchangeError(
+            f"{edit.name} is of experts, and PEFT's layout of such (target_parameters) is not written here; merge them"
+        )
     paths, assigned = {p.name: p.path for p in edit.parameters}, tuple(inlined(edit)[1].items())
     match assigned:
         case ((port, Call("add", (Name(old), change))),) if old == port:
@@ -87,8 +91,9 @@ def export_peft(model: CompiledModel, directory: str | Path) -> tuple[str, ...]:
     """
     groups: dict[str, list[LowRank]] = {}
     for edit in model.plan.edits:
+        found = low_rank(edit)
         module = edit.site.weights["W"].path.removesuffix(".weight")
-        groups.setdefault(module, []).append(low_rank(edit))
+        groups.setdefault(module, []).append(found)
     if not groups:
         raise InterchangeError("there are no deltas that PEFT could hold")
     tensors: Tensors = {}
