@@ -153,7 +153,7 @@ HALF = ("bart", "roberta", "gpt2", "llama")
 def _half_cell(method: str) -> object:
     """Each method in one family, the families in turn."""
     turn = shipped().index(method) % len(HALF)
-    order = (*HALF[turn:], *HALF[:turn], "vit")  # the one with a convolution
+    order = (*HALF[turn:], *HALF[:turn], "vit", "mixtral")  # with convolutions, with experts
     family = next(one for one in order if not lacks(method, one))
     mark = pytest.mark.xdist_group(family)
     return pytest.param(method, family, id=f"{method}-{family}", marks=mark)

@@ -638,10 +638,10 @@ DECODERS = {
 }
 
 
-@pytest.mark.habit("models: language models that keep no cache", "Hugging Face's tokens")
+@pytest.mark.habit("models: language models that give no cache", "Hugging Face's tokens")
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", DECODERS)
-def test_what_keeps_no_cache_generates_without(name: str) -> None:
+def test_what_gives_no_cache_generates_as_eager_code(name: str) -> None:
     torch.manual_seed(0)
     sizes = {k: v for k, v in ENCODER.items() if k != "num_labels"} | dict(pad_token_id=0)
     config = getattr(transformers, f"{name}Config")(**sizes)
@@ -652,6 +652,12 @@ def test_what_keeps_no_cache_generates_without(name: str) -> None:
     model = peftc.compile(backbone, LORA)
     assert torch.equal(model.generate(**inputs, **settings), want)
     assert "past_key_values" not in output(model, **inputs, use_cache=True)
+    folded, _ = peftc.merge(stir(model))
+    for cached in (True, False):  # with one it reads the last token alone, in eager code too
+        mine, theirs = (
+            one.generate(**inputs, **settings, use_cache=cached) for one in (model, folded)
+        )
+        assert torch.equal(mine, theirs)
 
 
 @pytest.mark.sampled(2)

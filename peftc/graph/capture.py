@@ -167,7 +167,7 @@ def _traced(
     }
     auto = torch.export.Dim.AUTO
     shapes = {k: {i: auto for i, a in enumerate(labels[k]) if a} for k in tensors}
-    output_types: list[type] = []
+    output_types: list[Callable[..., Any]] = []
     answers, draws = Finite(finite), Dropped(dropped)
 
     def run(arguments: Tensors) -> dict[str, Any]:
@@ -311,7 +311,7 @@ def _program(
     model: PreTrainedModel,
     labels: Labels,
     wide: frozenset[str],
-    output_type: type,
+    output_type: Callable[..., Any],
 ) -> Program:
     paths = canonical_paths(model)
     slots: dict[str, Slot] = {}

@@ -13,8 +13,18 @@ from transformers.modeling_outputs import BaseModelOutput
 from peftc.graph.cache import CACHES, FILLED, CacheSlot, flatten_cache, unflatten_cache
 from peftc.graph.facts import ModelFacts
 
-Outputs = tuple[type, dict[str, Any]]
+Outputs = tuple[Callable[..., Any], dict[str, Any]]
 Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Quiet:
+    """Makes outputs of a class without a cache, of a model that fills a cache and does not give it."""
+
+    output_type: Callable[..., Any]
+
+    def __call__(self, **fields: Any) -> Any:
+        return self.output_type(**{k: v for k, v in fields.items() if k not in CACHES})
 
 
 @dataclass(frozen=True)
@@ -66,9 +76,9 @@ def _cached(model: PreTrainedModel, tensors: Tensors, flags: Mapping[str, Any]) 
     output_type, fields = _plain(out)
     fields.pop("encoder_last_hidden_state", None)
     given = out.get(facts.cache)
-    present = flatten_cache(
-        cache if given is None else given
-    )  # an encoder fills it, and gives none
+    if given is None:  # an encoder fills the one that it was given
+        given, output_type = cache, Quiet(output_type)
+    present = flatten_cache(given)
     return output_type, fields | {k: v for k, v in present.items() if not _is_fixed(k, tensors)}
 
 

@@ -118,7 +118,7 @@ class Program:
     constants: dict[str, torch.Tensor]
     out_spec: pytree.TreeSpec
     training: bool = False
-    output_type: type = dict
+    output_type: Callable[..., Any] = dict
     wide: frozenset[str] = frozenset()
     bounds: tuple[Bound, ...] = ()
     masks: str = "any"

@@ -21,13 +21,15 @@ from peftc.model.sharing import SHARED, Sharing
 
 # Arguments that ask for a cache or name the output type; the entries decide both themselves.
 _CONTROL = ("use_cache", "return_dict", "encoder_outputs", *CACHES)
+# What may hold nothing; torch.compile knows no unions of types.
+_HOLDS = (dict, list, tuple)
 # Of a module's own, those that are one with the module that it stands for.
 _ONE = frozenset(vars(nn.Module())) - {"training"}
 
 
 def split(wanted: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Tensors become inputs of the graph; switches and numbers are fixed in it. What holds nothing says nothing."""
-    wanted = {k: v for k, v in wanted.items() if not (isinstance(v, dict | list | tuple) and not v)}
+    wanted = {k: v for k, v in wanted.items() if not (isinstance(v, _HOLDS) and not v)}
     tensors = {k: v for k, v in wanted.items() if isinstance(v, torch.Tensor)}
     flags = {k: v for k, v in wanted.items() if k not in tensors and k not in _CONTROL}
     odd = [k for k, v in flags.items() if not isinstance(v, bool | int | float | str)]
