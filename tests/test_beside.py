@@ -76,7 +76,7 @@ def test_with_another(specs: list[object], left: int) -> None:
     assert products(program) == bare + left
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("family", ["bart", "bert", "llama"])
 @pytest.mark.parametrize("method", ["lora", "ia3", "bitfit", "widened"])
 def test_what_folded_is_as_light_as_bare(family: str, method: str, tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_what_folded_is_as_light_as_bare(family: str, method: str, tmp_path: Pat
         assert nodes(tmp_path / "with" / file.name) == nodes(file)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("family", ["bart", "llama"])
 def test_in_a_bundle(family: str, tmp_path: Path) -> None:
     model = stir(peftc.compile(tiny(family), [adapter("relu")]))

@@ -33,7 +33,7 @@ def compiled(family: str, method: str) -> CompiledModel:
     return stir(peftc.compile(tiny(family), spec))
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(("family", "method"), CELLS)
 def test_what_is_right_holds(family: str, method: str) -> None:
     model = compiled(family, method)

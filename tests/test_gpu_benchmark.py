@@ -49,6 +49,7 @@ def test_every_row(name: str, tmp_path: Path) -> None:
         assert all(side["graphs"] >= 1 for side in rows[what]["compiled"].values())
 
 
+@pytest.mark.slow
 def test_a_row_that_fails_stops_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

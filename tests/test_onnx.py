@@ -95,7 +95,7 @@ def test_rows_in_front(family: str, tmp_path: Path) -> None:
         assert torch.equal(generate(runner, "beam"), generate(model, "beam"))
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("family", ["roberta", "bert"])
 @pytest.mark.parametrize("opset", [20, 23])
 def test_classifier(family: str, opset: int, tmp_path: Path) -> None:

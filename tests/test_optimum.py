@@ -74,6 +74,7 @@ def test_what_stands_in_a_cache_is_refused(family: str, method: str, tmp_path: P
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.slow
 def test_from_the_command_line(run: Run, tmp_path: Path) -> None:
     tiny("bart").save_pretrained(tmp_path / "m")
     bundle = tmp_path / "b"

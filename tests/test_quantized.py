@@ -133,7 +133,7 @@ def step(
 
 
 @pytest.mark.habit("models: torchao's int8 and int4", "the dequantised model, values and gradients")
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 @formats
 @pytest.mark.parametrize(("method", "family"), CELLS)
 def test_as_what_it_stands_for(method: str, family: str, kind: str) -> None:

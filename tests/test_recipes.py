@@ -280,6 +280,7 @@ LOCAL = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", PAPER)
 def test_the_papers_recipes_on_small_local_files(
     name: str, run: Run, folder: Path, body: Path, tmp_path: Path

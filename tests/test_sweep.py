@@ -16,6 +16,7 @@ from nature import Nature
 from registry import registered, small
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_eager_code_does(family: str) -> None:
     """The oracle of places, on families whose architecture is known."""

@@ -111,7 +111,7 @@ def exported(one: str, tmp_path: Path, tokenizer: Any = None) -> tuple[PreTraine
     return model, peftc.runtime.load(tmp_path / "b")
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("one", HEADS)
 def test_outputs_are_those_of_torch(one: str, tmp_path: Path) -> None:
     model, runner = exported(one, tmp_path)
@@ -329,7 +329,7 @@ def test_tokens_are_those_of_torch(family: str, method: str, tmp_path: Path) -> 
 TURNS = ("bart", "bert", "llama", "whisper", "gpt2", "roberta", "t5", "vit", "neox")
 
 
-@pytest.mark.sampled(11)
+@pytest.mark.sampled(22)
 @pytest.mark.parametrize("method", shipped())
 def test_every_method_on_a_row(method: str, tmp_path: Path) -> None:
     """What a method computes is in the bundle: the certificate compares it, and it is not the backbone's."""
