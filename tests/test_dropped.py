@@ -11,7 +11,7 @@ from conftest import batch, stir, tiny, wide
 from transformers import PreTrainedModel
 
 import peftc
-from peftc.language.reader import load_spec
+from peftc.language.reader import load_spec, parse_spec
 
 SPEECH = dict(
     hidden_size=32,
@@ -66,6 +66,30 @@ def test_losses_are_those_of_eager_code(make: object) -> None:
                 if weight.grad is not None:
                     torch.testing.assert_close(weight.grad, eager.get_parameter(path).grad)
     assert len(found) > 3  # layers were left out, others in each
+
+
+def test_deltas_around_layers_that_are_left_out() -> None:
+    """At what goes into the next layer, at its norms and its feed-forwards: as the folded model in eager code."""
+    spec = """
+deltas:
+  - at: ffn
+    params: {a: {shape: [out], init: zeros}}
+    delta: a
+  - at: norm
+    params: {c: {shape: [out], init: zeros}}
+    rewrite: {W: W + c}
+"""
+    for model in (speech(), text()):
+        compiled = stir(peftc.compile(copy.deepcopy(model), parse_spec(spec, "s")))
+        folded, report = peftc.merge(compiled)
+        assert not report.kept
+        inputs = batch(model)
+        for seed in range(6):
+            results = []
+            for one in (compiled.train(), folded.train()):
+                torch.manual_seed(seed)
+                results.append(one(**inputs).logits)
+            torch.testing.assert_close(*results, rtol=0, atol=1e-5)
 
 
 def test_deltas_of_a_layer_that_is_left_out_are_not_run() -> None:

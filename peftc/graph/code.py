@@ -53,7 +53,7 @@ NAMED: dict[Any, Callable[..., Any]] = {
 }
 
 
-# In the meta of a selection: (draw, before, after) of a layer that training leaves out where the draw says so.
+# In the meta of a selection: which of its operands is the result of a layer that is left out where the draw says so.
 LEFT_OUT = "left_out"
 
 
@@ -79,7 +79,7 @@ def function_of(root: nn.Module, graph: fx.Graph) -> Callable[..., Any]:
 
 def _alone(selection: fx.Node) -> list[fx.Node]:
     """The nodes that nothing but one side of a selection needs, in order."""
-    draw, after = selection.args[0], selection.args[_side(selection)]
+    draw, after = selection.args[0], selection.args[selection.meta[LEFT_OUT]]
     mine: set[fx.Node] = set()
     node = selection.prev
     while node is not draw and node.op != "placeholder":
@@ -90,12 +90,6 @@ def _alone(selection: fx.Node) -> list[fx.Node]:
     return [one for one in selection.graph.nodes if one in mine]
 
 
-def _side(selection: fx.Node) -> int:
-    """The operand that is what comes out of the layer."""
-    before = selection.meta[LEFT_OUT][1]
-    return 2 if selection.args[1] is before or selection.args[1].name == before.name else 1
-
-
 def _unless(
     root: nn.Module,
     named: fx.Graph,
@@ -104,7 +98,7 @@ def _unless(
     found: dict[fx.Node, fx.Node],
 ) -> fx.Node:
     """A selection that runs the layer only where its result is taken."""
-    body, side = fx.Graph(), _side(selection)
+    body, side = fx.Graph(), selection.meta[LEFT_OUT]
     reads = list(dict.fromkeys(n for one in layer for n in one.all_input_nodes if n not in layer))
     copies = {one: body.placeholder(one.name) for one in reads}
     for one in layer:
@@ -114,13 +108,11 @@ def _unless(
 
     def unless(draw: torch.Tensor, past: torch.Tensor, *given: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling():
-            sides = [past, run(*given)]
-            return torch.where(draw, *(sides if side == 2 else reversed(sides)))
+            there = run(*given)
+            return torch.where(draw, past, there) if side == 2 else torch.where(draw, there, past)
         taken = bool(draw) is (side == 1)
         result: torch.Tensor = run(*given) if taken else past
         return result
 
-    past = selection.args[3 - side]
-    return named.call_function(
-        unless, tuple(found[one] for one in (selection.args[0], past, *reads))
-    )
+    draw, past = selection.args[0], selection.args[3 - side]
+    return named.call_function(unless, fx.map_arg((draw, past, *reads), found.__getitem__))

@@ -75,17 +75,18 @@ def left_out(program: Program, other: Program) -> bool:
             return False
         before, after = found
         with program.graph.inserting_after(after):
-            sides = (after, before) if mark.args[1] == _SAYS[True] else (before, after)
+            kept = mark.args[1] == _SAYS[True]
+            sides = (after, before) if kept else (before, after)
             one = program.graph.call_function(aten.where.self, (mark.args[0], *sides))
-        one.meta = {**after.meta, LEFT_OUT: (mark.args[0], before, after)}
+        one.meta = {**after.meta, LEFT_OUT: sides.index(after) + 1}
         for user in [*after.users]:
             if user is not one:
                 user.replace_input_with(after, one)
         chosen[one] = before
-    for one in (program, other):
-        for node in one.graph.find_nodes(op="call_function", target=_MARK):
+    for graph in (program.graph, other.graph):
+        for node in graph.find_nodes(op="call_function", target=_MARK):
             if node.args[1] in _SAYS.values():
-                one.graph.erase_node(node)
+                graph.erase_node(node)
     return _alike(program, other, chosen)
 
 

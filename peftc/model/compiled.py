@@ -249,7 +249,8 @@ class CompiledModel(Sharing):
 
     def _supports_mm_encoder_outputs(self) -> bool:
         """What `generate` asks before it encodes images: a graph takes them with the tokens."""
-        return not self._sets.names and bool(super()._supports_mm_encoder_outputs())
+        bare: Any = super()
+        return not self._sets.names and bool(bare._supports_mm_encoder_outputs())
 
     def get_encoder(self, modality: str | None = None) -> nn.Module:
         """The encoder with its deltas, as `generate` wants it."""

@@ -13,9 +13,9 @@ from peftc.rewrite.nodes import made
 def as_product(program: Program, node: fx.Node) -> bool:
     """`bnid,bnjd->bnij`, and any other in which both operands and the result have the same letters in front, in some
     order, and one is summed over, as `matmul` of what is laid out for it. False where it is none of these."""
-    text, operands = node.args[0], node.args[1]
-    left, right, result = _letters(str(text))
-    if len(operands) != 2 or not (left and right and result):  # type: ignore[arg-type]
+    operands: Any = node.args[1]
+    left, right, result = _letters(str(node.args[0]))
+    if len(operands) != 2 or not (left and right and result):
         return False
     shared = [one for one in result if one in left and one in right]
     summed = [one for one in left if one in right and one not in result]
@@ -24,7 +24,7 @@ def as_product(program: Program, node: fx.Node) -> bool:
     fits = len(summed) == len(mine) == len(theirs) == 1
     if not fits or {*left} != {*shared, *summed, *mine} or {*right} != {*shared, *summed, *theirs}:
         return False
-    first, second = operands  # type: ignore[misc]
+    first, second = operands
     with program.graph.inserting_before(node):
         a = _laid(program, node, first, left, [*shared, *mine, *summed])
         b = _laid(program, node, second, right, [*shared, *theirs, *summed])
@@ -42,8 +42,7 @@ def _letters(text: str) -> tuple[list[str], list[str], list[str]]:
     several = [*sides.split(","), result]
     if len(several) != 3 or any(len({*one}) != len(one) or "." in one for one in several):
         return [], [], []
-    left, right, result = several
-    return list(left), list(right), list(result)
+    return list(several[0]), list(several[1]), list(several[2])
 
 
 def _laid(program: Program, like: fx.Node, value: Any, old: list[str], new: list[str]) -> Any:

@@ -45,7 +45,9 @@ def penalty_value(edits: Iterable[Edit], tensors: Tensors) -> torch.Tensor:
     lowering.training = True
     for edit in edits:
         penalty = penalty_of(edit)
-        for part in edit.parts if penalty is not None else ():
+        if penalty is None:
+            continue
+        for part in edit.parts:
             env = {p.name: tensors[p.path] for p in edit.parameters}
             env |= {p.name: env[p.name][part] for p in edit.parameters if p.experts}
             found = found + lowering.lower(penalty, {**numbers(edit), **env}, "penalty")

@@ -11,7 +11,7 @@ from peftc.graph.program import Program, aten, is_call
 from peftc.rewrite.nodes import made
 
 # A part of a value, and the op that gives the value with another part.
-_PARTS = {
+_PARTS: dict[Any, Any] = {
     aten.slice.Tensor: aten.slice_scatter.default,
     aten.select.int: aten.select_scatter.default,
     aten.transpose.int: None,  # its own inverse

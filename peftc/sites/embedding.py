@@ -48,7 +48,7 @@ def _is_turned(node: object) -> bool:
         assert isinstance(node, fx.Node)
         if is_call(node, *TURN, aten.permute.default):
             return True
-        node = node.args[0]  # type: ignore[assignment]
+        node = node.args[0]
     return False
 
 

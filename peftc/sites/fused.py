@@ -56,7 +56,7 @@ def gated_halves(start: Any, linear: fx.Node) -> tuple[Columns, Columns] | None:
     """(up, gate) of a feed-forward whose two first projections are one product: `start` is `up * act(gate)`."""
     node = start
     while is_call(node, *MOVE, *DROPOUT):
-        node = node.args[0]  # type: ignore[union-attr]
+        node = node.args[0]
     if not isinstance(node, fx.Node) or not is_call(node, aten.mul.Tensor):
         return None
     sides = [one for one in node.args if isinstance(one, fx.Node)]
