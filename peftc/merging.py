@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NoReturn, TypeVar
@@ -196,6 +197,7 @@ def _report(
     inputs: Batch,
     held: tuple[int, int],
 ) -> Report:
+    start = time.perf_counter()
     before, after = outputs(model, inputs), outputs(merged, inputs)
     bare = outputs(model.backbone, inputs)
     return Report(
@@ -204,4 +206,5 @@ def _report(
         scale=verify.magnitude(before),
         changed=verify.difference(before, bare),
         held=held,
+        seconds=time.perf_counter() - start,
     )

@@ -71,7 +71,9 @@ def export(
             progress=progress,
             **made,
         )
-    whole, proof = time.perf_counter() - start, sum(one.seconds for one in parity)
+    manifest = read_manifest(output, ())
+    whole = time.perf_counter() - start
+    proof = manifest["fold"]["seconds"] + sum(one.seconds for one in parity)
     for one in parity:
         say(
             f"{one.graph}: max |ONNX - torch| = {one.error:.3g} "
@@ -79,7 +81,7 @@ def export(
         )
         if one.agreement < 1 or one.divergence > 1e-6:
             say(f"{one.graph}: {one.agreement:.1%} of choices are torch's, KL {one.divergence:.2g}")
-    for role, ops in read_manifest(output, ()).get("fused", {}).items():
+    for role, ops in manifest.get("fused", {}).items():
         if role != "for":
             say(f"{role}: fused {ops}")
     size = sum(one.stat().st_size for one in output.rglob("*") if one.is_file())

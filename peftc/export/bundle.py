@@ -157,7 +157,11 @@ def export(
                 "opset": opset,
                 **({} if provider is None else {"fused": {"for": provider, **ops}}),
                 "data_bytes": size,
-                "fold": {"error": one.report.error, "tolerance": tolerance(one.report.scale)},
+                "fold": {
+                    "error": one.report.error,
+                    "tolerance": tolerance(one.report.scale),
+                    "seconds": one.report.seconds,
+                },
                 "parity": [asdict(one) for one in certificate],
             }
 

@@ -29,6 +29,7 @@ class Report:
     `error` and `scale` are of the outputs of one seeded batch in evaluation mode: max |folded - unfolded|
     and max |unfolded|. `changed` is max |unfolded - backbone|: a merge that changes nothing is suspect. `held` is
     the bytes of the backbone's parameters before and after: what was quantised takes more once something folded in.
+    `seconds` is how long the comparison took.
     """
 
     outcomes: tuple[Outcome, ...]
@@ -36,6 +37,7 @@ class Report:
     scale: float = 0.0
     changed: float = 0.0
     held: tuple[int, int] = (0, 0)
+    seconds: float = 0.0
 
     @property
     def folded(self) -> tuple[Outcome, ...]:
