@@ -144,6 +144,17 @@ _ROWS = (
         _LINEAR_DIMS,
         "a layer norm or RMS norm: its result, scale and shift",
     ),
+    SiteType(
+        "mixer",
+        {
+            "x": Port(("...", "in"), INPUT, assign=False),
+            "h": Port(("...", "out"), RESULT),
+        },
+        _LINEAR_DIMS,
+        "a state space or linear attention: x its input, h the last projection's result",
+    ),
+    _linear("mixer.in", "every projection of a mixer's input"),
+    _linear("mixer.out", "the last projection of a mixer"),
     _linear("router", "the linear that scores experts"),
     *(
         SiteType(

@@ -18,6 +18,7 @@ from peftc.sites import (
     experts,
     feed_forward,
     linear,
+    mixer,
     norm,
     router,
 )
@@ -104,6 +105,8 @@ KINDS: dict[str, Kind] = {
             for part in ("up", "gate", "down")
         ),
         _linear("ffn.linear", feed_forward.find_any),
+        Kind("mixer", mixer.find, mixer.locate, folds=Folds(), operands={"x": "in"}),
+        *(_linear(f"mixer.{side}", partial(mixer.find_side, side)) for side in ("in", "out")),
         _linear("router", router.find),
         *(
             Kind(
