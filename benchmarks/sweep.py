@@ -258,6 +258,7 @@ def main(arguments: Sequence[str]) -> int:
     if asked.check is not None:
         return check(have, classes, asked.check, asked.workers, asked.limit)
     classes = [one for one in classes if one.name not in have]
+    random.Random(0).shuffle(classes)  # heavy ones stand together
     with asked.out.open("a") as file:
         for number, line in enumerate(sweep(classes, asked.workers, asked.limit), 1):
             print(json.dumps(line), file=file, flush=True)
