@@ -229,7 +229,8 @@ def _stir(model: PreTrainedModel) -> None:
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for one in model.deltas.parameters():
-            one.copy_(torch.randn(one.shape, generator=generator) * 0.3)
+            drawn = torch.randn(one.shape, generator=generator) * 0.3
+            one.copy_(drawn + 0.5 if one.ndim == 1 else drawn)  # a bias under which no relu is dead
 
 
 def _line(error: object) -> str:

@@ -178,7 +178,7 @@ def _traced(
         return room.cut(model, entry, wide, fields)
 
     traced = _Traced(model, run)
-    with _alone(model), _told(model), deciding(drop) as decision:
+    with _alone(model), _told(model), _as_they_are(), deciding(drop) as decision:
         try:
             exported = torch.export.export(
                 traced, (tensors,), dynamic_shapes=(shapes,), strict=False
@@ -273,6 +273,28 @@ def _alone(model: PreTrainedModel) -> Iterator[None]:
         fx.config.do_not_emit_stack_traces = stacks
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _as_they_are() -> Iterator[None]:
+    """`module.to(...)` of one that is so already does nothing (Switch Transformers cast their routers in each forward):
+    in a trace torch would give it other weights. It does for any thread what it did."""
+    to = nn.Module.to
+
+    def moved(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+        for one in itertools.chain(self.parameters(), self.buffers()):
+            if device not in (None, one.device) or (
+                one.is_floating_point() and dtype not in (None, one.dtype)
+            ):
+                return to(self, *args, **kwargs)
+        return self
+
+    nn.Module.to = moved  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.to = to  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

@@ -266,10 +266,13 @@ def extend_keys(core: Core, program: Program, call: Callable[..., Any], rows: in
 def _resize(
     program: Program, view: fx.Node, place: int, call: Callable[..., Any], rows: int
 ) -> None:
-    """Add to one of the sizes that a view is given; -1 and an int follow by themselves or stay."""
+    """Add to one of the sizes that a view is given; -1 follows by itself."""
     sizes = list(view.args[1])  # type: ignore[arg-type]
     old = sizes[place]
-    if isinstance(old, fx.Node):
+    if isinstance(old, int) and old >= 0:  # of a window
+        sizes[place] = old + rows
+        view.update_arg(1, sizes)
+    elif isinstance(old, fx.Node):
         with program.graph.inserting_before(view):
             sizes[place] = call(operator.add, old, rows, name="keys")
         view.update_arg(1, sizes)

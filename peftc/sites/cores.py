@@ -176,7 +176,7 @@ def _written_out(softmax: fx.Node) -> Core | None:
     if not is_call(keys, aten.transpose.int, aten.permute.default):
         return None
     assert isinstance(keys, fx.Node)
-    if not len(static_shape(keys)) == len(static_shape(values)) in (3, 4):
+    if not {len(static_shape(keys)), len(static_shape(values))} <= {3, 4}:
         return None
     sized = (*found.sized, *views)
     masked = (*found.masks, *masks)

@@ -86,7 +86,7 @@ def residual_add(node: fx.Node) -> Read | None:
                 other = user.args[1] if user.args[0] is one else user.args[0]
                 if isinstance(other, fx.Node) and other.op == "call_function":
                     return Read(user, user.args.index(other))
-            if is_call(user, *MOVE, *DROPOUT, *MUL):
+            if is_call(user, *MOVE, *DROPOUT, *MUL, *NORM):
                 onward = user
         if onward is None:
             return None
