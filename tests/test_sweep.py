@@ -55,4 +55,4 @@ def test_the_page_is_of_the_results() -> None:
 
     known = [json.loads(line) for line in sweep.RESULTS.read_text().splitlines()]
     assert sweep.PAGE.read_text() == sweep.page(known)
-    assert len({one["class"] for one in known}) == len(known) == len(registered())
+    assert len({one["class"] for one in known}) == len(known) <= len(registered())

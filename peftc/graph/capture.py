@@ -290,7 +290,7 @@ def _as_they_are() -> Iterator[None]:
                 return to(self, *args, **kwargs)
         return self
 
-    nn.Module.to = moved  # type: ignore[method-assign, assignment]
+    nn.Module.to = moved  # type: ignore[method-assign]
     try:
         yield
     finally:

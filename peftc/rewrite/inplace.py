@@ -7,6 +7,7 @@ from typing import Any
 from torch import fx
 from torch._ops import OpOverload
 
+from peftc.graph.aten import SOFTMAX
 from peftc.graph.program import Program, aten, is_call
 from peftc.rewrite.nodes import made
 
@@ -19,8 +20,9 @@ _PARTS: dict[Any, Any] = {
 
 
 def write_out(program: Program) -> int:
-    """Let who reads a value after it was written to read what it is then, so that the data flow shows it. A graph keeps
-    `relu_(x)` whose result alone is read on; and what is written into a buffer, or into a value of which another view
+    """Let who reads a value after it was written to read what it is then, so that the data flow shows it, and what a
+    gradient needs stay as it was: a softmax's result (SEW-D writes into it, in a function with a gradient of its own). A
+    graph keeps `relu_(x)` whose result alone is read on; and what is written into a buffer, or into a value of which another view
     is read afterwards, stays as it is."""
     order = {node: place for place, node in enumerate(program.graph.nodes)}
     count = 0
@@ -48,7 +50,8 @@ def _write(program: Program, node: fx.Node, op: Any, order: dict[fx.Node, int]) 
         parts.append(base)
         base = base.args[0]  # type: ignore[assignment]
     later = [user for user in base.users if order.get(user, len(order)) > order[node]]
-    if base.op == "placeholder" or not later or any(_seen_later(base, parts, order, node)):
+    needed = later or is_call(base, *SOFTMAX)
+    if base.op == "placeholder" or not needed or any(_seen_later(base, parts, order, node)):
         return 0
     with program.graph.inserting_before(node):
         value = (
