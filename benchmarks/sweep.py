@@ -133,6 +133,9 @@ OUTCOMES = ("holds", "no place", "refused", "fails")
 
 def page(lines: Sequence[Mapping[str, Any]]) -> str:
     """The results as people read them: totals, by mapping, and what does not hold, with its reason."""
+    from registry import registered
+
+    count = len(registered())
     ran = [one for one in lines if "cells" in one]
     skipped = [one for one in lines if "skipped" in one]
     died = [one for one in lines if "died" in one]
@@ -144,7 +147,7 @@ def page(lines: Sequence[Mapping[str, Any]]) -> str:
         "transformers' mappings, from its default configuration with smaller sizes; each method is planned, compiled, "
         "compared with the bare model, run and trained, saved, loaded, folded, and writes with and without a cache.",
         "",
-        f"{len(lines)} classes: {len(ran)} run; {len(skipped)} cannot be built or run eagerly in small, "
+        f"{len(lines)} of {count} classes so far: {len(ran)} run; {len(skipped)} cannot be built or run eagerly in small, "
         f"{len(died)} took too long. Of those that run {len(bad)} ({len(bad) / max(len(ran), 1):.1%}) have a method that "
         "is refused or fails.",
         "",
