@@ -89,6 +89,7 @@ def tensors(model: Any, layer: int, part: str) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("per", ["expert", "site"])
 @pytest.mark.parametrize("where", ["", 'experts: "1-2"'])
 @pytest.mark.parametrize("text", [LORA, ADAPTER])
@@ -138,6 +139,7 @@ def test_folds(at: str) -> None:
 METHODS = ("dora", "loha", "pissa", "lokr", "rslora", "vera", "oft", "adalora")
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_of_a_linear_is_one_of_an_expert(method: str) -> None:
     """Its formula as it stands, at another place, of each expert its own: reparametrised weights and factors of the
@@ -243,6 +245,7 @@ FAMILIES = [
 ]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families(name: str) -> None:
     """Grouped, with biases, turned, all rows for all experts: what folds is what eager code computes."""

@@ -50,6 +50,7 @@ def built(name: str) -> Built:
     return build(next(one for one in registered() if one.name == name))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", SITES)
 def test_sites(name: str) -> None:
     found = [one.at for one in survey(built(name).model)]
