@@ -64,6 +64,7 @@ SHOWN = {
     "DeepseekV3ForCausalLM": "two projections one after another",
     "DiffLlamaForCausalLM": "two cores in a module",
     "FuyuForCausalLM": "an empty dict as an argument",
+    "Qwen3VLForConditionalGeneration": "positions of three kinds",
     "XLMForTokenClassification": "scores filled in place",
 }
 

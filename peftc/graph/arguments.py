@@ -104,6 +104,8 @@ def axes(name: str, rank: int, entry: str, encoder_decoder: bool) -> tuple[str |
         new, all_ = (_length(row, entry, encoder_decoder, whole) for whole in (False, True))
         return ("batch", *(None,) * (rank - 3), new, all_)
     length = _length(row, entry, encoder_decoder, row.whole)
+    if row.role == "positions" and rank == 3:  # of time, height and width
+        return (None, "batch", length)
     return ("batch", length, *(None,) * (rank - 2))
 
 

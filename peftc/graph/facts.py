@@ -57,7 +57,8 @@ def _towers(model: PreTrainedModel) -> Iterator[tuple[str, str]]:
     for modality, name in (("image", "vision"), ("audio", "audio")):
         tower = model.get_encoder(modality=modality)
         path = paths.get(id(tower), "")
-        if path and tower is not model.base_model:
+        reads = any(one is model.get_input_embeddings() for one in tower.modules())
+        if path and tower is not model.base_model and not reads:
             yield path, name
 
 

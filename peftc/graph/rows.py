@@ -83,7 +83,8 @@ class Room:
                 row = argument(name)
                 if row.holds:
                     continue
-                label = (*axes(name, value.ndim, entry, seq2seq), None, None)[1]
+                labels = (*axes(name, value.ndim, entry, seq2seq), None, None)
+                label = labels[value.ndim - 1 if row.role == "positions" else 1]
                 if row.role == "positions" and label == ("query" if steps else _label(ids)):
                     wide[name] = value + rows if steps else _positions(value, rows)
                 elif label == ("total" if steps else _label(ids)):
