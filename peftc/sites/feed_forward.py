@@ -28,7 +28,7 @@ from peftc.sites import attention, fused, mixture
 from peftc.sites.dataflow import activated, residual_add
 from peftc.sites.index import Index
 from peftc.sites.linear import computed, linear_site
-from peftc.sites.site import Hidden, NoSite, Place, Site, layer_of
+from peftc.sites.site import Hidden, NoSite, Place, Site, innermost, layer_of
 from peftc.sites.view import Columns, Port, Weight
 
 
@@ -56,13 +56,7 @@ class FeedForward:
     @property
     def scope(self) -> str:
         """The innermost module that all its projections are in."""
-        found = [scope_of(linear).split(".") for _, linear, _ in self.parts]
-        shared: list[str] = []
-        for parts in zip(*found):
-            if len(set(parts)) > 1:
-                break
-            shared.append(parts[0])
-        return ".".join(shared)
+        return innermost(scope_of(linear) for _, linear, _ in self.parts)
 
 
 def feed_forwards(index: Index) -> tuple[FeedForward, ...]:
@@ -159,6 +153,13 @@ def _is_of(node: fx.Node, op: Op) -> bool:
     """Whether a node is what an op of one argument is lowered to."""
     same = str(node.target) == op.lowering and op.arity == 1
     return same and (node.args[1:], node.kwargs) == (op.args, op.options)
+
+
+def used(index: Index, site: Site) -> Iterator[str]:
+    """The last projection's weight, or the router's, where a linear of this graph multiplies by it."""
+    own = site.weights.get("W") or site.weights["up"]
+    if index.multiplying(own.path):
+        yield own.path
 
 
 def find_hidden(index: Index, stacks: Stacks) -> Iterator[Site | NoSite]:

@@ -93,7 +93,14 @@ KINDS: dict[str, Kind] = {
             _linear(f"attention.{side}_down", partial(attention.find_down, side))
             for side in attention.SIDES
         ),
-        Kind("ffn", feed_forward.find, feed_forward.locate, folds=Folds(), operands={"x": "up"}),
+        Kind(
+            "ffn",
+            feed_forward.find,
+            feed_forward.locate,
+            feed_forward.used,
+            Folds(),
+            {"x": "up"},
+        ),
         Kind(
             "ffn.hidden",
             feed_forward.find_hidden,

@@ -70,10 +70,9 @@ def locate(index: Index, site: Site) -> tuple[Place, ...]:
 
 
 def used(index: Index, site: Site) -> Iterator[str]:
-    """The site's own weight, where a linear of this graph multiplies by it; of experts, their router's."""
-    own = site.weights.get("W") or site.weights["up"]
-    if index.multiplying(own.path):
-        yield own.path
+    """The site's own weight, where a linear of this graph multiplies by it."""
+    if index.multiplying(site.weights["W"].path):
+        yield site.weights["W"].path
 
 
 def find_all(index: Index, stacks: Stacks) -> Iterator[Site | NoSite]:

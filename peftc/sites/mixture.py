@@ -14,7 +14,7 @@ from peftc.graph.program import Read, Value, is_call, scope_of
 from peftc.sites import router
 from peftc.sites.index import Index
 from peftc.sites.linear import computed
-from peftc.sites.site import NoSite, Place, Site, layer_of
+from peftc.sites.site import NoSite, Place, Site, innermost, layer_of
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,7 @@ class Mixture:
     @property
     def scope(self) -> str:
         """The innermost module that has the router and the result."""
-        shared = []
-        for one, other in zip(scope_of(self.router).split("."), scope_of(self.h).split(".")):
-            if one != other:
-                break
-            shared.append(one)
-        return ".".join(shared)
+        return innermost((scope_of(self.router), scope_of(self.h)))
 
 
 def mixtures(index: Index) -> tuple[Mixture, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,6 +86,16 @@ class Place:
     behind: Callable[..., Any] | None = None
     follow: Callable[..., None] | None = None
     routed: Routed | None = None
+
+
+def innermost(scopes: Iterable[str]) -> str:
+    """The path of the innermost module that all of these are in."""
+    shared: list[str] = []
+    for parts in zip(*(scope.split(".") for scope in scopes)):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return ".".join(shared)
 
 
 def layer_of(scope: str) -> int | None:
