@@ -76,7 +76,7 @@ def test_with_another(specs: list[object], left: int) -> None:
     assert products(program) == bare + left
 
 
-@pytest.mark.sampled(9)
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("family", ["bart", "bert", "llama"])
 @pytest.mark.parametrize("method", ["lora", "ia3", "bitfit", "widened"])
 def test_what_folded_is_as_light_as_bare(family: str, method: str, tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_each_name_is_the_op(op: Any) -> None:
             assert same(seen(NAMED[op], *given, **kwargs), seen(op, *given, **kwargs))
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_graph_is_what_it_says(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each graph that a model runs, step by step and by its function: the same ops, the same bits."""

@@ -22,7 +22,7 @@ def compiled(family: str, method: str) -> CompiledModel:
     return stir(peftc.compile(tiny(family), spec))
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(16)
 @pytest.mark.parametrize("to", ["fp16", *QUANTIZED])
 @pytest.mark.parametrize(
     ("family", "method"),

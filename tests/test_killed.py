@@ -127,7 +127,7 @@ def whole(
 @pytest.mark.habit(
     "training: kill -9 at any moment, and on", "an uninterrupted training, to the bit"
 )
-@pytest.mark.sampled(11)
+@pytest.mark.sampled(20)
 @pytest.mark.parametrize("seed", range(20))
 def test_killed_and_gone_on_with(
     seed: int, whole: dict[str, tuple[int, Any]], body: Path, rows: Path, tmp_path: Path

@@ -15,7 +15,7 @@ from passes import LEAN
 NAMES = [one.name for one in LEAN]
 
 
-@pytest.mark.sampled(35)
+@pytest.mark.sampled(70)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("method", "family"), SAMPLE)
 def test_the_same_without(method: str, family: str, name: str) -> None:

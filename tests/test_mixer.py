@@ -60,7 +60,7 @@ HYBRIDS = {
 }
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", HYBRIDS)
 def test_beside_attention(name: str) -> None:
     one = build(next(one for one in registered() if one.name == name))

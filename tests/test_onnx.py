@@ -196,6 +196,7 @@ def test_positions_that_padding_takes_are_no_tokens(tmp_path: Path) -> None:
         model(input_ids=torch.full((1, most + 1), 5))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("family", "kind"), [("bert", "classifier"), ("bart", "seq2seq")])
 def test_a_bundle_by_the_name_that_its_kind_had(family: str, kind: str, tmp_path: Path) -> None:
     peftc.export(tiny(family), tmp_path / "b")

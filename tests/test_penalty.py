@@ -120,7 +120,7 @@ def cells() -> Iterator[tuple[str, str, int]]:
     "training: a method's penalty, gradients accumulated, label smoothing, evaluation",
     "the formula",
 )
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize(("family", "case", "parts"), cells())
 def test_once_a_step(family: str, case: str, parts: int, tmp_path: Path) -> None:
     kind, more = CASES[case]

@@ -52,7 +52,7 @@ def rows(model: PreTrainedModel) -> torch.Tensor:
     return prompt.detach()
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(
     ("family", "attention", "padding"),
     [(family, "eager", "right" if family in EAGER else "none") for family in TOKENS]

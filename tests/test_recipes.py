@@ -280,7 +280,7 @@ LOCAL = {
 }
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", PAPER)
 def test_the_papers_recipes_on_small_local_files(
     name: str, run: Run, folder: Path, body: Path, tmp_path: Path
@@ -425,7 +425,7 @@ LEARNED: dict[str, tuple[tuple[dict[str, Any], ...], dict[str, Any], str, set[st
 WELL = {"perplexity": 40.0, "mse": 0.2}  # better is less; 120 random words begin at 120
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", LEARNED)
 def test_each_task_is_learned(
     name: str, run: Run, folder: Path, tmp_path: Path, tokenizer: BertTokenizerFast

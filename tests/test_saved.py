@@ -65,7 +65,7 @@ def counted(backbone: PreTrainedModel, method: object, inputs: dict[str, torch.T
     return saved_bytes(model, inputs)
 
 
-@pytest.mark.sampled(20)
+@pytest.mark.sampled(40)
 @pytest.mark.parametrize(("method", "family"), SAMPLE)
 def test_predicted_is_counted(method: str, family: str) -> None:
     """Dropout and the loss included; by place, no place twice."""

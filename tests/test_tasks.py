@@ -329,7 +329,7 @@ def test_tokens_are_those_of_torch(family: str, method: str, tmp_path: Path) -> 
 TURNS = ("bart", "bert", "llama", "whisper", "gpt2", "roberta", "t5", "vit", "neox")
 
 
-@pytest.mark.sampled(22)
+@pytest.mark.sampled(44)
 @pytest.mark.parametrize("method", shipped())
 def test_every_method_on_a_row(method: str, tmp_path: Path) -> None:
     """What a method computes is in the bundle: the certificate compares it, and it is not the backbone's."""

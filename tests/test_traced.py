@@ -33,7 +33,7 @@ def pieces(model: PreTrainedModel) -> tuple[int, int]:
 
 
 @pytest.mark.habit("models: torch.compile in one graph", "the model as it is")
-@pytest.mark.sampled(72)
+@pytest.mark.sampled(100)
 @pytest.mark.parametrize(("method", "family"), SAMPLE)
 def test_one_graph_for_all_batches(method: str, family: str) -> None:
     variant = Variant.of(method, family)

@@ -56,6 +56,7 @@ def labelled(count: int) -> dict[str, list[str]]:
     return {"text": texts, "label": [f"LABEL_{label}" for label in labels]}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("method", ["lora", "mam", "bitfit"])
 def test_a_classifier_learns(method: str, tokenizer: PreTrainedTokenizerFast) -> None:
     small = {"lora": dict(r=4, alpha=8), "mam": dict(l=4, m=8, r=4), "bitfit": {}}[method]
@@ -129,7 +130,8 @@ def test_checkpoints_resume_exactly(tokenizer: PreTrainedTokenizerFast, tmp_path
 
 
 @pytest.mark.habit("training: activation checkpointing", "the same training without")
-@pytest.mark.parametrize("method", ["lora", "mam"])
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("method", ["mam", "lora"])
 def test_a_trainer_computes_layers_twice(
     method: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:

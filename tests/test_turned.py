@@ -55,7 +55,7 @@ def scores(model: PreTrainedModel, tokens: int = 4) -> torch.Tensor:
     return torch.stack(given.logits)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("family", ["bart", "gpt2", "llama", "neox", "t5"])
 @pytest.mark.parametrize(
     ("method", "name"),
