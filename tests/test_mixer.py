@@ -54,8 +54,8 @@ def test_a_state_space() -> None:
 
 
 HYBRIDS = {
-    "Qwen3NextForCausalLM": {"mixer": 3, "mixer.in": 6, "mixer.out": 3, "attention": 1, "ffn": 4},
     "RecurrentGemmaForCausalLM": {"mixer": 6, "mixer.in": 12, "mixer.out": 6, "attention": 2},
+    "Qwen3NextForCausalLM": {"mixer": 3, "mixer.in": 6, "mixer.out": 3, "attention": 1, "ffn": 4},
     "LlamaForTokenClassification": {"mixer": 0, "attention": 2, "ffn": 2},
 }
 
