@@ -172,7 +172,7 @@ def _traced(
 
     def run(arguments: Tensors) -> dict[str, Any]:
         wide = room.widened(model, entry, arguments)
-        with answers, draws:
+        with answers, draws, room.kept_from_decoder(model, wide):
             output_type, fields = ENTRIES[entry].call(model, wide, flags)
         output_types.append(output_type)
         return room.cut(model, entry, wide, fields)

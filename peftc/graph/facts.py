@@ -30,7 +30,7 @@ class Stacks:
     @staticmethod
     def read(model: PreTrainedModel) -> Stacks:
         encoder = None
-        if model.config.is_encoder_decoder:
+        if has_decoder(model):
             module = model.get_encoder()
             encoder = next(name for name, one in model.named_modules() if one is module)
         single = "decoder" if model.can_generate() else "encoder"
@@ -47,6 +47,15 @@ class Stacks:
 
     def is_head(self, scope: str) -> bool:
         return bool(self.body) and not f"{scope}.".startswith(f"{self.body}.")
+
+
+def has_decoder(model: PreTrainedModel) -> bool:
+    """Whether a decoder reads what an encoder made: heads on the encoder of such a model alone have its
+    configuration."""
+    if not model.config.is_encoder_decoder:
+        return False
+    encoder = model.get_encoder()
+    return all(one is not encoder for one in model.get_decoder().modules())
 
 
 def _towers(model: PreTrainedModel) -> Iterator[tuple[str, str]]:
@@ -95,7 +104,7 @@ class ModelFacts:
         said = functools.partial(_said, config)
         return ModelFacts(
             name=type(model).__name__,
-            encoder_decoder=bool(config.is_encoder_decoder),
+            encoder_decoder=has_decoder(model),
             generates=model.can_generate(),
             has_head=model.base_model is not model,
             main_input=model.main_input_name,

@@ -6,11 +6,13 @@ from the model's own code; the pass `insert` then fills the rows at the embeddin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional
 from transformers import PreTrainedModel
@@ -38,14 +40,8 @@ class Room:
         return (tuple(sorted(self.rows.items())), self.shift)
 
     def require(self, model: PreTrainedModel) -> None:
-        """Raise CaptureError where positions cannot be moved, because the model is not told them, and where
-        the decoder of a classifier would read as tokens what keeps the rows' place."""
+        """Raise CaptureError where positions cannot be moved, because the model is not told them."""
         facts = ModelFacts.read(model)
-        if self.rows and facts.reads_its_end:
-            raise CaptureError(
-                f"{facts.name}: its decoder reads the encoder's ids, and rows in front of them are no "
-                "tokens; use prefix_tuning"
-            )
         if self.shift and "position_ids" not in facts.arguments:
             raise CaptureError(
                 f"{facts.name} takes no position_ids, so 'positions: shift' moves nothing; "
@@ -95,12 +91,40 @@ class Room:
             wide["position_ids"] = _given_positions(facts, wide) + self.shift
         return wide
 
+    @contextlib.contextmanager
+    def kept_from_decoder(self, model: PreTrainedModel, wide: Tensors) -> Iterator[None]:
+        """While a classifier runs whose decoder reads what its encoder reads, one further on and with a start of its
+        own: the rows are the encoder's, and the decoder has no tokens there. Its states are as long as the ids."""
+        rows = self.rows.get("input_ids", 0)
+        if not rows or not ModelFacts.read(model).reads_its_end or "decoder_input_ids" in wide:
+            yield
+            return
+
+        def without(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+            ids = kwargs["input_ids"]
+            return args, {**kwargs, "input_ids": torch.cat([ids[:, :1], ids[:, rows + 1 :]], 1)}
+
+        def again(_: nn.Module, args: Any, output: Any) -> Any:
+            output.last_hidden_state = functional.pad(output.last_hidden_state, (0, 0, rows, 0))
+            return output
+
+        decoder = model.get_decoder()
+        hooks = (
+            decoder.register_forward_pre_hook(without, with_kwargs=True),
+            decoder.register_forward_hook(again),
+        )
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
     def cut(
         self, model: PreTrainedModel, entry: str, wide: Tensors, fields: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Outputs as long as the inputs were. What a later entry reads (an encoder's states, caches) keeps
         its rows."""
-        seq2seq = bool(model.config.is_encoder_decoder)
+        seq2seq = ModelFacts.read(model).encoder_decoder
         cut = dict(fields)
         if ENTRIES[entry].encodes:
             return cut
