@@ -5,6 +5,7 @@ Sizes alone are changed, by the names that configurations share for what a numbe
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto as auto
 
-from peftc.graph.arguments import seeded_inputs
+from peftc.graph.arguments import forward_flags, seeded_inputs
 
 MAPPINGS = (
     "CAUSAL_LM",
@@ -31,8 +32,26 @@ MAPPINGS = (
 )
 VOCABULARY = 1000
 EXPERTS = 8
-# Widths are divided by, and layers at most, the first of these with which a model is built and runs.
-SIZES = ((16, 2), (8, 2), (4, 2), (16, 8), (8, 8), (2, 2), (1, 2))
+
+
+@dataclass(frozen=True)
+class Shrink:
+    """What widths are divided by, how many layers there are at most, what numbers of heads are divided by, and whether
+    sizes that a class leaves open, and its code needs, are given."""
+
+    widths: int
+    layers: int
+    heads: int = 1
+    fill: bool = False
+
+
+# A class is built by the first of these with which it runs.
+SIZES = (
+    *(Shrink(*one) for one in ((16, 2), (8, 2), (4, 2), (16, 8), (8, 8))),
+    *(Shrink(n, 2, n) for n in (16, 8)),
+    *(Shrink(n, 2, fill=True) for n in (16, 8)),
+    *(Shrink(n, 2) for n in (2, 1)),
+)
 LARGEST = 250_000_000  # parameters
 WIDE = 32  # what a width is at least
 
@@ -76,17 +95,17 @@ def build(one: Registered) -> Built:
     """The class at its smallest that runs eagerly, in float32, its weights wide enough that every part matters, with a
     batch. Raises Skipped with what the class itself says at its smallest."""
     error: Exception | None = None
-    for factor, layers in SIZES:
+    for shrink in SIZES:
         try:
-            config = small(one.cls.config_class(), factor, layers)
+            config = small(one.cls.config_class(), shrink)
             if _count(one.cls, config) > LARGEST:
                 continue
             torch.manual_seed(0)
             model = _wide(one.cls(config))
             inputs = seeded_inputs(model)
             with torch.no_grad():
-                model(**inputs)
-            return Built(model, inputs, factor)
+                model(**inputs, **forward_flags(model))
+            return Built(model, inputs, shrink.widths)
         except Exception as found:  # whatever code of any model raises
             error = found
     if error is None:
@@ -115,47 +134,70 @@ def _wide(model: PreTrainedModel) -> PreTrainedModel:
     return model.eval()
 
 
+# Sizes that classes leave open, by their names.
+_OPEN: dict[str, Callable[[Mapping[str, Any]], int]] = {
+    "head_dim": lambda data: data["hidden_size"] // data["num_attention_heads"],
+    "num_key_value_heads": lambda data: data["num_attention_heads"],
+    "num_experts_per_tok": lambda _: 2,
+    "vocab_size": lambda _: VOCABULARY,
+}
 # What a number of a configuration counts, by its name; the first that matches says what becomes of it.
-_RULES: tuple[tuple[str, Callable[[int, int], int]], ...] = (
-    (r"vocab_size", lambda n, _: min(n, VOCABULARY)),
+_RULES: tuple[tuple[str, Callable[[int, Shrink], int]], ...] = (
+    (r"vocab", lambda n, _: min(n, VOCABULARY)),
     (r"(^|_)(id|ids|idx|index)$", lambda n, _: n if n < VOCABULARY else VOCABULARY - 1 - n % 97),
     (r"^(n_|num_)?.*experts?(_num)?$", lambda n, _: min(n, EXPERTS)),
     (r"experts?_per_tok|topk$|top_k$|moe_k$", lambda n, _: min(n, 2)),
     (r"^n_group$|^topk_group$|num_expert_group", lambda n, _: min(n, 1)),
-    (r"depths|layers?$|depth$|_blocks$|num_stages", lambda n, _: n),  # `_cut` has these
+    (r"depths|layers?$|depth$|num_stages", lambda n, _: n),  # `_layers` has these
+    (r"heads?$", lambda n, by: max(n // by.heads, 1)),
     (
         r"position|max_|_size_base|image_size|patch|theta|kernel|stride|window|chunk|length|seq|"
-        r"sampling|frames|tokens|buckets|labels|heads?$|groups?$|channels$.*3|bins|resolution|seed|"
+        r"sampling|frames|tokens|buckets|labels|groups?$|channels$.*3|bins|resolution|seed|"
         r"scale|factor|rate|second|offset|period|interval|every",
         lambda n, _: n,
     ),
-    (r"", lambda n, factor: max(n // factor, 2) if n >= WIDE and n % factor == 0 else n),
+    (r"", lambda n, by: max(n // by.widths, 2) if n >= WIDE and n % by.widths == 0 else n),
 )
 
 
-def small(config: PretrainedConfig, factor: int, layers: int) -> PretrainedConfig:
-    """A configuration of the same class with smaller numbers, and `layers`, or as many as it has kinds of them."""
-    return type(config).from_dict(_smaller(_data(config), factor, layers))
+def small(config: PretrainedConfig, shrink: Shrink) -> PretrainedConfig:
+    """A configuration of the same class with smaller numbers, and as many layers as it has kinds of them, or more."""
+    return type(config).from_dict(_smaller(_data(config), shrink))
 
 
 def _data(config: PretrainedConfig) -> dict[str, Any]:
-    data = {k: v for k, v in config.to_dict().items() if k not in ("id2label", "label2id")}
+    """What a default configuration is made of: what its class declares, and not what it works out of that, but for
+    lists, as of the kinds of its layers."""
+    data = {}
+    for field in dataclasses.fields(config):
+        value, declared = getattr(config, field.name, None), field.default
+        if isinstance(value, PretrainedConfig):
+            data[field.name] = _data(value) | {"model_type": value.model_type}
+        elif declared is dataclasses.MISSING or (isinstance(value, list | tuple) and value):
+            data[field.name] = value
+        else:
+            data[field.name] = declared
+    for name in ("id2label", "label2id", "transformers_version"):
+        data.pop(name, None)
     return data | ({} if data.get("pad_token_id", 0) is not None else {"pad_token_id": 0})
 
 
-def _smaller(data: Mapping[str, Any], factor: int, least: int) -> dict[str, Any]:
-    layers = _layers(data, least)
-    most = max(layers.values(), default=least)
+_COUNTS = r"layers?$|^depth$|_blocks$"  # of layers, or of stages, by which there are lists
+
+
+def _smaller(data: Mapping[str, Any], shrink: Shrink) -> dict[str, Any]:
+    if shrink.fill:
+        data = {**data, **{k: _OPEN[k](data) for k in _OPEN.keys() & data if data[k] is None}}
+    layers = _layers(data, shrink.layers)
+    most = max(layers.values(), default=shrink.layers)
     kept = {k: v for k, v in data.items() if not str(k).isdigit() or int(k) < most}
-    return {k: _value(str(k), v, factor, layers, least) for k, v in kept.items()}
+    return {k: _value(str(k), v, shrink, layers) for k, v in kept.items()}
 
 
 def _layers(data: Mapping[str, Any], least: int) -> dict[int, int]:
     """By a number of layers, how many are enough to have each kind that is listed, and no fewer than `least`."""
     counts = {
-        v
-        for k, v in data.items()
-        if re.search(r"layers?$|^depth$", str(k)) and _is_number(v) and v > least
+        v for k, v in data.items() if re.search(_COUNTS, str(k)) and _is_number(v) and v > least
     }
     found = {}
     for count in counts:
@@ -170,19 +212,19 @@ def _prefix(kinds: list[Any] | tuple[Any, ...]) -> int:
     return 2 if len(first) == len(kinds) else max(first.values()) + 1
 
 
-def _value(name: str, value: Any, factor: int, layers: Mapping[int, int], least: int) -> Any:
+def _value(name: str, value: Any, shrink: Shrink, layers: Mapping[int, int]) -> Any:
     if isinstance(value, dict):
-        return _smaller(value, factor, least)
+        return _smaller(value, shrink)
     if isinstance(value, list | tuple):
         cut = value[: layers.get(len(value), len(value))]
-        return [_value(name, one, factor, {}, least) for one in cut]
+        return [_value(name, one, shrink, {}) for one in cut]
     if not _is_number(value):
         return value
-    if re.search(r"layers?$|^depth$", name):
-        return layers.get(value, min(value, least))
-    if re.search(r"depths|_blocks$", name):
+    if re.search(_COUNTS, name):
+        return layers.get(value, min(value, shrink.layers))
+    if re.search(r"depths", name):
         return min(value, 2)
-    return next(rule for pattern, rule in _RULES if re.search(pattern, name))(value, factor)
+    return next(rule for pattern, rule in _RULES if re.search(pattern, name))(value, shrink)
 
 
 def _is_number(value: Any) -> bool:

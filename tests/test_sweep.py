@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import sweep
 from cells import NO_PLACE, REFUSED, cell
 from nature import Nature
-from registry import registered, small
+from registry import Shrink, registered, small
 
 
 @pytest.mark.sampled(4)
@@ -43,7 +43,7 @@ def test_sizes_alone_change() -> None:
     """Of a hybrid as many layers stay as it has kinds of them; what is no size is as it was."""
     one = next(one for one in registered() if one.name == "Qwen3NextForCausalLM")
     config = one.cls.config_class()
-    made = small(config, 16, 2)
+    made = small(config, Shrink(16, 2))
     assert set(made.layer_types) == set(config.layer_types)
     assert made.num_hidden_layers == len(made.layer_types) < config.num_hidden_layers
     assert made.hidden_size == config.hidden_size // 16

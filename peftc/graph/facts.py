@@ -115,7 +115,7 @@ class ModelFacts:
             positions=said("max_position_embeddings"),
             targets=said("max_target_positions"),
             segments=said("type_vocab_size") or 0,
-            image=_image(said("image_size")),
+            image=_image(said("image_size") or _said_by_parts(config, "image_size")),
             channels=said("num_channels") or 3,
             spectrogram=_spectrogram(said("num_mel_bins"), said("max_source_positions")),
             returns_dict=bool(said("return_dict")),
@@ -144,8 +144,8 @@ class ModelFacts:
 
     @property
     def flags(self) -> dict[str, bool]:
-        """What a `forward` without a cache is called with."""
-        return {"use_cache": False} if "use_cache" in self.arguments else {}
+        """What a `forward` without a cache is called with: `generate` gives it to all that it runs, named or not."""
+        return {"use_cache": False} if self.generates or "use_cache" in self.arguments else {}
 
     @property
     def ordinary(self) -> int:
@@ -157,6 +157,12 @@ def _said(config: PreTrainedConfig, name: str) -> Any:
     """A setting under any name that the configuration knows it by, of the model or of its part for text."""
     found = getattr(config, name, None)
     return getattr(config.get_text_config(), name, None) if found is None else found
+
+
+def _said_by_parts(config: PreTrainedConfig, name: str) -> Any:
+    """A setting of the first part of a configuration that has one."""
+    parts = (getattr(config, part, None) for part in config.sub_configs)
+    return next((found for part in parts if (found := getattr(part, name, None))), None)
 
 
 def _first(value: Any) -> int | None:
