@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
+from peftc.graph.arguments import forward_flags
+
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "_grouped_mm", "mv", "addmv")
 _FUSED = "scaled_dot_product"
 _SOFTMAX = ("_softmax", "softmax", "_safe_softmax")
@@ -53,7 +55,7 @@ class Nature:
     def of(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> Nature:
         """What one forward in evaluation mode dispatches."""
         with torch.no_grad(), _Watch(model, inputs) as watch:
-            model(**inputs)
+            model(**inputs, **forward_flags(model))
         return Nature(**watch.found)
 
 

@@ -6,6 +6,7 @@ Sizes alone are changed, by the names that configurations share for what a numbe
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -92,10 +93,10 @@ class Built:
 
 
 def build(one: Registered) -> Built:
-    """The class at its smallest that runs eagerly, in float32, its weights wide enough that every part matters, with a
+    """The class at its smallest that runs eagerly, as it is called or else without a cache, in float32, its weights wide enough that every part matters, with a
     batch. Raises Skipped with what the class itself says at its smallest."""
     error: Exception | None = None
-    for shrink in SIZES:
+    for bare, shrink in itertools.product((True, False), SIZES):
         try:
             config = small(one.cls.config_class(), shrink)
             if _count(one.cls, config) > LARGEST:
@@ -104,7 +105,7 @@ def build(one: Registered) -> Built:
             model = _wide(one.cls(config))
             inputs = seeded_inputs(model)
             with torch.no_grad():
-                model(**inputs, **forward_flags(model))
+                model(**inputs, **({} if bare else forward_flags(model)))
             return Built(model, inputs, shrink.widths)
         except Exception as found:  # whatever code of any model raises
             error = found

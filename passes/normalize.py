@@ -13,7 +13,7 @@ from torch._higher_order_ops.wrap import wrap_with_set_grad_enabled
 
 from peftc.graph.aten import MATMUL, TURN, VIEW
 from peftc.graph.program import Program, aten, is_call
-from peftc.rewrite.einsum import as_product
+from peftc.rewrite.einsum import as_linear, as_product
 from peftc.rewrite.inplace import write_out
 from peftc.rewrite.nodes import made
 
@@ -55,7 +55,7 @@ class Normalize:
                 program.graph.erase_node(node)
                 removed += 1
             elif is_call(node, aten.einsum.default):
-                written += as_product(program, node)
+                written += as_linear(program, node) or as_product(program, node)
             elif _is_linear(program, node):
                 node.target = aten.linear.default
                 node.update_arg(1, node.args[1].args[0])

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from conftest import logits, stir
 
 import peftc
 from peftc.driver import survey
@@ -41,6 +43,10 @@ SITES = {
     "Cohere2MoeForCausalLM": {"ffn": 4, "router": 4},
     # a learned activation
     "ApertusForTokenClassification": {"ffn": 2, "ffn.hidden": 2},
+    # weights of three axes, multiplied by einsum
+    "XLNetForTokenClassification": {"attention": 2, "attention.q": 2, "attention.o": 2},
+    # a convolution of the values beside the heads
+    "NystromformerForTokenClassification": {"attention": 2},
     # a convolution over neighbours between the linears
     "SegformerForImageClassification": {"attention": 4, "ffn": 4},
 }
@@ -65,6 +71,7 @@ SHOWN = {
     "DiffLlamaForCausalLM": "two cores in a module",
     "FuyuForCausalLM": "an empty dict as an argument",
     "Qwen3VLForConditionalGeneration": "positions of three kinds",
+    "T5Gemma2ForTokenClassification": "masks that are made for one place at a time",
     "XLMForTokenClassification": "scores filled in place",
 }
 
@@ -87,3 +94,28 @@ def test_what_is_of_a_kind_and_of_one_shape_is_shared() -> None:
     widths = {edit.site.dims["out"] for edit in plan.edits}
     assert len(widths) > 1 and len(plan.tensors) == len(widths)
     assert "shared.encoder_cross_2.s.A" in plan.tensors
+
+
+def test_weights_of_several_axes() -> None:
+    """Of queries [in, heads, head_dim] and of the output [out, heads, head_dim]: seen as a linear's, and stored as they
+    were."""
+    one = built("XLNetForTokenClassification")
+    model = stir(peftc.compile(one.model.double(), parse_spec(LORA, "s")))
+    before = {name: value.shape for name, value in one.model.state_dict().items()}
+    folded, report = peftc.merge(model)
+    assert len(report.folded) == 4 and not report.kept
+    assert {name: value.shape for name, value in folded.state_dict().items()} == before
+    want, got = logits(model, dict(one.inputs)), logits(folded, dict(one.inputs))
+    assert (got - want).abs().max() <= 1e-10 * want.abs().max()
+    assert not torch.allclose(
+        want, logits(built("XLNetForTokenClassification").model.double(), dict(one.inputs))
+    )
+
+
+LORA = """
+with: {r: 2}
+deltas:
+  - at: [attention.q, attention.o]
+    params: {down: {shape: [in, r], init: normal}, up: {shape: [r, out], init: zeros}}
+    delta: x @ down @ up
+"""

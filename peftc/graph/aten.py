@@ -46,6 +46,8 @@ MUL = (
 VIEW = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 # Of a matrix these are its transpose.
 TURN = (aten.numpy_T.default, aten.t.default, aten.transpose.int)
+# Makes several axes one.
+FLAT = (aten.flatten.using_ints,)
 # Ops that move or cast values but compute nothing.
 MOVE = (
     *VIEW,
@@ -61,7 +63,7 @@ MOVE = (
     aten.detach.default,
     aten.squeeze.dim,
     aten.unsqueeze.default,
-    aten.flatten.using_ints,
+    *FLAT,
 )
 # Ops that cut a value into parts.
 CUT = (

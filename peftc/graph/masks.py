@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._dynamo import _trace_wrapped_higher_order_op as trace_wrapped
+from transformers import masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from peftc.graph.arguments import argument
@@ -38,7 +40,7 @@ class Decision:
 
 @contextlib.contextmanager
 def deciding(drop: bool) -> Iterator[Decision]:
-    """While a model is traced by this thread: masks are left out where eager code leaves them out of a batch in
+    """While a model is traced, by this thread: masks are left out where eager code leaves them out of a batch in
     which every token counts, if `drop`; else only noted."""
     decision, thread = Decision(), threading.get_ident()
     original = ALL_MASK_ATTENTION_FUNCTIONS[FUSED]
@@ -56,11 +58,44 @@ def deciding(drop: bool) -> Iterator[Decision]:
 
     ALL_MASK_ATTENTION_FUNCTIONS[FUSED] = mask
     try:
-        yield decision
+        with _at_once():
+            yield decision
     finally:
         del ALL_MASK_ATTENTION_FUNCTIONS[FUSED]
         if ALL_MASK_ATTENTION_FUNCTIONS[FUSED] is not original:  # a user's own stood there
             ALL_MASK_ATTENTION_FUNCTIONS[FUSED] = original
+
+
+@contextlib.contextmanager
+def _at_once() -> Iterator[None]:
+    """While masks of a model's own are made for all places at once, and read from tables by the op for it."""
+    ways: tuple[tuple[Any, str, Any], ...] = (
+        (vars(masking_utils), "_vmap_expansion_sdpa", _broadcast),
+        (vars(trace_wrapped), "mod_index", aten.index.Tensor),
+    )
+    before = [names.get(name) for names, name, _ in ways]
+    for names, name, way in ways:
+        names[name] = way
+    try:
+        yield
+    finally:
+        for (names, name, _), own in zip(ways, before, strict=True):
+            names[name] = own
+
+
+def _broadcast(mask: Callable[..., Any]) -> Callable[..., Any]:
+    """A mask of each place by its numbers (of the sequence, the head, the query and the key), for all places at once. A
+    model's own is computed one place at a time, by `vmap`, which torch's export leaves in the graph half done."""
+
+    def whole(*numbers: torch.Tensor) -> torch.Tensor:
+        sizes = [one.shape[0] for one in numbers]
+        placed = [
+            one.view(*(-1 if j == i else 1 for j in range(4))) for i, one in enumerate(numbers)
+        ]
+        found: torch.Tensor = mask(*placed).expand(sizes)
+        return found
+
+    return whole
 
 
 def _may_drop(original: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> bool:

@@ -96,10 +96,10 @@ def _attention(core: Core) -> Attention | NoSite:
                 else "come from no linear"
             )
             return NoSite(_ALL, core.scope, f"its {_NAMES[side]} {fact}")
-    out = next_linear(core.h)
+    single = {side: one for side, (one,) in found.items()}
+    out = next_linear(core.h, single["v"])
     if out is None:
         return NoSite(_ALL, core.scope, "its result goes into no linear")
-    single = {side: one for side, (one,) in found.items()}
     columns = {side: fused.columns(getattr(core, side).node, one) for side, one in single.items()}
     downs = {side: down for side, one in single.items() if (down := _down(core, one))}
     return Attention(core, {**single, "o": out}, {**columns, "o": None}, downs)

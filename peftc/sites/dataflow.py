@@ -43,25 +43,28 @@ def projections(node: fx.Node) -> tuple[fx.Node, ...]:
 _ONWARD = (*MOVE, *CUT, *NORM, *DROPOUT, aten.cat.default, aten.mean.dim)
 
 
-def next_linear(node: fx.Node) -> fx.Node | None:
+def next_linear(node: fx.Node, beside: fx.Node | None = None) -> fx.Node | None:
     """The first linear that consumes `node`, in the order of the graph: behind moves, gates, norms and sums of parts of
-    it. A sum with anything else is a residual, and ends the way."""
+    it, or with what is computed of the result of the linear `beside` alone (Nyströmformer's convolution of the values). A sum
+    with anything else is a residual, and ends the way."""
     mine, one = {node}, node.next
     while one.op != "output":
         sources = one.all_input_nodes
         if mine.intersection(sources):
             if is_call(one, *LINEAR) and one.args[0] in mine:
                 return one
-            if is_call(one, *_ONWARD) or (is_pointwise(one) and not _joins(one, mine)):
+            if is_call(one, *_ONWARD) or (is_pointwise(one) and not _joins(one, mine, beside)):
                 mine.add(one)
         one = one.next
     return None
 
 
-def _joins(node: fx.Node, mine: set[fx.Node]) -> bool:
-    """Whether a sum has an operand that is neither of `mine` nor stored."""
+def _joins(node: fx.Node, mine: set[fx.Node], beside: fx.Node | None) -> bool:
+    """Whether a sum has an operand that is neither of `mine` nor stored, nor computed `beside`."""
+    if not is_call(node, *ADD, aten.sub.Tensor):
+        return False
     others = (one for one in node.all_input_nodes if one not in mine)
-    return is_call(node, *ADD, aten.sub.Tensor) and any(one.op == "call_function" for one in others)
+    return any(one.op == "call_function" and projections(one) != (beside,) for one in others)
 
 
 def activated(linear: fx.Node) -> bool:

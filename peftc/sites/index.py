@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
 from torch import fx
 
-from peftc.graph.aten import CONV, LINEAR, TURN, bias_of, is_convolution, static_shape, weight_of
+from peftc.graph.aten import (
+    CONV,
+    FLAT,
+    LINEAR,
+    TURN,
+    bias_of,
+    is_convolution,
+    static_shape,
+    weight_of,
+)
 from peftc.graph.program import Program, is_call, op_name
-from peftc.sites.view import PLAIN, TURNED, View, Weight
+from peftc.sites.view import PLAIN, TURNED, Form, View, Weight, kernels
 
 T = TypeVar("T")
 
@@ -70,16 +79,18 @@ class Index:
         return self._by_weight.get(path, [])
 
     def stored(self, node: fx.Node | None) -> Weight | None:
-        """The parameter that an operand is, as it is or turned; None where something computes it."""
+        """The parameter that an operand is, as it is, turned, or with the last axes of several as one; None where
+        something computes it."""
         if node is None:
             return None
         if path := self.program.parameter(node):
             return Weight(path)
-        if is_call(node, *TURN) and len(static_shape(node)) == 2:
-            source = node.args[0]
-            if path := self.program.parameter(source):
-                return Weight(path, View(TURNED))
-        return None
+        form = _form(node)
+        if form is None:
+            return None
+        assert isinstance(node.args[0], fx.Node)
+        inner = self.stored(node.args[0])
+        return inner and Weight(inner.path, View(replace(form, of=inner.view.form)))
 
     def weights(self, node: fx.Node, view: View = PLAIN) -> dict[str, Weight]:
         """W and b of a linear or convolution as a spec sees them through `view`; none when W is computed."""
@@ -107,7 +118,7 @@ class Index:
     def _reading(self, node: fx.Node) -> Iterator[fx.Node]:
         """The calls that read a parameter, through transposition."""
         for user in node.users:
-            if is_call(user, *TURN):
+            if is_call(user, *TURN, *FLAT):
                 yield from self._reading(user)
             elif user.op == "call_function":
                 yield user
@@ -115,3 +126,14 @@ class Index:
     def reads(self, path: str) -> bool:
         """Whether anything in this graph reads this parameter."""
         return bool(self._readers.get(path))
+
+
+def _form(node: fx.Node) -> Form | None:
+    """How a matrix lies in what it is a view of; None where it is none."""
+    if len(static_shape(node)) != 2:
+        return None
+    if is_call(node, *TURN):
+        return TURNED
+    if is_call(node, *FLAT) and tuple(node.args[1:2]) == (1,):
+        return kernels(static_shape(node.args[0])[1:])
+    return None

@@ -48,13 +48,25 @@ class Columns:
 
 @dataclass(frozen=True)
 class Form:
-    """Another layout of the same elements: an op with its arguments, and its inverse."""
+    """Another layout of the same elements: an op with its arguments, and its inverse; perhaps of a layout that is
+    another already (`of`)."""
 
     op: Any
     args: tuple[Any, ...]
     inverse: Any
     inverse_args: tuple[Any, ...]
     name: str
+    of: Form | None = None
+
+    def into(self, call: Call, value: Any, name: str) -> Any:
+        """What is in the other layout."""
+        first = value if self.of is None else self.of.into(call, value, name)
+        return call(self.op, first, *self.args, name=f"{name}_{self.name}")
+
+    def back(self, call: Call, value: Any, name: str) -> Any:
+        """What was in the other layout."""
+        first = call(self.inverse, value, *self.inverse_args, name=f"{name}_back")
+        return first if self.of is None else self.of.back(call, first, name)
 
 
 TURNED = Form(aten.transpose.int, (0, 1), aten.transpose.int, (0, 1), "turned")
@@ -94,14 +106,10 @@ class View:
     def write(self, call: Call, whole: Any, part: Any, name: str = "") -> Any:
         """What `whole` becomes when what a spec sees of it becomes `part`."""
         full = part if self.columns is None else self._put(call, whole, part, name)
-        if self.form is None:
-            return full
-        return call(self.form.inverse, full, *self.form.inverse_args, name=f"{name}_back")
+        return full if self.form is None else self.form.back(call, full, name)
 
     def _formed(self, call: Call, whole: Any, name: str) -> Any:
-        if self.form is None:
-            return whole
-        return call(self.form.op, whole, *self.form.args, name=f"{name}_{self.form.name}")
+        return whole if self.form is None else self.form.into(call, whole, name)
 
     def _put(self, call: Call, whole: Any, part: Any, name: str) -> Any:
         assert self.columns is not None
