@@ -34,6 +34,7 @@ from peftc.graph.captures import CAPTURES
 from peftc.graph.dropped import Dropped, left_out
 from peftc.graph.entries import ENTRIES, Tensors
 from peftc.graph.finite import Finite, selected
+from peftc.graph.functions import kept, write_calls
 from peftc.graph.masks import deciding, proven
 from peftc.graph.program import Bound, Program, Slot
 from peftc.graph.quantized import readers, require_open
@@ -178,7 +179,7 @@ def _traced(
         return room.cut(model, entry, wide, fields)
 
     traced = _Traced(model, run)
-    with _alone(model), _told(model), _as_they_are(), deciding(drop) as decision:
+    with _alone(model), _told(model), _as_they_are(), deciding(drop) as decision, kept() as calls:
         try:
             exported = torch.export.export(
                 traced, (tensors,), dynamic_shapes=(shapes,), strict=False
@@ -193,6 +194,7 @@ def _traced(
             traced.forget()
     wide = room.wide(entry, seq2seq)
     program = _program(exported, entry, model, labels, wide, output_types[-1])
+    write_calls(program, exported.graph_module, calls)
     if finite or dropped:
         return program
     if draws.asked:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -23,6 +23,7 @@ from peftc.graph.aten import (
     static_shape,
 )
 from peftc.graph.program import Read, aten, is_call, op_name, scope_of
+from peftc.sites.dataflow import projections
 from peftc.sites.index import Index
 
 _BIASED = aten.baddbmm.default
@@ -57,8 +58,44 @@ class Core:
 
 
 def cores(index: Index) -> tuple[Core, ...]:
-    """Attention cores in graph order."""
-    return tuple(_cores(index))
+    """Attention cores in graph order. Where a module has several, of queries that come from linears of different modules
+    (LiLT's of text and layout), each goes by the module of its own; and scores of one that are added to those of another
+    are no mask, but as wide as they."""
+    found = tuple(_cores(index))
+    queries: dict[str, dict[str, None]] = {}
+    for one in found:
+        queries.setdefault(one.scope, {})[_queried(one)] = None
+    products = {
+        one: _product(one.softmax.args[0]) for one in found if is_call(one.softmax, *SOFTMAX)
+    }
+    return tuple(
+        replace(
+            one,
+            scope=_queried(one) if len(queries[one.scope]) > 1 else one.scope,
+            masks=tuple(m for m in one.masks if not _is_of(m.read.node, one, products)),
+        )
+        for one in found
+    )
+
+
+def _is_of(mask: fx.Node, core: Core, products: Mapping[Core, fx.Node | None]) -> bool:
+    """Whether a mask is the scores of another core."""
+    scores = _product(mask)
+    return scores is not None and any(
+        scores is product for other, product in products.items() if other is not core
+    )
+
+
+def _product(node: object) -> fx.Node | None:
+    """The product of queries and keys that scores are made of."""
+    found = _scores(node)
+    return None if found is None else found.q.user
+
+
+def _queried(core: Core) -> str:
+    """The module of the linear that a core's queries come from; its own where there is none, or are several."""
+    linears = projections(core.q.node)
+    return scope_of(linears[0]) if len(linears) == 1 else core.scope
 
 
 def missed(index: Index) -> Iterator[tuple[str, str]]:
