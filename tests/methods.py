@@ -107,7 +107,7 @@ LACKS = {
     "mixtral": ("ia3", "lora_ffn"),  # experts are one product in a batch, no linears
     "mamba": (*ATTENTION, *FEED_FORWARD, *BOTH, "bitfit_subset"),
     "vit": ("lora_embedding", "prompt_tuning", "prefix_words"),
-    "whisper": ("prompt_tuning", "prefix_words"),
+    "whisper": ("prefix_words",),  # its encoder reads no words
     "t5": ("bitfit", "bitfit_subset", "head"),
     "t5_gated": ("bitfit", "bitfit_subset", "head"),
     "llama": ("bitfit", "bitfit_subset"),

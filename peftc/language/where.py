@@ -122,7 +122,7 @@ def _write_scope(entry: Entry) -> str | None:
 WHERE = (
     Field(
         "stack",
-        "the encoder, the decoder, or the first of these; either of them (text), or what images or sounds go through first",
+        "the encoder, the decoder, or the first of these that has such a site; either of them (text), or what images or sounds go through first",
         lambda: {"enum": list(STACKS)},
         lambda source, node: source.choice(node, "'stack'", STACKS),
         lambda entry: entry.where.stack,

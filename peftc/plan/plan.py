@@ -109,8 +109,10 @@ def make_plan(
     unfrozen: dict[str, Unfrozen] = {}
     misses: list[Miss] = []
     matches: list[Match] = []
-    first = "encoder" if any(site.stack == "encoder" for site in sites) else "decoder"
-    chosen = [[site for site in sites if _selects(entry, site, first)] for entry in spec.entries]
+    chosen = [
+        [site for site in sites if _selects(entry, site, _first(entry, survey))]
+        for entry in spec.entries
+    ]
     for index, (entry, placed) in enumerate(zip(spec.entries, _placed(spec, chosen), strict=True)):
         if entry.train:
             found = list(_unfrozen(entry, chosen[index], backbone))
@@ -137,6 +139,13 @@ def make_plan(
         sites,
         Quantized(sum(prod(backbone[path]) for path in quantized), sum(quantized.values())),
     )
+
+
+def _first(entry: Entry, survey: Survey) -> str:
+    """The stack that comes first, of those that have what an entry is at: an encoder of sounds has no tokens."""
+    known = not any(entry.at in one.at for one in survey.none)
+    has = (one.stack for one in survey.sites if not known or entry.at in ("", one.at))
+    return "encoder" if "encoder" in has else "decoder"
 
 
 def _selects(entry: Entry, site: Site, first: str) -> bool:

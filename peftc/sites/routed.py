@@ -11,6 +11,7 @@ from torch import fx
 from peftc.graph.program import aten
 
 Call = Callable[..., Any]
+_ALIGNED = 16  # bytes
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,30 @@ class Routed:
     def times(self, call: Call, x: Any, matrices: Any, name: str) -> Any:
         """Each row of x times the matrix of its expert, of [experts, in, out]: only what was routed is computed."""
         if self.how == "grouped":
-            return call(self.op, x, matrices, self.by, name=name)
+            return self._grouped(call, x, matrices, name)
         if self.how == "batched":
             return call(aten.matmul.default, x, matrices, name=name)
         chosen = self.each(call, matrices, name)
         row = call(aten.unsqueeze.default, x, 1, name=f"{name}_row")
         product = call(aten.bmm.default, row, chosen, name=f"{name}_product")
         return call(aten.squeeze.dim, product, 1, name=name)
+
+    def _grouped(self, call: Call, x: Any, matrices: Any, name: str) -> Any:
+        """The product in the order of the experts; torch's own takes rows of whole `_ALIGNED` bytes, so that a small rank
+        gets zeros behind it."""
+        value = matrices.meta["val"]
+        n_in, n_out = value.shape[-2:]
+        step = _ALIGNED // value.element_size() if self.op is aten._grouped_mm.default else 1
+        more_in, more_out = -n_in % step, -n_out % step
+        if more_in:
+            x = call(aten.constant_pad_nd.default, x, [0, more_in], name=f"{name}_wide")
+        if more_in or more_out:
+            sizes = [0, more_out, 0, more_in]
+            matrices = call(aten.constant_pad_nd.default, matrices, sizes, name=f"{name}_whole")
+        product = call(self.op, x, matrices, self.by, name=name)
+        if not more_out:
+            return product
+        return call(aten.slice.Tensor, product, -1, 0, n_out, name=f"{name}_part")
 
     def each(self, call: Call, values: Any, name: str) -> Any:
         """For each row what is of its expert, of [experts, ...]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import fx
 
@@ -15,15 +16,27 @@ from peftc.sites.site import NoSite, Site
 
 
 def find(index: Index, stacks: Stacks) -> Iterator[Site | NoSite]:
-    """The linears whose results, perhaps as probabilities or shifted, a `topk` chooses from."""
+    """The linears of whose results, perhaps as probabilities or shifted, the largest are chosen."""
     for scores in index.once(scoring):
         yield linear_site(index, stacks, scores, "router", scope_of(scores))
 
 
 def scoring(index: Index) -> tuple[fx.Node, ...]:
     """Those linears, each once, in graph order."""
-    found = (_scores(node.args[0]) for node in index.calls(aten.topk.default))
+    found = (_scores(node.args[0]) for node in index.calls(*_CHOOSE) if _is_along_last(node))
     return tuple(dict.fromkeys(one for one in found if one is not None))
+
+
+_CHOOSE = (aten.topk.default, aten.max.dim, aten.argmax.default)
+
+
+def _is_along_last(node: fx.Node) -> bool:
+    """Whether scores of one token are compared."""
+    scores: Any = node.args[0]
+    # topk(scores, k, dim), max(scores, dim), argmax(scores, dim); topk's is the last
+    place = 2 if node.target is aten.topk.default else 1
+    axis = node.args[place] if len(node.args) > place else -1
+    return axis in (-1, scores.meta["val"].ndim - 1)
 
 
 def _scores(node: object) -> fx.Node | None:
