@@ -222,7 +222,8 @@ def _outputs(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> dict
 
 def _loss(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     model.zero_grad()
-    means = [one.float().square().mean() for one in _outputs(model, inputs).values()]
+    shown = (one.float() for one in _outputs(model, inputs).values())
+    means = [one.masked_fill(one.abs() >= MASKED, 0).square().mean() for one in shown]
     return torch.stack(means).sum()
 
 
