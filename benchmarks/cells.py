@@ -51,6 +51,10 @@ class _Wrong(Exception):
     """A number that is not what it should be."""
 
 
+class _Absent(Exception):
+    """What a method needs, and eager code has not."""
+
+
 def cell(
     method: str, model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], nature: Nature
 ) -> Cell:
@@ -66,6 +70,8 @@ def cell(
         return Cell(REFUSED if there else NO_PLACE, "plan", there or _line(error))
     except CaptureError as error:
         return Cell(REFUSED, step[0], " ".join(str(error).split())[:400])
+    except _Absent as error:
+        return Cell(NO_PLACE, step[0], str(error))
     except _Wrong as error:
         return Cell(FAILS, step[0], str(error))
     except Exception as error:  # whatever it is, a user would see it
@@ -103,6 +109,8 @@ def _steps(method: str, bare: PreTrainedModel, inputs: Mapping[str, torch.Tensor
         raise _Wrong("deltas change nothing")
     yield "gradient"
     without = _unreached(model, bare, inputs)
+    if without and model.plan.room and not _mixes(bare, inputs):
+        raise _Absent("in eager code no token sees another")
     if without:
         raise _Wrong(f"no gradient reaches {len(without)} deltas; the first: {without[0]}")
     yield "train"
@@ -154,6 +162,22 @@ def _unreached(
         for one in edit.parameters
     }
     return [path for path in left if path not in unused]
+
+
+def _mixes(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> bool:
+    """Whether what is said of a token, or of all, hangs on the second one too."""
+    others = dict(inputs)
+    others["input_ids"] = inputs["input_ids"].clone()
+    others["input_ids"][:, 1] += 1
+    one, other = (outputs(model, given) for given in (inputs, others))
+    length = inputs["input_ids"].shape[1]
+    for name, value in one.items():
+        pairs = (value, other[name])
+        if value.ndim > 1 and value.shape[1] == length:
+            pairs = tuple(torch.cat([v[:, :1], v[:, 2:]], 1) for v in pairs)
+        if not torch.equal(*pairs):
+            return True
+    return False
 
 
 def _generates(

@@ -64,6 +64,24 @@ class Softened(Function):
         return y * (gradients[0] - inner)
 
 
+class Again(Function):
+    """Runs a module without gradients, and again on the way back, as Reformer does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, module: nn.Module) -> torch.Tensor:
+        ctx.save_for_backward(x.detach())
+        ctx.module = module
+        with torch.no_grad():
+            return module(x)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        x = ctx.saved_tensors[0].requires_grad_()
+        with torch.enable_grad():
+            ctx.module(x).backward(gradients[0])
+        return x.grad, None
+
+
 class Act(nn.Module):
     def __init__(self, call: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
@@ -76,6 +94,7 @@ class Act(nn.Module):
 CALLS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "a number": lambda x: Rounded.apply(x, 4),
     "two values": lambda x: sum(Clipped.apply(x)),  # type: ignore[arg-type, return-value]
+    "a module": lambda x: Again.apply(x, nn.Tanh()),
     "a softmax": lambda x: torch.relu(Softened.apply(x)),
 }
 

@@ -2,7 +2,8 @@
 
 A trace would put the ops of its forward in its place, and autograd would differentiate these: a gradient that is clipped, or
 estimated (a rounding's, a router's), would silently be another. Those that have a softmax or a product inside are written
-out all the same, because sites are made of these; and so are those that are given more than tensors and numbers.
+out all the same, because sites are made of these. So are those that are given modules, to run them and to differentiate
+them in a way that saves memory (Reformer's layers): their gradient is that of their forward.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import fx
 from torch._export.wrappers import allow_in_pre_dispatch_graph
 from torch._higher_order_ops.flat_apply import flat_apply, is_graphable
 from torch.autograd import Function
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -42,6 +44,13 @@ class _Ops(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
+class _Differentiated(TorchFunctionMode):
+    """Gradients are not switched off in what is differentiated by a backward of its own."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return None if func is torch._C._set_grad_enabled else func(*args, **(kwargs or {}))
+
+
 @contextlib.contextmanager
 def kept() -> Iterator[dict[str, Callable[..., Any]]]:
     """While a model is traced: the calls that stay, by the names that torch's export gives them."""
@@ -53,9 +62,11 @@ def kept() -> Iterator[dict[str, Callable[..., Any]]]:
     whole = allow_in_pre_dispatch_graph(apply)  # type: ignore[no-untyped-call]
 
     def chosen(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
-        leaves = tree_leaves((args, kwargs))
-        if cls.__module__.startswith("torch.") or not all(map(is_graphable, leaves)):
+        if cls.__module__.startswith("torch."):
             return apply(cls, *args, **kwargs)
+        if not all(map(is_graphable, tree_leaves((args, kwargs)))):
+            with _Differentiated():
+                return apply(cls, *args, **kwargs)
         with torch._C._ForceDispatchKeyGuard(*_below()), _Ops() as ops:
             apply(cls, *args, **kwargs)
         if any(op in _UNDERSTOOD for op in ops.seen):
