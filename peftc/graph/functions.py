@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -53,8 +54,9 @@ class _Differentiated(TorchFunctionMode):
 
 @contextlib.contextmanager
 def kept() -> Iterator[dict[str, Callable[..., Any]]]:
-    """While a model is traced: the calls that stay, by the names that torch's export gives them."""
+    """While a model is traced by this thread: the calls that stay, by the names that torch's export gives them."""
     own, found = vars(Function)["apply"], dict[str, Callable[..., Any]]()
+    thread = threading.get_ident()
 
     def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
         return own.__func__(cls, *args, **kwargs)
@@ -62,7 +64,7 @@ def kept() -> Iterator[dict[str, Callable[..., Any]]]:
     whole = allow_in_pre_dispatch_graph(apply)  # type: ignore[no-untyped-call]
 
     def chosen(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
-        if cls.__module__.startswith("torch."):
+        if threading.get_ident() != thread or cls.__module__.startswith("torch."):
             return apply(cls, *args, **kwargs)
         if not all(map(is_graphable, tree_leaves((args, kwargs)))):
             with _Differentiated():
