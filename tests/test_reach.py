@@ -11,6 +11,8 @@ from conftest import logits, stir
 
 import peftc
 from peftc.driver import survey
+from peftc.interchange.settings import InterchangeError
+from peftc.interchange.write import export_peft
 from peftc.language.reader import parse_spec
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -96,11 +98,13 @@ def test_what_is_of_a_kind_and_of_one_shape_is_shared() -> None:
     assert "shared.encoder_cross_2.s.A" in plan.tensors
 
 
-def test_weights_of_several_axes() -> None:
+def test_weights_of_several_axes(tmp_path: Path) -> None:
     """Of queries [in, heads, head_dim] and of the output [out, heads, head_dim]: seen as a linear's, and stored as they
     were."""
     one = built("XLNetForTokenClassification")
     model = stir(peftc.compile(one.model.double(), parse_spec(LORA, "s")))
+    with pytest.raises(InterchangeError, match=r"rel_attn.q' is not the weight of a module"):
+        export_peft(model, tmp_path)
     before = {name: value.shape for name, value in one.model.state_dict().items()}
     folded, report = peftc.merge(model)
     assert len(report.folded) == 4 and not report.kept

@@ -92,7 +92,12 @@ def export_peft(model: CompiledModel, directory: str | Path) -> tuple[str, ...]:
     groups: dict[str, list[LowRank]] = {}
     for edit in model.plan.edits:
         found = low_rank(edit)
-        module = edit.site.weights["W"].path.removesuffix(".weight")
+        module, _, name = edit.site.weights["W"].path.rpartition(".")
+        if name != "weight":
+            raise InterchangeError(
+                f"{edit.name}: '{module}.{name}' is not the weight of a module of its own, and PEFT adapts modules; "
+                "merge it"
+            )
         groups.setdefault(module, []).append(found)
     if not groups:
         raise InterchangeError("there are no deltas that PEFT could hold")
