@@ -18,6 +18,7 @@ import passes
 from peftc.errors import PeftcError
 from peftc.graph.arguments import axes, example
 from peftc.graph.capture import exclusive
+from peftc.graph.facts import ModelFacts
 from peftc.graph.grid import Case
 from peftc.graph.program import Program
 from peftc.graph.rows import room_of
@@ -118,7 +119,7 @@ class _Export(nn.Module):
 @exclusive
 def to_onnx(model: PreTrainedModel, graph: Graph, opset: int) -> Any:
     """The graph as an onnx_ir Model, weights inside. Raises ExportError."""
-    seq2seq = bool(model.config.is_encoder_decoder)
+    seq2seq = ModelFacts.read(model).encoder_decoder
     entry = graph.program.entry
     inputs = {
         k: example(k, v, entry, seq2seq, graph.count(k)).clone()

@@ -18,9 +18,8 @@ from peftc.graph.facts import ModelFacts
 Labels = Mapping[str, tuple[str | None, ...]]
 IMAGE = (224, 224)  # of models whose configuration names no size, because any is theirs
 WAVE = 4000  # samples of sound
-CHARACTERS = (
-    128  # of models that state no vocabulary, because they read characters by their numbers
-)
+# Of models that state no vocabulary, because they read characters by their numbers.
+CHARACTERS = 128
 # Sizes of the example that is traced: all >= 2, because export specialises 0 and 1, and all
 # different, so that no two axes are taken for one.
 SIZES = {"batch": 3, "seq": 11, "target": 7, "past": 5, "query": 2, "total": 7}

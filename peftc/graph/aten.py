@@ -87,10 +87,9 @@ def is_pointwise(node: object) -> bool:
     """Whether each element of what `node` computes is of the elements at its place alone."""
     if not isinstance(node, fx.Node) or node.op != "call_function":
         return False
-    known = is_call(node, *_UNMARKED) or torch.Tag.pointwise in getattr(node.target, "tags", ())
-    return known or getattr(
-        node.target, "pointwise", False
-    )  # a function's with a backward of its own
+    if getattr(node.target, "pointwise", False):  # a function with a backward of its own
+        return True
+    return is_call(node, *_UNMARKED) or torch.Tag.pointwise in getattr(node.target, "tags", ())
 
 
 def is_nonlinear(node: object) -> bool:

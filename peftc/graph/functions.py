@@ -73,7 +73,7 @@ def kept() -> Iterator[dict[str, Callable[..., Any]]]:
             apply(cls, *args, **kwargs)
         if any(op in _UNDERSTOOD for op in ops.seen):
             return apply(cls, *args, **kwargs)
-        pointwise = all(torch.Tag.pointwise in op.tags for op in ops.seen)
+        pointwise = bool(ops.seen) and all(torch.Tag.pointwise in op.tags for op in ops.seen)
         found[f"{cls.__module__}.{cls.__qualname__}"] = call_of(cls, pointwise)
         return whole(cls, *args, **kwargs)
 

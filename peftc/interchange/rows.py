@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from peftc.errors import PeftcError
+from peftc.graph.facts import ModelFacts
 from peftc.language.reader import load_spec
 from peftc.language.spec import Spec
 from peftc.model.compiled import CompiledModel
@@ -34,7 +35,7 @@ def spec(config: Mapping[str, Any], table: torch.Tensor, backbone: PreTrainedMod
         return load_spec("prompt_tuning", l=length)
     if kind != "PREFIX_TUNING":
         raise RowsError(f"'{ROWS}' of a {kind} adapter has no form here")
-    if backbone.config.is_encoder_decoder:
+    if ModelFacts.read(backbone).encoder_decoder:
         raise RowsError(
             "PEFT's prefix of an encoder-decoder is the decoder's self-attention alone, with positions "
             "that its decoder does not take; train specs/prefix_tuning.yaml instead"

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from peftc.errors import PeftcError, suggest
 from peftc.graph.cache import CacheSlot
+from peftc.graph.facts import ModelFacts
 from peftc.graph.placement import device_of, is_placed, weight
 from peftc.graph.quantized import dequantized
 from peftc.model.programs import Programs, Transform
@@ -178,7 +179,7 @@ class Sets:
             form = "training" if any(one.form == "training" for one in chosen) else "stored"
             rewrite = self.compiler.rewrite(plan.edits)
             programs = Programs(self.backbone, self.deltas, plan, rewrite)
-            several = bool(self.backbone.config.is_encoder_decoder)
+            several = ModelFacts.read(self.backbone).encoder_decoder
             rows = plan.room.held(CacheSlot("self", 0, "key").name, several)
             self._made[names] = InUse(plan, form, programs, rows)
         return self._made[names]

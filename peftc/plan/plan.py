@@ -109,10 +109,7 @@ def make_plan(
     unfrozen: dict[str, Unfrozen] = {}
     misses: list[Miss] = []
     matches: list[Match] = []
-    chosen = [
-        [site for site in sites if _selects(entry, site, _first(entry, survey))]
-        for entry in spec.entries
-    ]
+    chosen = [_chosen(entry, survey) for entry in spec.entries]
     for index, (entry, placed) in enumerate(zip(spec.entries, _placed(spec, chosen), strict=True)):
         if entry.train:
             found = list(_unfrozen(entry, chosen[index], backbone))
@@ -139,6 +136,11 @@ def make_plan(
         sites,
         Quantized(sum(prod(backbone[path]) for path in quantized), sum(quantized.values())),
     )
+
+
+def _chosen(entry: Entry, survey: Survey) -> list[Site]:
+    first = _first(entry, survey)
+    return [site for site in survey.sites if _selects(entry, site, first)]
 
 
 def _first(entry: Entry, survey: Survey) -> str:
