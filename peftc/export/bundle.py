@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -140,6 +141,7 @@ def export(
             say("writing weights")
             size = write_models(models, directory)
             del models
+            gc.collect()  # torch's exporters leave cycles around the weights that they were given
             for graph in graphs:
                 say(f"checking {graph.role}")
                 certificate.append(check(folded, graph, directory / f"{graph.role}.onnx", asked))
