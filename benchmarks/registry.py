@@ -38,7 +38,7 @@ EXPERTS = 8
 @dataclass(frozen=True)
 class Shrink:
     """What widths are divided by, how many layers there are at most, what numbers of heads are divided by, and whether
-    sizes that a class leaves open, and its code needs, are given."""
+    what a class leaves open, and its code needs, is given."""
 
     widths: int
     layers: int
@@ -135,12 +135,13 @@ def _wide(model: PreTrainedModel) -> PreTrainedModel:
     return model.eval()
 
 
-# Sizes that classes leave open, by their names.
-_OPEN: dict[str, Callable[[Mapping[str, Any]], int]] = {
+# What classes leave open, by its name.
+_OPEN: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "head_dim": lambda data: data["hidden_size"] // data["num_attention_heads"],
     "num_key_value_heads": lambda data: data["num_attention_heads"],
     "num_experts_per_tok": lambda _: 2,
     "vocab_size": lambda _: VOCABULARY,
+    "default_language": lambda data: data["languages"][0],
 }
 # What a number of a configuration counts, by its name; the first that matches says what becomes of it.
 _RULES: tuple[tuple[str, Callable[[int, Shrink], int]], ...] = (
