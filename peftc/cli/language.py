@@ -12,7 +12,7 @@ from peftc.cli.console import raw
 from peftc.errors import PeftcError
 from peftc.language import schema as spec_schema
 from peftc.language import shelf
-from peftc.language.reader import load_spec
+from peftc.language.reader import FOR_EDITORS, load_spec
 from peftc.language.skeleton import skeleton
 
 
@@ -61,7 +61,7 @@ def new(
     path = output or Path(f"{name}.yaml")
     try:
         with path.open("x") as file:
-            file.write(f"{text}# yaml-language-server: $schema={shelf.directory() / shelf.SCHEMA}\n")
+            file.write(f"{text}# {FOR_EDITORS} $schema={shelf.directory() / shelf.SCHEMA}\n")
     except OSError as error:
         reason = "exists already" if isinstance(error, FileExistsError) else str(error.strerror)
         raise PeftcError(f"{path}: {reason}") from error
@@ -70,7 +70,7 @@ def new(
 
 def renamed(text: str, name: str) -> str:
     """The text of a spec under another name, without the line that tells editors its schema."""
-    lines = [one for one in text.splitlines() if not one.startswith("# yaml-language-server:")]
+    lines = [one for one in text.splitlines() if not one.startswith(f"# {FOR_EDITORS}")]
     named = [f"name: {name}" if one.startswith("name:") else one for one in lines]
     if named == lines and f"name: {name}" not in lines:
         named.insert(next(i for i, one in enumerate(lines) if not one.startswith("#")), f"name: {name}")

@@ -22,6 +22,7 @@ from peftc.language.spec import Arguments, Entry, Spec, numbered
 from peftc.language.where import meet, narrowed
 
 AUTO = "auto"
+FOR_EDITORS = "yaml-language-server:"  # a comment that is no title
 MAX_USES = 8
 
 
@@ -49,7 +50,8 @@ def parse_spec(text: str, path: str = "<spec>", **overrides: float | int) -> Spe
 def read(text: str, path: str, overrides: Arguments, using: tuple[str, ...] = ()) -> Spec:
     """The Spec of a file's text; `using` are the specs that use it, outermost first. Raises as `parse_spec`."""
     spec = Reader(Source(path), using, overrides).spec(compose(text, path))
-    comments = (line[1:].strip() for line in text.splitlines() if line.startswith("#"))
+    lines = (line[1:].strip() for line in text.splitlines() if line.startswith("#"))
+    comments = (line for line in lines if not line.startswith(FOR_EDITORS))
     return replace(spec, title=spec.title or next(comments, ""), text=text, path=path)
 
 
