@@ -74,10 +74,20 @@ def script(page: str, without: tuple[str, ...] = ()) -> str:
 
 def alike(shown: str, got: str) -> bool:
     """Whether an output is the one shown, whatever its numbers; `...` stands for any lines."""
-    want = [_plain(line) for line in shown.strip().splitlines()]
     have = [_plain(line) for line in got.strip().splitlines()]
-    wild = "".join(".*\n" if line == "..." else re.escape(line) + "\n" for line in want)
-    return bool(re.fullmatch(wild.replace(".*\n", "(?:.*\n)*"), "\n".join([*have, ""])))
+    parts = [""] if not shown.strip() else re.split(r"^\.\.\.$", shown.strip(), flags=re.M)
+    start = 0
+    for number, part in enumerate(parts):
+        want = [_plain(line) for line in part.strip("\n").splitlines()]
+        spans = [i for i in range(start, len(have) - len(want) + 1) if have[i : i + len(want)] == want]
+        if number == 0:
+            spans = [i for i in spans if i == 0]
+        if number == len(parts) - 1 and want:
+            spans = [i for i in spans if i + len(want) == len(have)]
+        if not spans:
+            return False
+        start = spans[0] + len(want)
+    return len(parts) > 1 or start == len(have)
 
 
 def _plain(line: str) -> str:

