@@ -27,7 +27,7 @@ MAX_USES = 8
 
 
 def load_spec(source: str | Path, **overrides: float | int) -> Spec:
-    """A spec by shipped name or by path; `overrides` replace values of its `with:`.
+    """The spec that `source` names, shipped or a path; `overrides` replace values of its `with:`.
 
     Raises SpecError with every problem of the file, PeftcError when there is no such spec or argument.
     """
@@ -40,7 +40,7 @@ def load_spec(source: str | Path, **overrides: float | int) -> Spec:
 
 
 def parse_spec(text: str, path: str = "<spec>", **overrides: float | int) -> Spec:
-    """A spec from its text; `path` is what errors name and what relative `use:` starts from.
+    """A spec from its `text`; `path` is what errors name and what relative `use:` starts from.
 
     Raises SpecError with every problem, PeftcError for an override of no argument or that is no number.
     """
