@@ -136,7 +136,7 @@ def train(
     every epoch unless the recipe says when, and the same training called again goes on from the last whole one, to the
     same bits; `say` is told what of them is damaged. Gives steps, seconds, the mean loss, metrics and predictions. Raises
     CheckpointError where that directory is another training's, RowError and DataError for rows that cannot be learned
-    from.
+    from, PeftcError for a recipe that does not go with them.
     """
     if recipe.patience is not None and test is None:
         raise PeftcError("early stopping ('patience') needs rows to evaluate on (--eval)")
@@ -301,7 +301,8 @@ class _Clock(TrainerCallback):
 
 def dry_run(model: PreTrainedModel, tokenizer: Any, rows: Any, recipe: Recipe) -> Trial:
     """A step of `recipe` on `rows`, timed after a first one, which traces: seconds, bytes at most, tokens, loss. What
-    trains of `model` is as it was, after them; `tokenizer` makes tokens of texts. Raises RowError and DataError."""
+    trains of `model` is as it was, after them; `tokenizer` makes tokens of texts. Raises RowError and DataError, and
+    PeftcError where the loss is no number."""
     learning = [p for p in model.parameters() if p.requires_grad]
     before, clock = [p.detach().clone() for p in learning], _Clock()
     few = {"max_steps": 2, "warmup_steps": 0, "logging_steps": 1}
