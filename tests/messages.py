@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from peftc.errors import PeftcError, SpecError
+from peftc.errors import PeftcError, Problem, SpecError
 from peftc.language.expr import ExprError
 from peftc.language.shapes import ShapeError
 from peftc.language.source import Source
@@ -83,17 +84,23 @@ def _assigned(owner: ast.AST) -> dict[str, ast.expr]:
 
 
 def _message(call: ast.Call, said: dict[str, ast.expr]) -> tuple[str, str] | None:
-    """(class, text) of a call that makes a message."""
+    """(class, text) of a call that makes a message of words of its own."""
+    found = _made(call, said)
+    own = "" if found is None else re.sub(r"\{.*?\}", "", found[1])
+    return found if re.search("[a-z]{3}", own) else None
+
+
+def _made(call: ast.Call, said: dict[str, ast.expr]) -> tuple[str, str] | None:
     name = ast.unparse(call.func).rpartition(".")[2]
-    if name == "fail" and len(call.args) > 1:
+    if name in ("fail", "Problem") and len(call.args) > 1:
         fix = f" ({_text(call.args[2], said)})" if len(call.args) > 2 else ""
         return "SpecError", _text(call.args[1], said) + fix
     if name == "warn" and call.args:
         return "warning", _text(call.args[0], said)
     if name in kinds() and call.args:
         place = 1 if name == "ExprError" else 0
-        if len(call.args) > place and (text := _text(call.args[place], said)) != "{}":
-            return name, text
+        if len(call.args) > place:
+            return name, _text(call.args[place], said)
     return None
 
 
@@ -196,7 +203,7 @@ class Recorder:
 
     def start(self) -> None:
         """Have errors, problems and warnings tell."""
-        for cls in (PeftcError, ShapeError, ExprError):
+        for cls in (PeftcError, ShapeError, ExprError, Problem):
             self._watch(cls)
         fail, warn = Source.fail, warnings.warn
 
@@ -211,15 +218,15 @@ class Recorder:
         Source.fail = failing  # type: ignore[method-assign]
         warnings.warn = warning  # type: ignore[assignment]
 
-    def _watch(self, cls: type[Exception]) -> None:
+    def _watch(self, cls: type[Any]) -> None:
         made: Callable[..., None] = cls.__init__
 
-        def init(error: Exception, *args: Any, **more: Any) -> None:
+        def init(error: Any, *args: Any, **more: Any) -> None:
             if args and not isinstance(error, SpecError):
-                self.note(str(args[1] if isinstance(error, ExprError) else args[0]))
+                self.note(str(args[1] if isinstance(error, ExprError | Problem) else args[0]))
             made(error, *args, **more)
 
-        cls.__init__ = init  # type: ignore[method-assign]
+        cls.__init__ = init
 
     def write(self) -> None:
         """Add what was found to what is known; what the code has no more is left out."""
