@@ -12,8 +12,10 @@ ROOT = Path(__file__).parents[1]
 WRITTEN = ("architectures", "commands", "habits", "language", "messages", "passes")
 PAGES = {
     one.stem: one
-    for one in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-    if one.stem not in WRITTEN
+    for one in (
+        *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+        *sorted((ROOT / "docs").glob("*.md")),
+    )
 }
 _FENCE = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.M | re.S)
 
