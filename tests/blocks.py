@@ -81,7 +81,9 @@ def alike(shown: str, got: str) -> bool:
     start = 0
     for number, part in enumerate(parts):
         want = [plain(line) for line in part.strip("\n").splitlines()]
-        spans = [i for i in range(start, len(have) - len(want) + 1) if have[i : i + len(want)] == want]
+        spans = [
+            i for i in range(start, len(have) - len(want) + 1) if have[i : i + len(want)] == want
+        ]
         if number == 0:
             spans = [i for i in spans if i == 0]
         if number == len(parts) - 1 and want:

@@ -243,5 +243,9 @@ def _anonymous(text: str) -> str:
     for word in text.split(" "):
         start = word.find("/")
         folder = word[start:].rpartition("/")[0] if start >= 0 else ""
-        words.append(word.replace(f"{folder}/", "") if folder and Path(folder.strip("'\"(")).is_absolute() else word)
+        words.append(
+            word.replace(f"{folder}/", "")
+            if folder and Path(folder.strip("'\"(")).is_absolute()
+            else word
+        )
     return " ".join(words)

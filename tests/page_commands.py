@@ -23,32 +23,23 @@ def page() -> str:
 
 
 def _command(name: str) -> Iterator[str]:
-    one = typer.main.get_command(app(name)).commands[name]  # type: ignore[attr-defined]
+    program = typer.main.get_command(app(name)).commands[name]  # type: ignore[attr-defined]
+    context = program.make_context(name, [], resilient_parsing=True)
     said, _, examples = inspect.cleandoc(command(name).__doc__ or "").partition("\b\n")
-    arguments = [param for param in one.params if not param.opts[0].startswith("-")]
-    given = " ".join(str(param.metavar) for param in arguments)
-    yield f"## `peftc {name}{f' {given}' if given else ''}`\n"
+    arguments = [one for one in program.params if not one.opts[0].startswith("-")]
+    yield f"## `{' '.join(['peftc', name, *(one.metavar for one in arguments)])}`\n"
     yield f"{said.strip()}\n"
-    yield "```console"
-    yield from (f"$ {line}" for line in examples.strip().splitlines())
-    yield "```\n"
-    yield from ("| | |", "|---|---|")
-    for param in one.params:
-        yield f"| {_names(param)} | {_help(param)} |"
-    yield ""
+    yield from ("```console", *(f"$ {one}" for one in examples.strip().splitlines()), "```\n")
+    if program.params:
+        yield from ("| | |", "|---|---|")
+        for one in program.params:
+            names, what = one.get_help_record(context)
+            yield f"| `{_plain(names)}` | {_plain(what)} |"
+        yield ""
 
 
-def _names(param: typer.CallbackParam) -> str:
-    """`-m`, `--model MODEL`; of an argument how it is shown."""
-    if not param.opts[0].startswith("-"):
-        return f"`{param.metavar}`"
-    value = "" if getattr(param, "is_flag", False) else f" {param.metavar or param.type.name.upper()}"
-    return ", ".join(f"`{one}`" for one in sorted(param.opts, key=len)).removesuffix("`") + f"{value}`"
-
-
-def _help(param: typer.CallbackParam) -> str:
-    said = (getattr(param, "help", None) or "").replace("|", "\\|")
-    needed = " Needed." if param.required and param.opts[0].startswith("-") else ""
-    default = param.default
-    shown = "" if default in (None, False, ()) or callable(default) else f" [{default}]"
-    return re.sub(r"\s+", " ", f"{said}{needed}{shown}").strip()
+def _plain(text: str) -> str:
+    """Help as a cell of a table, without the types that typer adds."""
+    types = {"float": "NUMBER", "int": "NUMBER", "int range": "NUMBER"}
+    named = re.sub(r" <([^>]*)>", lambda m: f" {types[m[1]]}" if m[1] in types else "", text)
+    return " ".join(named.split()).replace("|", "\\|")

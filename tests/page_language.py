@@ -46,51 +46,87 @@ SAID = {
     "train": "unfreezes parameters that the model has",
     "use": "takes in another spec",
 }
-LORA = "params: {A: {shape: [in, 4], init: kaiming_uniform}, B: {shape: [4, out], init: zeros}}, delta: x @ A @ B"
-SCALE = "params: {scale: {shape: [out], init: ones}}, rewrite: {h: h * scale}"
-# A spec for each key; `deltas` is the last line where none stands here.
+LORA = """params:
+  A: {shape: [in, 4],  init: kaiming_uniform}
+  B: {shape: [4, out], init: zeros}
+delta: x @ A @ B"""
+SIZED = LORA.replace("4", "r")
+SCALE = """params: {scale: {shape: [out], init: ones}}
+rewrite: {h: h * scale}"""
+
+
+def delta(*lines: str) -> str:
+    """A spec of one delta."""
+    first, *rest = "\n".join(lines).splitlines()
+    return "\n".join(["deltas:", f"  - {first}", *(f"    {one}" for one in rest)])
+
+
+# A spec for each key.
 KEYS: Mapping[str, str] = {
-    "name": "name: mine\ndeltas: [{train: [bias]}]",
-    "title": "title: all that the model adds\ndeltas: [{train: [bias]}]",
-    "with": f"with: {{r: 4}}\ndeltas:\n  - {{at: ffn, {LORA.replace('4', 'r')}}}",
-    "budget": f"with: {{r: auto}}\nbudget: 5%\ndeltas:\n  - {{at: ffn, {LORA.replace('4', 'r')}}}",
-    "deltas": f"deltas:\n  - {{at: attention.q, {LORA}}}\n  - {{train: [bias]}}",
-    "deltas.method": f"deltas:\n  - {{method: one, at: attention.q, {LORA}}}\n  - {{method: two, at: attention.v, {LORA}}}",
-    "deltas.with": f"deltas:\n  - {{with: {{r: 2}}, at: attention.q, {LORA.replace('4', 'r')}}}",
-    "deltas.at": f"deltas:\n  - {{at: [attention.q, attention.v], {LORA}}}",
-    "deltas.where": f"deltas:\n  - {{at: attention.q, where: {{layers: 1}}, {LORA}}}",
-    "deltas.expect": f"deltas:\n  - {{at: attention.q, expect: 2, {LORA}}}",
-    "deltas.params": f"deltas:\n  - {{at: ffn, {LORA}}}",
-    "deltas.let": f"deltas:\n  - {{at: ffn, {LORA.replace('delta: x @ A @ B', 'let: {low: x @ A}, delta: relu(low) @ B')}}}",
-    "deltas.delta": f"deltas:\n  - {{at: ffn, {LORA.replace('x @ A', 'h @ A').replace('[in', '[out')}}}",
-    "deltas.compose": f"deltas:\n  - {{at: ffn, {LORA}, compose: h + 4 * delta}}",
-    "deltas.rewrite": f"deltas:\n  - {{at: ffn.up, {SCALE}}}",
-    "deltas.penalty": f"deltas:\n  - {{at: ffn.up, {SCALE}, penalty: 0.1 * sum(scale * scale)}}",
-    "deltas.positions": "deltas:\n  - at: attention.heads\n    params: {P: {shape: [kv_heads, 5, head_dim], init: normal}}\n"
-    '    rewrite: {k: "prepend(P, k)", v: "prepend(P, v)"}\n    positions: shift',
-    "deltas.words": "deltas:\n  - at: attention.heads\n    words: [7, 8, 9]\n"
-    "    params: {K: {shape: [kv_heads, 3, head_dim], init: k}, V: {shape: [kv_heads, 3, value_dim], init: v}}\n"
-    '    rewrite: {k: "prepend(K, k)", v: "prepend(V, v)"}',
-    "deltas.train": "deltas:\n  - {at: norm, train: [weight]}",
-    "deltas.use": "deltas:\n  - {use: lora, with: {r: 2}}",
-    "where.stack": f"deltas:\n  - {{at: attention.q, where: {{stack: encoder}}, {LORA}}}",
-    "where.kind": f"deltas:\n  - {{at: attention.q, where: {{kind: self}}, {LORA}}}",
-    "where.layers": f'deltas:\n  - {{at: attention.q, where: {{layers: "0-1"}}, {LORA}}}',
-    "where.experts": f'deltas:\n  - {{at: experts, where: {{experts: "0-1"}}, {LORA}}}',
-    "where.scope": f'deltas:\n  - {{at: attention.q, where: {{scope: "*.0.*"}}, {LORA}}}',
-    "params.shape": f"deltas:\n  - {{at: ffn, {LORA}}}",
-    "params.init": "deltas:\n  - at: attention.q\n    params: {m: {shape: [out, 1], init: norm(W)}}\n"
-    "    rewrite: {W: m * W / norm(W)}",
-    "params.per": f"deltas:\n  - {{at: attention.q, {LORA.replace('kaiming_uniform', 'kaiming_uniform, per: model')}}}",
-    "params.trainable": f"deltas:\n  - {{at: ffn, {LORA.replace('kaiming_uniform', 'kaiming_uniform, trainable: false')}}}",
+    "name": f"name: mine\n{delta('train: [bias]')}",
+    "title": f"title: all that the model adds\n{delta('train: [bias]')}",
+    "with": f"with: {{r: 4}}\n{delta('at: ffn', SIZED)}",
+    "budget": f"with: {{r: auto}}\nbudget: 5%\n{delta('at: ffn', SIZED)}",
+    "deltas": f"{delta('at: attention.q', LORA)}\n  - train: [bias]",
+    "deltas.method": delta("at: attention.q", "method: low_rank", LORA),
+    "deltas.with": delta("at: attention.q", "with: {r: 2}", SIZED),
+    "deltas.at": delta("at: [attention.q, attention.v]", LORA),
+    "deltas.where": delta("at: attention.q", "where: {layers: 1}", LORA),
+    "deltas.expect": delta("at: attention.q", "expect: 2", LORA),
+    "deltas.params": delta("at: ffn", LORA),
+    "deltas.let": delta(
+        "at: ffn", LORA.replace("delta: x @ A", "let: {low: relu(x @ A)}\ndelta: low")
+    ),
+    "deltas.delta": delta("at: ffn", LORA.replace("[in", "[out").replace("x @ A", "relu(h @ A)")),
+    "deltas.compose": delta("at: ffn", LORA, "compose: h + 4 * delta"),
+    "deltas.rewrite": delta("at: ffn.up", SCALE),
+    "deltas.penalty": delta("at: ffn.up", SCALE, "penalty: 0.1 * sum(scale * scale)"),
+    "deltas.positions": delta(
+        "at: attention.heads",
+        "params: {P: {shape: [kv_heads, 5, head_dim], init: normal}}",
+        'rewrite: {k: "prepend(P, k)", v: "prepend(P, v)"}',
+        "positions: shift",
+    ),
+    "deltas.words": delta(
+        "at: attention.heads",
+        "words: [7, 8, 9]",
+        "params:",
+        "  K: {shape: [kv_heads, 3, head_dim],  init: k}",
+        "  V: {shape: [kv_heads, 3, value_dim], init: v}",
+        'rewrite: {k: "prepend(K, k)", v: "prepend(V, v)"}',
+    ),
+    "deltas.train": delta("at: norm", "train: [weight]"),
+    "deltas.use": delta("use: lora", "with: {r: 2}"),
+    "where.stack": delta("at: attention.q", "where: {stack: encoder}", LORA),
+    "where.kind": delta("at: attention.q", "where: {kind: self}", LORA),
+    "where.layers": delta("at: attention.q", 'where: {layers: "0-1"}', LORA),
+    "where.experts": delta("at: experts", 'where: {experts: "0-1"}', LORA),
+    "where.scope": delta("at: attention.q", 'where: {scope: "*.0.*"}', LORA),
+    "params.shape": delta("at: ffn", LORA),
+    "params.init": delta(
+        "at: attention.q",
+        "params: {m: {shape: [out, 1], init: norm(W)}}",
+        "rewrite: {W: m * W / norm(W)}",
+    ),
+    "params.per": delta("at: attention.q", LORA.replace("uniform", "uniform, per: model")),
+    "params.trainable": delta("at: ffn", LORA.replace("uniform", "uniform, trainable: false")),
 }
 # What a site's example does where it is no bottleneck from x to h.
 DELTAS: Mapping[str, str] = {
-    "attention.heads": "params: {A: {shape: [heads, head_dim, 4], init: normal}, B: {shape: [heads, 4, value_dim], init: zeros}}, delta: relu(q @ A) @ B",
+    "attention.heads": """params:
+  A: {shape: [heads, head_dim, 4],  init: normal}
+  B: {shape: [heads, 4, value_dim], init: zeros}
+delta: relu(q @ A) @ B""",
     "ffn.hidden": SCALE,
     "norm": SCALE,
-    "embedding": "params: {A: {shape: [vocab, 4], init: zeros}, B: {shape: [4, out], init: normal}}, delta: lookup(A, ids) @ B",
-    "conv": "params: {A: {shape: [in, 4], init: normal}, B: {shape: [4, out], init: zeros}}, rewrite: {W: W + transpose(A @ B)}",
+    "embedding": """params:
+  A: {shape: [vocab, 4], init: zeros}
+  B: {shape: [4, out],   init: normal}
+delta: lookup(A, ids) @ B""",
+    "conv": """params:
+  A: {shape: [in, 4],  init: normal}
+  B: {shape: [4, out], init: zeros}
+rewrite: {W: W + transpose(A @ B)}""",
 }
 FAMILIES = ("bert", "llama", "mixtral", "mamba", "deepseek")
 TWICE = dict(
@@ -229,7 +265,7 @@ def _site(row: SiteType) -> Iterator[str]:
     papers = "" if row.counted else " What trains here is no part of the papers' counts."
     yield f"\nSizes: {', '.join(f'`{one}`' for one in row.dims)}. {way}{papers}\n"
     at = f'{{op: {row.name}, scope: "*"}}' if row.by_op else row.name
-    said = f"deltas:\n  - {{at: {at}, {DELTAS.get(row.name, LORA)}}}"
+    said = delta(f"at: {at}", DELTAS.get(row.name, LORA))
     yield from ("```yaml", said, "```\n")
     yield f"{_found(row, said)}\n"
 
@@ -270,7 +306,13 @@ def _op(row: Op) -> str:
     said = row.sample or f"{row.name}(x)"
     expression = ex.parse(said)
     value = evaluate(expression, dict(_tensors()), {"heads": 1, "r": 1})
-    cells = (f"`{row.name}`", row.doc.replace("*", "\\*"), row.affine, f"`{said}`", text(infer(expression, SHAPES)))
+    cells = (
+        f"`{row.name}`",
+        row.doc.replace("*", "\\*"),
+        row.affine,
+        f"`{said}`",
+        text(infer(expression, SHAPES)),
+    )
     shown = "up to signs, which are the machine's" if row.name.startswith("svd") else _value(value)
     return f"| {' | '.join(cells)} | {shown} |"
 
@@ -316,5 +358,3 @@ def _started(name: str, args: tuple[float, ...]) -> torch.Tensor:
     torch.manual_seed(0)
     given = Parameter("P", "P", (3, 2), name, args, True)
     return initial(given, torch.device("cpu"), torch.float64)
-
-

@@ -31,7 +31,9 @@ _VERBS = (
     checkpoints.last_whole,
 )
 VERBS: dict[str, Callable[..., Any]] = {
-    f"{one.__module__}.{one.__name__}": inspect.unwrap(one) for one in _VERBS if not isinstance(one, type)
+    f"{one.__module__}.{one.__name__}": inspect.unwrap(one)
+    for one in _VERBS
+    if not isinstance(one, type)
 }
 CLASSES = (peftc.CompiledModel, peftc.Spec, peftc.PeftcError, CompiledModel, Runner)
 RAISED = re.compile(r"\b[A-Z]\w*(?:Error|Fault)\b")
@@ -39,7 +41,9 @@ RAISED = re.compile(r"\b[A-Z]\w*(?:Error|Fault)\b")
 
 def words(docstring: str) -> set[str]:
     """Every name in backticks."""
-    return {name for code in re.findall(r"`([^`]+)`", docstring) for name in re.findall(r"\w+", code)}
+    return {
+        name for code in re.findall(r"`([^`]+)`", docstring) for name in re.findall(r"\w+", code)
+    }
 
 
 @pytest.mark.parametrize("name", VERBS)
@@ -148,9 +152,7 @@ def identifiers() -> frozenset[str]:
                 found.add(node.id)
             elif isinstance(node, ast.Attribute):
                 found.add(node.attr)
-            elif isinstance(node, ast.arg):
-                found.add(node.arg)
-            elif isinstance(node, ast.keyword) and node.arg:
+            elif isinstance(node, ast.arg) or (isinstance(node, ast.keyword) and node.arg):
                 found.add(node.arg)
             elif isinstance(node, ast.FunctionDef | ast.ClassDef):
                 found.add(node.name)

@@ -25,7 +25,9 @@ def test_it_is_tiny_lora() -> None:
     with torch.no_grad():
         for edit in model.plan.edits:
             part = {one.name: values[one.path] for one in edit.parameters}
-            layer = theirs[f"base_model.model.{edit.site.weights['W'].path.removesuffix('.weight')}"]
+            layer = theirs[
+                f"base_model.model.{edit.site.weights['W'].path.removesuffix('.weight')}"
+            ]
             part["down"].copy_(layer.tinylora_A["default"].T)
             part["up"].copy_(layer.tinylora_B["default"].T)
             part["P"].copy_(layer.tinylora_P["default"].mT)

@@ -37,11 +37,7 @@ BY_HAND = [name for name in PAGES if name not in WRITTEN]
 HAS_PYTHON = [name for name in BY_HAND if blocks(name, "python")]
 HAS_YAML = [name for name in BY_HAND if blocks(name, "yaml")]
 HAS_COMMANDS = [name for name in PAGES if blocks(name, "console")]
-STANDING = [
-    name
-    for name in BY_HAND
-    if any(line.startswith("peftc") for line, _ in commands(name))
-]
+STANDING = [name for name in BY_HAND if any(line.startswith("peftc") for line, _ in commands(name))]
 
 
 def test_blocks_are_of_kinds_that_are_run() -> None:
@@ -177,7 +173,9 @@ def told(shown: str, got: str) -> bool:
 
 def bash(text: str, folder: Path, clean: bool = False) -> str:
     """What a script prints, on both streams, in the order in which it comes."""
-    own = {} if clean else {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    own = (
+        {} if clean else {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    )
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", text],
         cwd=folder,

@@ -38,7 +38,9 @@ def completion(shell: Shell) -> None:
     words = {name: words_of(name) for name in COMMANDS}
     if shell == "fish":
         return raw(_fish(words))
-    cases = "\n".join(f'        *:{name}) words="{" ".join(one)}" ;;' for name, one in words.items())
+    cases = "\n".join(
+        f'        *:{name}) words="{" ".join(one)}" ;;' for name, one in words.items()
+    )
     script = _BASH.format(commands=" ".join(COMMANDS), cases=cases)
     raw(f"autoload -U +X bashcompinit && bashcompinit\n{script}" if shell == "zsh" else script)
 

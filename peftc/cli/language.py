@@ -73,7 +73,9 @@ def renamed(text: str, name: str) -> str:
     lines = [one for one in text.splitlines() if not one.startswith(f"# {FOR_EDITORS}")]
     named = [f"name: {name}" if one.startswith("name:") else one for one in lines]
     if named == lines and f"name: {name}" not in lines:
-        named.insert(next(i for i, one in enumerate(lines) if not one.startswith("#")), f"name: {name}")
+        named.insert(
+            next(i for i, one in enumerate(lines) if not one.startswith("#")), f"name: {name}"
+        )
     return "\n".join([*named, ""])
 
 

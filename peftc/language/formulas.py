@@ -32,7 +32,9 @@ INITS: Mapping[str, Initialiser] = {
     "constant": Initialiser(1, 1, "constant(c): all c"),
     "normal": Initialiser(0, 1, "normal(s): drawn from N(0, s^2), s = 0.02 where it is left out"),
     "uniform": Initialiser(1, 1, "uniform(a): drawn from U(-a, a)"),
-    "linear": Initialiser(1, 1, "linear(n): drawn from U(-1/sqrt(n), 1/sqrt(n)), as nn.Linear of n inputs"),
+    "linear": Initialiser(
+        1, 1, "linear(n): drawn from U(-1/sqrt(n), 1/sqrt(n)), as nn.Linear of n inputs"
+    ),
     "kaiming_uniform": Initialiser(0, 0, "drawn from U(-1/sqrt(n), 1/sqrt(n)), n the first axis"),
     "identity": Initialiser(0, 0, "1 on the diagonal of a matrix, else 0"),
 }
