@@ -75,15 +75,14 @@ def script(page: str, without: tuple[str, ...] = ()) -> str:
 
 
 def alike(shown: str, got: str) -> bool:
-    """Whether an output is the one shown, whatever its numbers; `...` stands for any lines."""
+    """Whether an output is the one shown, whatever its numbers; `...` stands for any lines, or the rest of one."""
     have = [plain(line) for line in got.strip().splitlines()]
     parts = [""] if not shown.strip() else re.split(r"^\.\.\.$", shown.strip(), flags=re.M)
     start = 0
     for number, part in enumerate(parts):
         want = [plain(line) for line in part.strip("\n").splitlines()]
-        spans = [
-            i for i in range(start, len(have) - len(want) + 1) if have[i : i + len(want)] == want
-        ]
+        places = range(start, len(have) - len(want) + 1)
+        spans = [i for i in places if all(map(_begins, have[i : i + len(want)], want))]
         if number == 0:
             spans = [i for i in spans if i == 0]
         if number == len(parts) - 1 and want:
@@ -92,6 +91,11 @@ def alike(shown: str, got: str) -> bool:
             return False
         start = spans[0] + len(want)
     return len(parts) > 1 or start == len(have)
+
+
+def _begins(line: str, shown: str) -> bool:
+    """A line that is shown may end in dots."""
+    return line.startswith(shown[:-3]) if shown.endswith(" ...") else line == shown
 
 
 def plain(line: str) -> str:

@@ -211,7 +211,7 @@ def _keys() -> Iterator[str]:
 def _key(prefix: str, row: Field) -> Iterator[str]:
     yield f"### `{prefix}{row.name}`\n"
     goes = f" Goes with {', '.join(f'`{one}`' for one in row.forms)}." if row.forms else ""
-    more = f" {_sentence(row.more())}" if row.more() and row.name != "params" else ""
+    more = f" It may be {row.more()}." if row.more() and row.name != "params" else ""
     must = " It must be there." if row.required else ""
     yield f"{_sentence(row.doc)}{must}{goes}{more}\n"
     said = KEYS[f"{prefix}{row.name}"]

@@ -102,6 +102,8 @@ class Formulas:
         names.read |= set(ex.names(expression))
         if unknown:
             return None, UNKNOWN
+        if any(names.shapes[name] is UNKNOWN for name in ex.names(expression)):
+            return expression, UNKNOWN
         try:
             return expression, infer(expression, names.shapes)
         except ex.ExprError as error:

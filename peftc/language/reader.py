@@ -40,7 +40,8 @@ def load_spec(source: str | Path, **overrides: float | int) -> Spec:
 
 
 def parse_spec(text: str, path: str = "<spec>", **overrides: float | int) -> Spec:
-    """A spec from its `text`; `path` is what errors name and what relative `use:` starts from.
+    """A spec from its `text`; `path` is what errors name and what relative `use:` starts from;
+    `overrides` replace values of its `with:`.
 
     Raises SpecError with every problem, PeftcError for an override of no argument or that is no number.
     """
