@@ -65,7 +65,7 @@ wheel: .venv/.done  ## build the sdist, and the wheel from it
 	@touch $@
 
 docs: .venv/.docs  ## make a site of docs in out/site; a link to nothing is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict -f - < docs/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -f - < docs/mkdocs.yml
 
 clean:  ## remove what was built
 	rm -rf .venv dist
