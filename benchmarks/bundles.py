@@ -34,21 +34,25 @@ from paired import Row, measure
 import peftc
 from peftc.export import bundle as making
 
-# Weights so wide that the next token is decided, as a trained model decides it: int4 is refused where it is not.
-LLAMA = dict(vocab_size=8000, num_hidden_layers=8, initializer_range=0.1)
+LLAMA = dict(vocab_size=8000, num_hidden_layers=8, tie_word_embeddings=True)
 
 
 @dataclass(frozen=True)
 class Given:
-    """A model of `measured.MODELS`, changed, and the tokens that it is given and writes."""
+    """A model of `measured.MODELS`, changed, and the tokens that it is given and writes. Its table of tokens is so many
+    times as `wide`: a tied one then decides the next token, as a trained model does; int4 is refused where nothing is."""
 
     name: str
     changes: Mapping[str, Any]
     length: int
     tokens: int
+    wide: float = 1.0
 
     def bare(self) -> Any:
-        return measured.bare(self.name, **self.changes)
+        model = measured.bare(self.name, **self.changes)
+        with torch.no_grad():
+            model.get_input_embeddings().weight.mul_(self.wide)
+        return model
 
     def mam(self) -> Any:
         return adapted.mam(self.name, False, **self.changes)
@@ -61,7 +65,7 @@ class Given:
 GIVEN = {
     "real": (
         Given("bart", measured.SIZES["real"].models["bart"], 512, 32),
-        Given("llama", LLAMA, 64, 32),
+        Given("llama", LLAMA, 64, 32, wide=10.0),
     ),
     "toy": tuple(
         Given(name, changes, 8, 4) for name, changes in measured.SIZES["toy"].models.items()

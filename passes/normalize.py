@@ -193,8 +193,12 @@ def _write_linear(program: Program, addmm: fx.Node) -> None:
 
 
 def _is_count(program: Program, node: fx.Node) -> bool:
-    """Whether `node` counts batches. A frozen backbone's statistics stay: deltas are saved without them."""
-    return is_call(node, aten.add_.Tensor) and _is_buffer(program, node.args[0]) and not node.users
+    """Whether `node` counts batches, or keeps what was seen. A frozen backbone's statistics stay: deltas are saved without
+    them."""
+    source: Any = node.args[0] if is_call(node, aten.add_.Tensor, aten.copy_.default) else None
+    if node.users or not _is_buffer(program, source):
+        return False
+    return all(user is node or user < node for user in source.users)
 
 
 def _is_buffer(program: Program, node: object) -> bool:

@@ -23,6 +23,8 @@ CHARACTERS = 128
 # Sizes of the example that is traced: all >= 2, because export specialises 0 and 1, and all
 # different, so that no two axes are taken for one.
 SIZES = {"batch": 3, "seq": 11, "target": 7, "past": 5, "query": 2, "total": 7}
+# At rows in front: as at the first token.
+FIRST = "first"
 # Labels that no loss counts, as torch's cross entropy has it.
 IGNORED = -100
 
@@ -38,8 +40,8 @@ class Argument:
     `follows`: whose length its second axis has: "source" (what the model reads first), "target" (what an
     encoder-decoder's decoder reads), "output" (what it predicts), "past" (the cache), "" (none's). `whole`: in a
     step from a cache it is as long as all tokens so far. `square`: with three axes or more, the last two are new
-    tokens x all tokens. `holds`: the rows in front are in it already. `front` is what stands at rows in front;
-    None where nothing may. `role` is what it means: ids, mask, labels, positions, segments, states, place.
+    tokens x all tokens. `holds`: the rows in front are in it already. `front` is what stands at rows in front, or
+    FIRST, what stands at the first token; None where nothing may. `role` is what it means: ids, mask, labels, positions, segments, states, place.
     `step` is its name in an ONNX decoder, where that is another.
     """
 
@@ -49,7 +51,7 @@ class Argument:
     whole: bool = False
     square: bool = False
     holds: bool = False
-    front: int | None = None
+    front: int | str | None = None
     step: str = ""
 
     @property
@@ -75,6 +77,7 @@ ARGUMENTS = (
     Argument("input_ids", "ids"),
     Argument("attention_mask", "mask", whole=True, square=True, front=1, step="encoder_attention_mask"),
     Argument("token_type_ids", "segments", front=0),
+    Argument("langs", "states", front=FIRST),
     Argument("position_ids", "positions"),
     Argument("*", "states"),
 )  # fmt: skip

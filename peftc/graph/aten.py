@@ -97,6 +97,18 @@ def is_nonlinear(node: object) -> bool:
     return is_pointwise(node) and not is_call(node, *STRAIGHT)
 
 
+def shares(node: fx.Node) -> bool:
+    """Whether what a node gives may lie where its argument does."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is None or any(one.alias_info is not None for one in schema.returns)
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether a node writes into what it is given."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
 def operand(node: fx.Node, index: int) -> fx.Node | None:
     """The node among the arguments of `node` at `index`, if there is one."""
     found = node.args[index] if len(node.args) > index else None

@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from torch import fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
@@ -35,6 +37,7 @@ from peftc.graph.dropped import Dropped, left_out
 from peftc.graph.entries import ENTRIES, Tensors
 from peftc.graph.finite import Finite, selected
 from peftc.graph.functions import kept, write_calls
+from peftc.graph.idle import Idle, undecided
 from peftc.graph.masks import deciding, proven
 from peftc.graph.program import Bound, Program, Slot
 from peftc.graph.quantized import readers, require_open
@@ -97,6 +100,18 @@ class _Traced(nn.Module):
         del self.call, self.model
 
 
+class _Detached(TorchFunctionMode):
+    """`h.data` is `h.detach()`, which a trace records."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == _DATA:
+            return args[0].detach()
+        return func(*args, **(kwargs or {}))
+
+
+_DATA: Any = torch.Tensor.data.__get__  # type: ignore[attr-defined]
+
+
 class _Stopped(Exception):
     """What stopped a trace. torch prints to stderr the graph that it hangs on a RuntimeError."""
 
@@ -125,9 +140,19 @@ def capture(
     with TRACING, uncollected():
         seen = seen or fingerprint(model)
 
+        def traced(idle: Idle | None = None) -> Program:
+            return _traced(model, call, flags, room, drop, exact, idle)
+
         def trace() -> Program:
             with noting(model) as notes:
-                program = _traced(model, call, flags, room, drop, exact)
+                try:
+                    program = traced()
+                except CaptureError as error:
+                    asked = isinstance(error.__cause__, GuardOnDataDependentSymNode)
+                    found = undecided(traced) if asked else None
+                    if found is None:
+                        raise
+                    program = found
             return replace(program, notes=notes)
 
         if not seen.shared:
@@ -150,6 +175,7 @@ def _traced(
     room: Room,
     drop: bool,
     exact: frozenset[str],
+    idle: Idle | None = None,
     finite: bool = False,
     dropped: bool = False,
 ) -> Program:
@@ -170,10 +196,11 @@ def _traced(
     shapes = {k: {i: auto for i, a in enumerate(labels[k]) if a} for k in tensors}
     output_types: list[Callable[..., Any]] = []
     answers, draws = Finite(finite), Dropped(dropped)
+    others = idle or contextlib.nullcontext()
 
     def run(arguments: Tensors) -> dict[str, Any]:
         wide = room.widened(model, entry, arguments)
-        with answers, draws, room.kept_from_decoder(model, wide):
+        with _Detached(), others, answers, draws, room.kept_from_decoder(model, wide):
             output_type, fields = ENTRIES[entry].call(model, wide, flags)
         output_types.append(output_type)
         return room.cut(model, entry, wide, fields)
@@ -198,14 +225,14 @@ def _traced(
     if finite or dropped:
         return program
     if draws.asked:
-        other = _traced(model, call, flags, room, drop, exact, dropped=True)
+        other = _traced(model, call, flags, room, drop, exact, idle, dropped=True)
         if not left_out(program, other):
             raise CaptureError(
                 f"{type(model).__name__} cannot be traced ({entry}): a random number decides more than whether a layer is "
                 "left out"
             )
     if answers.asked:
-        other = _traced(model, call, flags, room, drop, exact, finite=True)
+        other = _traced(model, call, flags, room, drop, exact, idle, finite=True)
         if not selected(program, other):
             raise CaptureError(
                 f"{type(model).__name__} cannot be traced ({entry}): whether values are finite decides more than whether "
@@ -213,7 +240,7 @@ def _traced(
             )
     program.quantized = readers(model)
     if not proven(program):
-        explicit = _traced(model, call, flags, room, False, exact)
+        explicit = _traced(model, call, flags, room, False, exact, idle)
         return replace(explicit, masks="any")
     if decision.met:
         program.masks = "dropped" if drop else "explicit"

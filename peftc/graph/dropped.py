@@ -8,7 +8,6 @@ its order. That leaving out does nothing else is seen in a second trace, which i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import fx
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from peftc.graph.alike import alike
 from peftc.graph.code import LEFT_OUT
 from peftc.graph.program import Program, aten
 
@@ -87,7 +87,7 @@ def left_out(program: Program, other: Program) -> bool:
         for node in graph.find_nodes(op="call_function", target=_MARK):
             if node.args[1] in _SAYS.values():
                 graph.erase_node(node)
-    return _alike(program, other, chosen)
+    return alike(program, other, chosen)
 
 
 def _through(mark: fx.Node, end: fx.Node | None) -> tuple[fx.Node, fx.Node] | None:
@@ -125,45 +125,3 @@ def _is_data(node: fx.Node) -> bool:
 def _same(one: fx.Node, other: fx.Node) -> bool:
     first, second = one.meta["val"], other.meta["val"]
     return bool(first.dtype == second.dtype and first.shape == second.shape)
-
-
-def _alike(program: Program, other: Program, chosen: Mapping[fx.Node, fx.Node]) -> bool:
-    """Whether both graphs compute the same, where a selection is what goes past a layer."""
-    known: dict[object, int] = {}
-    mine, theirs = dict(_axes(program)), dict(_axes(other))
-    same = {theirs[axis]: size for axis, size in mine.items()}
-    return _named(program, chosen, {}, known) == _named(other, {}, same, known)
-
-
-def _axes(program: Program) -> Iterator[tuple[tuple[str, int], Any]]:
-    """(input, axis) and what its size is called; layers that meet call sizes the same that are apart without them."""
-    for node in program.graph.find_nodes(op="placeholder"):
-        slot = program.slots[node.name]
-        if slot.kind == "input":
-            for axis, size in enumerate(node.meta["val"].shape):
-                if isinstance(size, torch.SymInt):
-                    yield (slot.name, axis), size.node.expr
-
-
-def _named(
-    program: Program,
-    chosen: Mapping[fx.Node, fx.Node],
-    sizes: Mapping[Any, Any],
-    known: dict[object, int],
-) -> str:
-    """The number of what a graph gives: nodes that compute the same have the same one, in any graph."""
-    numbers: dict[fx.Node, str] = {}
-    for node in program.graph.nodes:
-        if node in chosen:
-            numbers[node] = numbers[chosen[node]]
-            continue
-        value = node.meta.get("val")
-        if isinstance(value, torch.SymInt):
-            key: object = str(value.node.expr.xreplace(sizes))
-        elif node.op == "placeholder":
-            key = program.slots[node.name]
-        else:
-            given = fx.map_arg((node.args, node.kwargs), numbers.__getitem__)
-            key = node.op, str(node.target), repr(given)
-        numbers[node] = f"%{known.setdefault(key, len(known))}"
-    return numbers[node]

@@ -66,9 +66,18 @@ def _towers(model: PreTrainedModel) -> Iterator[tuple[str, str]]:
     for modality, name in (("image", "vision"), ("audio", "audio")):
         tower = model.get_encoder(modality=modality)
         path = paths.get(id(tower), "")
-        reads = any(one is model.get_input_embeddings() for one in tower.modules())
+        table = token_table(model)
+        reads = table is not None and any(one is table for one in tower.modules())
         if path and tower is not model.base_model and not reads:
             yield path, name
+
+
+def token_table(model: PreTrainedModel) -> Any:
+    """The module that embeds a model's tokens; None where it has none, or several (CANINE hashes characters)."""
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:
+        return None
 
 
 @dataclass(frozen=True)

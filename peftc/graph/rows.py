@@ -17,7 +17,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from peftc.graph.arguments import CaptureError, argument, axes
+from peftc.graph.arguments import FIRST, CaptureError, argument, axes
 from peftc.graph.cache import FILLED, CacheSlot, keys_of
 from peftc.graph.entries import ENTRIES, Tensors
 from peftc.graph.facts import ModelFacts
@@ -196,4 +196,6 @@ def _padded(facts: ModelFacts, name: str, value: torch.Tensor, rows: int) -> tor
             f"{facts.name}: rows are put in front of the tokens, and nothing says what "
             f"'{name}' {list(value.shape)} has there; leave it out, or give ids and a mask of two axes"
         )
-    return functional.pad(value, (rows, 0), value=fill)
+    if fill == FIRST:
+        return torch.cat([value[:, :1].expand(-1, rows), value], 1)
+    return functional.pad(value, (rows, 0), value=int(fill))

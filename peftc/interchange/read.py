@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from peftc import driver
 from peftc.errors import PeftcError, Place
+from peftc.graph.facts import token_table
 from peftc.interchange import forms, kernels, patterns, settings
 from peftc.interchange import rows as peft_rows
 from peftc.interchange.forms import Formula
@@ -176,7 +177,7 @@ def _is_whole(path: str, saved: tuple[str, ...], config: Config, backbone: PreTr
     owners = [".".join(parts[: i + 1]) for i in range(len(parts))]
     if any(one.endswith(name) for one in owners for name in saved):
         return True
-    tables = (backbone.get_input_embeddings(), backbone.get_output_embeddings())
+    tables = (token_table(backbone), backbone.get_output_embeddings())
     return any(
         module is table for n, module in backbone.named_modules() if n == owner for table in tables
     )

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from peftc.errors import PeftcError
-from peftc.graph.facts import ModelFacts
+from peftc.graph.facts import ModelFacts, token_table
 from peftc.language.reader import load_spec
 from peftc.language.spec import Spec
 from peftc.model.compiled import CompiledModel
@@ -58,7 +58,7 @@ def fill(model: CompiledModel, table: torch.Tensor) -> None:
     slots = model.deltas.values()
     places = [(p.name, slots[p.path]) for edit in model.plan.edits for p in edit.parameters]
     if places[0][0] == "P":  # PEFT puts its rows behind the scale that some embeddings have
-        (_, slot), scale = places[0], getattr(model.get_input_embeddings(), "embed_scale", 1.0)
+        (_, slot), scale = places[0], getattr(token_table(model), "embed_scale", 1.0)
         values = [table[: len(slot)] / scale]
     else:
         heads, length, size = places[0][1].shape

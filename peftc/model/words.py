@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from peftc.errors import PeftcError
 from peftc.graph.arguments import argument
-from peftc.graph.facts import ModelFacts
+from peftc.graph.facts import ModelFacts, token_table
 from peftc.graph.program import Program, Read, Value
 from peftc.graph.quantized import applied
 from peftc.language.spec import Words
@@ -75,8 +75,10 @@ class Activations:
             raise WordsError(f"{facts.name} reads no words")
         if isinstance(words, str):
             words = self._tokens(words)
-        table: Any = self.model.get_input_embeddings().weight
-        size = len(table)
+        table = token_table(self.model)
+        if table is None:
+            raise WordsError(f"{facts.name} has no one table of tokens to read words by")
+        size = len(table.weight)
         odd = [one for one in words if not 0 <= one < size]
         if odd or not words:
             fact = f"{odd[0]} is no token" if odd else "they are no tokens"

@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx
 from torch._ops import OpOverload
 
-from peftc.graph.aten import SOFTMAX
+from peftc.graph.aten import SOFTMAX, shares
 from peftc.graph.program import Program, aten, is_call
 from peftc.rewrite.nodes import made
 
@@ -92,11 +92,5 @@ def _seen_later(
 ) -> Any:
     """For each view of `base` made before, whether it is read behind `node`."""
     for view in base.users:
-        if view is not node and _shares(view) and order.get(view, len(order)) < order[node]:
+        if view is not node and shares(view) and order.get(view, len(order)) < order[node]:
             yield any(order.get(user, len(order)) > order[node] for user in view.users)
-
-
-def _shares(node: fx.Node) -> bool:
-    """Whether what a node gives may lie where its argument does."""
-    schema = getattr(node.target, "_schema", None)
-    return schema is None or any(one.alias_info is not None for one in schema.returns)
