@@ -161,13 +161,13 @@ def page() -> str:
     known = json.loads(EXAMPLES.read_text()) if EXAMPLES.is_file() else {}
     rows = {one.key: one for one in messages()}
     seen = sum(key in known for key in rows)
-    lines = [HEAD, f"{len(rows)} messages; of {seen} there is an example.\n"]
+    lines = [HEAD, f"{len(rows)} messages; {seen} have an example from the tests that `--messages` has watched so far.\n"]
     area = ""
     for key, one in rows.items():
         if (mine := _area(one.file)) != area:
             area = mine
             lines += [f"\n## {area}\n", "| message | an example | |", "|---|---|---|"]
-        example = _cell(known[key]) if key in known else "*no test triggers it*"
+        example = _cell(known[key]) if key in known else "*none yet*"
         lines.append(f"| {_cell(one.text)} | {example} | {one.kind} |")
     return "\n".join([*lines, ""])
 
