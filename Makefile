@@ -6,7 +6,7 @@ COUNTS_FLAGS ?=
 SWEEP_FLAGS ?=
 GPU_FLAGS ?=
 
-.PHONY: help demo test session slow lint types bench bundles counts gpu sweep wheel clean
+.PHONY: help demo test session slow lint types bench bundles counts gpu sweep wheel pages docs clean
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
 
@@ -26,8 +26,11 @@ TOYS := OMP_NUM_THREADS=1 TORCH_FAKE_TENSOR_DISPATCH_CACHE=0
 test: .venv/.done  ## run the tests
 	PYTHONHASHSEED=0 $(TOYS) $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-session: .venv/.done  ## run the commands of the README's session as they stand there
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m slow tests/test_project.py::test_readme_session
+session: .venv/.done  ## run the commands from a spec to a server as they stand in docs/session.md
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m slow "tests/test_pages.py::test_page_as_it_stands[session]"
+
+pages: .venv/.done  ## run README and docs as they stand, the tutorial from nothing
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m "slow or not slow" tests/test_pages.py
 
 slow: .venv/.done  ## run the tests, all methods x families, 5,000 compositions, 10,000 texts as specs, AdapterHub as an oracle
 	PYTHONHASHSEED=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" -n 2 --dist loadgroup
@@ -56,6 +59,13 @@ gpu: .venv/.done  ## run what needs a GPU: bf16 beside PEFT, eager and compiled,
 
 wheel: .venv/.done  ## build the sdist, and the wheel from it
 	$(BIN)/python -m build --outdir dist .
+
+.venv/.docs: .venv/.done
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[docs]"
+	@touch $@
+
+docs: .venv/.docs  ## make a site of docs in out/site; a link to nothing is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -f - < docs/mkdocs.yml
 
 clean:  ## remove what was built
 	rm -rf .venv dist

@@ -98,8 +98,10 @@ def as_specs(spec: SpecLike) -> tuple[Spec, ...]:
 def plan(model: PreTrainedModel, spec: SpecLike, *, example: Batch | None = None) -> Plan:
     """Decide what `spec` does to `model`, without changing anything. Works on the meta device too.
 
-    `example` is one batch by argument name, needed only where the inputs cannot be guessed.
-    Raises PlanError with every problem found.
+    `spec` is a shipped name, a path, a Spec, or several of these that act as one. `example` is one batch by argument
+    name (ids and masks [batch, tokens]), needed only where the inputs cannot be guessed. Gives the edits, the misses
+    with their reasons, and the counts of parameters, as numbers of elements. Raises SpecError with every problem of a
+    spec, PlanError with every problem at this model, CaptureError where it cannot be traced, BudgetError.
     """
     return _plan(model, as_specs(spec), _captured(model, example, Trace()))
 
@@ -160,21 +162,23 @@ def _planner(model: PreTrainedModel, captured: Captured) -> Callable[[Spec], Pla
 
 @exclusive
 def plans(model: PreTrainedModel, specs: Sequence[SpecLike]) -> list[Plan]:
-    """`plan` for several specs, each on its own; the model is traced once."""
+    """`plan` for several `specs`, each on its own; `model` is traced once. Raises as it does."""
     made = planner(model)
     return [_made(as_specs(spec), made) for spec in specs]
 
 
 @exclusive
 def within(model: PreTrainedModel, specs: Sequence[Spec], budget: str) -> list[Solved]:
-    """Each spec at the largest size that the budget allows. Works on the meta device."""
+    """Each of `specs` at the largest size of its first argument that `budget` allows: a share of the parameters of
+    `model` ("6.7%"), or a number of them. Works on the meta device. Raises BudgetError, PlanError."""
     made = planner(model)
     return [solve(spec, budget, made) for spec in specs]
 
 
 @exclusive
 def survey(model: PreTrainedModel, *, example: Batch | None = None) -> tuple[Site, ...]:
-    """Every site of a model, in the order of the kinds of sites. Works on the meta device."""
+    """Every site of `model`, in the order of the kinds of sites, with the sizes that specs may use. Works on the meta
+    device. `example` is one batch by argument name, where inputs cannot be guessed. Raises CaptureError."""
     program = _captured(model, example, Trace()).program
     return Survey.of(program, Stacks.read(model)).sites
 
@@ -189,12 +193,14 @@ def compile(  # the name that users of torch expect
     without: Iterable[str] = (),
     name: str = DEFAULT,
 ) -> CompiledModel:
-    """A model of the same class whose forward runs graphs with the deltas of `spec` inserted.
+    """A model of the class of `model` whose forward runs graphs with the deltas of `spec` inserted.
 
     Weights are shared with `model`, not copied, and frozen; `peftc.detach` gives the model back. Graphs
     are captured when an entry (forward, encode, prefill, decode) is first used. `without` names passes of
     `passes.LEAN` that are left out: the same numbers but for rounding, in more kernels. `name` is what the
-    model calls these deltas, should others be added. Raises ValueError for a pass that is none of them.
+    model calls these deltas, should others be added. `example` is one batch by argument name, needed only where the
+    inputs cannot be guessed; `trace` is told what the passes did. Raises as `plan` does, AttachError for a model that
+    is compiled already, ValueError for a pass that is none of them.
     """
     require_bare(model)
     _require_lean(without := frozenset(without))
@@ -276,7 +282,7 @@ def load(
     *,
     example: Batch | None = None,
 ) -> CompiledModel:
-    """Deltas from disk on their backbone: the one given, or the one that their manifest names.
+    """Deltas from the directory `path` on their backbone: the one given, or the one that their manifest names.
 
     `backbone` is not copied: it is frozen as `compile` does, and parameters that the spec unfroze take the
     saved values. Sets that were saved together are in use together. `example` is one batch by argument name, needed
@@ -370,7 +376,7 @@ def program_of(model: PreTrainedModel, entry: str, inputs: Mapping[str, torch.Te
 
 
 def outputs(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Output tensors in evaluation mode, without a cache."""
+    """Output tensors of `model` by name, for `inputs` by argument name, in evaluation mode, without a cache."""
     flags = forward_flags(model)
     keep_as_stored(model)
     with evaluating(model), torch.no_grad():

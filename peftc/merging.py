@@ -48,13 +48,13 @@ def merge(
     dequantize: bool = False,
     shares: bool = False,
 ) -> tuple[PreTrainedModel, Report]:
-    """Fold what algebra can fold into a copy of the backbone, in float64, cast once.
+    """Fold what algebra can fold of the deltas of `model` into a copy of its backbone, in float64, cast once.
 
     Returns a plain Hugging Face model when everything folded; otherwise a compiled model with what is
     left over the folded backbone. The report names every delta, and what kept it if it stayed. Unfolded
     and folded are compared on a seeded batch (`example`, where inputs cannot be guessed): raises MergeError
     when an output moves by more than `tolerance` of the largest one; without it, by more than rounding
-    (`peftc.rewrite.tolerance`). `model` stays as it is.
+    (`peftc.rewrite.tolerance`). `model` stays as it is; `trace` is told what the passes did.
 
     A quantised weight holds no sum with a delta. MergeError says so; with `dequantize`, each that something folds into
     becomes an ordinary one, and the report's `held` tells the bytes that this takes. Weights that nothing folds into

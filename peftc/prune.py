@@ -52,7 +52,8 @@ def prune(
     *,
     example: driver.Batch | None = None,
 ) -> tuple[CompiledModel, Pruning]:
-    """Keep the entries of largest magnitude of what the deltas change, over all weights together.
+    """Keep the entries of largest magnitude of what the deltas of `model` change, over all weights together (Guo et al.
+    2021).
 
     `keep` is a share of the backbone's parameters, cut to a whole number as a budget's, or a number; of
     equal entries the model's earlier ones stay. `example` is one batch by argument name, where inputs cannot be

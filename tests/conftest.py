@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from messages import Recorder
 from methods import lacks
 from transformers import AutoModelForSequenceClassification, BertTokenizer, PreTrainedModel
 
@@ -29,6 +30,7 @@ from peftc.language.shelf import shipped
 transformers.logging.set_verbosity_error()
 
 ROOT = Path(__file__).parent.parent
+RECORDER: pytest.StashKey[Recorder] = pytest.StashKey()
 Run = Callable[..., tuple[int, str, str]]
 
 SEQ2SEQ = dict(
@@ -339,10 +341,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--accept", action="store_true", help="write the goldens anew")
     parser.addoption("--laws-seed", help="the seed of the long run of the laws; else a random one")
     parser.addoption("--matrix", help="write the table of methods x families to this file")
+    parser.addoption(
+        "--messages", action="store_true", help="remember an example of each message; one process"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """One seed for the long run of the laws, in all processes."""
+    if config.option.messages:
+        config.stash[RECORDER] = Recorder()
+        config.stash[RECORDER].start()
     if config.option.laws_seed is None:
         config.option.laws_seed = random.SystemRandom().randrange(2**32)
 
@@ -369,6 +377,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
+    if RECORDER in session.config.stash:
+        session.config.stash[RECORDER].write()
     path = session.config.getoption("--matrix")
     if path and _CELLS:
         Path(path).write_text(_table())

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import ast
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import messages
+import page_commands
+import page_language
 import pytest
 from test_habits import ELSEWHERE, KEYS, LIMITED, REFUSED, UNTRIED
+
+from peftc.language.reader import FOR_EDITORS, load_spec
+from peftc.language.schema import json_schema
+from peftc.language.shelf import SCHEMA, directory
 
 TESTS = Path(__file__).parent
 FILE = TESTS.parent / "docs" / "habits.md"
@@ -73,7 +81,7 @@ def page() -> str:
     lines += ["## Keys of TrainingArguments\n", "| | |", "|---|---|"]
     lines += [f"| as the backbone trained as it is | {_keys(KEYS)} |"]
     lines += [f"| refused in the backbone's words on a CPU | {_keys(REFUSED, KEYS)} |"]
-    lines += [f"| limited, as README says | {_keys(LIMITED)} |"]
+    lines += [f"| limited, as `docs/limits.md` says | {_keys(LIMITED)} |"]
     lines += [f"| `{name}` | {', '.join(keys)} |" for name, keys in ELSEWHERE.items()]
     lines += [f"| not tried: torch's, accelerate's and the hub's | {', '.join(UNTRIED)} |"]
     return "\n".join([*lines, ""])
@@ -98,3 +106,40 @@ def test_the_page_is_what_the_tests_say(request: pytest.FixtureRequest) -> None:
 def test_each_habit_is_told_once() -> None:
     said = [(one.area, one.words) for one in habits()]
     assert len(said) == len(set(said)) and len({area for area, _ in said}) <= 6
+
+
+# Pages that follow from the code, and what writes each.
+WRITTEN = {
+    "commands": page_commands.page,
+    "language": page_language.page,
+    "messages": messages.page,
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_page_is_what_the_code_says(name: str, request: pytest.FixtureRequest) -> None:
+    file, text = FILE.parent / f"{name}.md", WRITTEN[name]()
+    if request.config.getoption("--accept"):
+        file.write_text(text)
+    assert file.read_text() == text
+
+
+def test_the_schema_beside_the_specs_is_the_languages(request: pytest.FixtureRequest) -> None:
+    file, text = directory() / SCHEMA, json.dumps(json_schema(), indent=1) + "\n"
+    if request.config.getoption("--accept"):
+        file.write_text(text)
+    assert file.read_text() == text
+
+
+def test_every_spec_tells_editors_its_schema() -> None:
+    for path in [*directory().rglob("*.yaml"), FILE.parents[1] / "examples" / "lora_xs.yaml"]:
+        last = path.read_text().splitlines()[-1]
+        mark, _, schema = last.partition(" $schema=")
+        assert mark == f"# {FOR_EDITORS}" and (path.parent / schema).samefile(directory() / SCHEMA)
+        assert FOR_EDITORS not in load_spec(path).title
+
+
+def test_every_message_is_of_the_code() -> None:
+    """Nothing stands on the page that peftc has no more."""
+    known = json.loads(messages.EXAMPLES.read_text())
+    assert set(known) <= {one.key for one in messages.messages()}

@@ -117,7 +117,7 @@ REFUSED: dict[str, dict[str, object]] = {
     "use_liger_kernel": dict(use_liger_kernel=True, liger_kernel_config={"rope": False}),
     "optim_target_modules": dict(optim="galore_adamw", optim_target_modules=["mlp"]),
 }
-# README's limits have it: layers are given a mask's minus infinity, at which this watch of the values stops.
+# docs/limits.md has it: layers are given a mask's minus infinity, at which this watch of the values stops.
 LIMITED = {"debug": dict(debug="underflow_overflow")}
 # What is tried elsewhere: each run here has the first, those of several processes the second.
 ELSEWHERE = {

@@ -268,7 +268,7 @@ REFUSED = {
     "init_lora_weights": ("pissa_niter_4", "path_initial_model_for_weight_conversion"),
     "velora_config": ({"num_groups": 2}, "which peftc does not compute"),
     "a_key_of_the_future": (1.5, "which peftc does not compute"),
-    "lora_dropout": (1.5, "a dropout of 1.5 is none"),
+    "lora_dropout": (1.5, "a dropout of 1.5 is no rate"),
     "lora_alpha": (float("nan"), "no usable alpha"),
     "modules_to_save": ("head", "not a list of names"),
     "alpha_pattern": ({"(": 3}, r"the pattern '\(' cannot be used"),

@@ -1,6 +1,6 @@
 """Methods x families: every shipped spec on a tiny model of every family, with every invariant that applies.
 
-`pytest tests/test_matrix.py --matrix FILE` writes the table that the README shows.
+`pytest tests/test_matrix.py --matrix FILE` writes the table of docs/verified.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The project itself: published configurations, the Makefile, the examples, the README's commands."""
+"""The project itself: published configurations, the Makefile, the examples, the README's map of the code."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from peftc.cli.main import COMMANDS
-from peftc.language.reader import load_spec
 from peftc.model import backbones
 
 ROOT = Path(__file__).parents[1]
@@ -90,7 +88,10 @@ def test_ci_makes_what_must_hold() -> None:
         for line in re.findall(r"^\s*make (.+)$", ci.read_text(), re.M)
         for word in line.split()
     }
-    assert {"lint", "types", "test", "wheel", "demo", "session"} <= made
+    assert {"lint", "types", "test", "wheel", "demo", "docs", "pages"} <= made
+
+
+PINNED = ("cpu", "train", "dev", "docs")
 
 
 def test_pins_meet_the_ranges() -> None:
@@ -101,7 +102,7 @@ def test_pins_meet_the_ranges() -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if "==" in line)
     extras = project["optional-dependencies"]
-    for text in (*project["dependencies"], *extras["cpu"], *extras["train"], *extras["dev"]):
+    for text in (*project["dependencies"], *(one for name in PINNED for one in extras[name])):
         wanted = Requirement(text)
         found = {k.lower(): v for k, v in pins.items()}[wanted.name.lower()]
         assert wanted.specifier.contains(found), f"{text} but {found}"
@@ -170,53 +171,6 @@ def test_example(name: str) -> None:
     assert all(word in done.stdout for word in words) and "UNEXPLAINED" not in done.stdout
 
 
-def readme_commands(heading: str = "") -> list[str]:
-    """Lines behind `$ ` in the README's console blocks, of all of it or below one heading."""
-    text = (ROOT / "README.md").read_text()
-    if heading:
-        text = text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
-    blocks = re.findall(r"^```console\n(.*?)^```", text, re.M | re.S)
-    return [line[2:].strip() for block in blocks for line in block.splitlines() if line[:2] == "$ "]
-
-
-def test_readme_commands_exist() -> None:
-    """Every `make` target, `peftc` command, shipped spec and option that the README types is there."""
-    known = set(COMMANDS)
-    for line in readme_commands():
-        program, *words = line.split()
-        if program == "make":
-            assert {w for w in words if "=" not in w} <= set(targets()), line
-        elif program == "peftc":
-            assert words[0] in known, line
-            for word in words:
-                if word.endswith(".yaml") and word.startswith("specs/"):
-                    assert load_spec(ROOT / word).entries, line
-
-
-@pytest.mark.slow  # CI runs it as `make session`
-@needs_bert
-def test_readme_session(tmp_path: Path) -> None:
-    """The commands from a spec to a server, as they stand there, one after the other in one shell."""
-    activate, *commands = readme_commands("From spec to server")
-    assert activate.startswith("export PATH=")
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", "\n".join(commands)],
-        cwd=tmp_path,
-        env={**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    accuracy = re.search(r"^accuracy (0\.\d+) on 1000 rows$", done.stdout, re.M)
-    assert accuracy and float(accuracy[1]) > 0.6  # ten equal classes; the README shows 0.705
-    assert re.search(r"^sound\t", done.stdout, re.M) and "FAILED" not in done.stdout
-    assert {"deltas", "bundle", "lora", "merged"} <= {one.name for one in tmp_path.iterdir()}
-
-
 def test_no_file_names_a_machine() -> None:
     listed = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
@@ -228,3 +182,14 @@ def test_no_file_names_a_machine() -> None:
         if path.is_file() and path.suffix in (".py", ".md", ".toml", ".yaml", ".txt", ".json", ""):
             text = path.read_text(errors="replace")
             assert str(ROOT) not in text and str(Path.home()) + "/" not in text, name
+
+
+def test_the_map_is_the_list_of_folders() -> None:
+    """README's map of the code has a line for every folder, and for nothing else."""
+    code = (ROOT / "README.md").read_text().partition("\n## Code map\n")[2]
+    said = re.findall(r"^([\w./]+)  +\S", code.partition("```text\n")[2].partition("```")[0], re.M)
+    inner = [one for one in (ROOT / "peftc").iterdir() if (one / "__init__.py").is_file()]
+    outer = [ROOT / one for one in ("passes", "specs", "examples", "benchmarks", "docs", "tests")]
+    folders = {f"{one.relative_to(ROOT)}/" for one in (*inner, *outer)}
+    assert {one for one in said if one.endswith("/")} == folders
+    assert all((ROOT / one).exists() for one in said)

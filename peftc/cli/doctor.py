@@ -78,7 +78,7 @@ def _requirements() -> dict[str, tuple[Requirement, str]]:
     for line in importlib.metadata.requires("peftc") or []:
         one = Requirement(line)
         extra = str(one.marker).rpartition("extra == ")[2].strip("\"'") if one.marker else ""
-        if extra != "dev":
+        if extra not in ("dev", "docs"):
             found.setdefault(one.name, (one, extra))
     return found
 

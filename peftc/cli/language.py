@@ -12,7 +12,7 @@ from peftc.cli.console import raw
 from peftc.errors import PeftcError
 from peftc.language import schema as spec_schema
 from peftc.language import shelf
-from peftc.language.reader import load_spec
+from peftc.language.reader import FOR_EDITORS, load_spec
 from peftc.language.skeleton import skeleton
 
 
@@ -43,23 +43,40 @@ def new(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Instead of NAME.yaml.")
     ] = None,
+    source: Annotated[
+        str | None,
+        typer.Option("--from", metavar="SPEC", help="Start from this one, not from a skeleton."),
+    ] = None,
 ) -> None:
-    """Write a commented skeleton of a spec to NAME.yaml.
+    """Write a commented skeleton of a spec to NAME.yaml, or a copy of another spec.
 
     \b
     peftc new my_method
+    peftc new my_lora --from lora
     peftc plan my_method.yaml --model ./bert
     """
     if not name.isidentifier():
         raise PeftcError(f"'{name}' is not a name: letters, digits and _")
+    text = skeleton(name) if source is None else renamed(shelf.find(source).read_text(), name)
     path = output or Path(f"{name}.yaml")
     try:
         with path.open("x") as file:
-            file.write(skeleton(name))
+            file.write(f"{text}# {FOR_EDITORS} $schema={shelf.directory() / shelf.SCHEMA}\n")
     except OSError as error:
         reason = "exists already" if isinstance(error, FileExistsError) else str(error.strerror)
         raise PeftcError(f"{path}: {reason}") from error
     raw(f"wrote {path}: edit it, then peftc plan {path} --model MODEL")
+
+
+def renamed(text: str, name: str) -> str:
+    """The text of a spec under another name, without the line that tells editors its schema."""
+    lines = [one for one in text.splitlines() if not one.startswith(f"# {FOR_EDITORS}")]
+    named = [f"name: {name}" if one.startswith("name:") else one for one in lines]
+    if named == lines and f"name: {name}" not in lines:
+        named.insert(
+            next(i for i, one in enumerate(lines) if not one.startswith("#")), f"name: {name}"
+        )
+    return "\n".join([*named, ""])
 
 
 def schema() -> None:

@@ -52,7 +52,10 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "Tell what is installed, what really runs, and what conflicts. Exit code 1 when something does.",
     ),
     "specs": ("language:specs", "List the shipped specs, or print one: the start of your own."),
-    "new": ("language:new", "Write a commented skeleton of a spec to NAME.yaml."),
+    "new": (
+        "language:new",
+        "Write a commented skeleton of a spec to NAME.yaml, or a copy of another spec.",
+    ),
     "schema": (
         "language:schema",
         "Print the JSON Schema of the spec language, for editors that complete and check.",
@@ -61,6 +64,10 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "export-peft": (
         "peft:export_peft",
         "Write LoRA-like deltas as a PEFT adapter, for vLLM and others.",
+    ),
+    "completion": (
+        "completion:completion",
+        "Print what completes commands, options, specs and recipes in a shell.",
     ),
 }
 

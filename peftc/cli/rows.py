@@ -14,7 +14,7 @@ from peftc.errors import PeftcError
 def read_rows(path: Path, columns: Sequence[str]) -> list[Mapping[str, Any]]:
     """Rows of a .jsonl or .csv file. Raises PeftcError naming the line that lacks a column."""
     if not path.is_file():
-        raise PeftcError(f"no data file {path}")
+        raise PeftcError(f"there is no data file {path}")
     with path.open(encoding="utf-8", newline="") as lines:
         try:
             rows: list[Mapping[str, Any]] = (

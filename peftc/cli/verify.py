@@ -166,7 +166,9 @@ def _exported(directory: Path, manifest: Mapping[str, Any]) -> Rows:
                 f"{one.graph} against torch, at export", one, why, one.error <= one.tolerance
             )
     except TypeError as error:
-        raise DeltaError(f"{directory / MANIFEST} is damaged: 'parity' is none") from error
+        raise DeltaError(
+            f"{directory / MANIFEST} is damaged: 'parity' is not what it must be"
+        ) from error
     if not found:
         raise DeltaError(f"{directory / MANIFEST} certifies nothing; export it again")
 

@@ -103,7 +103,7 @@ def export(
     `model` is compiled or plain, and suits one of `peftc.export.tasks`. Every graph is compared with torch on
     a grid of batch sizes, lengths, paddings and past lengths (`verified` takes all of it); `example` is one batch by
     argument name, where the inputs cannot be guessed. `tokenizer`, and `processor` of images or sounds, go into the
-    bundle.
+    bundle; `progress` is called with what is done. Gives a row for each graph: largest and mean difference, and its bound.
 
     `precision` is a row of `peftc.export.precision.PRECISIONS`, whatever the model's own type and device are; `quantize`
     one of QUANTIZED; `layout` one of `peftc.export.layouts.LAYOUTS`; `fuse` "cuda" or "cpu", whose provider's own ops

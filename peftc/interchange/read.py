@@ -79,7 +79,7 @@ class Adapter:
 
 
 def import_peft(directory: str | Path, backbone: PreTrainedModel) -> CompiledModel:
-    """The checkpoint of a PEFT adapter as a compiled model on its backbone, whose weights are shared.
+    """The checkpoint of a PEFT adapter in `directory` as a compiled model on `backbone`, whose weights are shared.
 
     Reads LoRA (rank and alpha patterns, rsLoRA, dropout; of convolutions too), DoRA, IA3, VeRA, LoHa, LoKr,
     `modules_to_save` and biases, prompt and p-tuning, and prefix tuning of models with one stack, from
@@ -97,7 +97,8 @@ def import_peft(directory: str | Path, backbone: PreTrainedModel) -> CompiledMod
 
 
 def add_peft(model: CompiledModel, directory: str | Path, name: str) -> None:
-    """The checkpoint of a PEFT adapter as another delta set of a model, not in use yet; what `import_peft` reads.
+    """The checkpoint of a PEFT adapter in `directory` as another delta set of `model`, called `name`, not in use yet; what
+    `import_peft` reads.
     Raises as it does, and SetError for a name that cannot be; the model is then as it was."""
     with model.base():
         adapter = Adapter.read(directory, model.backbone)

@@ -158,7 +158,9 @@ def rate(config: Config) -> float:
     """How much of the input the adapter drops while it trains. Raises InterchangeError."""
     found = config.get("lora_dropout", config.get("vera_dropout")) or 0.0
     if not isinstance(found, int | float) or not 0 <= found < 1:
-        raise InterchangeError(f"{CONFIG}: a dropout of {_short(found)} is none")
+        raise InterchangeError(
+            f"{CONFIG}: a dropout of {_short(found)} is no rate from 0 to below 1"
+        )
     return float(found)
 
 

@@ -82,7 +82,7 @@ def _factor(change: Expr, edit: Edit) -> tuple[float, Expr]:
 
 
 def export_peft(model: CompiledModel, directory: str | Path) -> tuple[str, ...]:
-    """Write LoRA-like deltas as a PEFT adapter, for vLLM and others; returns the adapted modules.
+    """Write the LoRA-like deltas of `model` as a PEFT adapter, for vLLM and others; returns the adapted modules.
 
     A is written [r, in] and B [out, r], as PEFT stores them. Deltas at slices of one fused projection become one
     adapter whose rank is the sum of theirs; factors that sites share are written for each. Raises

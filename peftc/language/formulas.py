@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import yaml
@@ -15,16 +15,28 @@ from peftc.language.shapes import NUMBER
 from peftc.language.source import Source
 from peftc.language.spec import FORMULA, Arguments, Init
 
-# Initialisers and how many arguments they take, at least and at most.
-INITS = {
-    "zeros": (0, 0),
-    "ones": (0, 0),
-    "constant": (1, 1),
-    "normal": (0, 1),
-    "uniform": (1, 1),
-    "linear": (1, 1),
-    "kaiming_uniform": (0, 0),
-    "identity": (0, 0),
+
+@dataclass(frozen=True)
+class Initialiser:
+    """How a new tensor starts: how many arguments it takes, at least and at most, and what it is filled with."""
+
+    least: int
+    most: int
+    doc: str
+
+
+# Initialisers by name.
+INITS: Mapping[str, Initialiser] = {
+    "zeros": Initialiser(0, 0, "all 0"),
+    "ones": Initialiser(0, 0, "all 1"),
+    "constant": Initialiser(1, 1, "constant(c): all c"),
+    "normal": Initialiser(0, 1, "normal(s): drawn from N(0, s^2), s = 0.02 where it is left out"),
+    "uniform": Initialiser(1, 1, "uniform(a): drawn from U(-a, a)"),
+    "linear": Initialiser(
+        1, 1, "linear(n): drawn from U(-1/sqrt(n), 1/sqrt(n)), as nn.Linear of n inputs"
+    ),
+    "kaiming_uniform": Initialiser(0, 0, "drawn from U(-1/sqrt(n), 1/sqrt(n)), n the first axis"),
+    "identity": Initialiser(0, 0, "1 on the diagonal of a matrix, else 0"),
 }
 UNKNOWN: ex.Shape = ("...",)  # of a formula with a problem: what uses it is not blamed
 
@@ -90,6 +102,8 @@ class Formulas:
         names.read |= set(ex.names(expression))
         if unknown:
             return None, UNKNOWN
+        if any(names.shapes[name] is UNKNOWN for name in ex.names(expression)):
+            return expression, UNKNOWN
         try:
             return expression, infer(expression, names.shapes)
         except ex.ExprError as error:
@@ -146,7 +160,7 @@ class Formulas:
             fix = suggest(init.name, INITS) or f"one of: {', '.join(INITS)}, or a formula of W"
             self.source.fail(node, f"unknown init '{init.name}'", fix)
             return
-        least, most = INITS[init.name]
-        if not least <= len(init.args) <= most:
-            fact = f"init '{init.name}' takes {most} arguments, not {len(init.args)}"
+        row = INITS[init.name]
+        if not row.least <= len(init.args) <= row.most:
+            fact = f"init '{init.name}' takes {row.most} arguments, not {len(init.args)}"
             self.source.fail(node, fact)

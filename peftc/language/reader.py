@@ -22,11 +22,12 @@ from peftc.language.spec import Arguments, Entry, Spec, numbered
 from peftc.language.where import meet, narrowed
 
 AUTO = "auto"
+FOR_EDITORS = "yaml-language-server:"  # a comment that is no title
 MAX_USES = 8
 
 
 def load_spec(source: str | Path, **overrides: float | int) -> Spec:
-    """A spec by shipped name or by path; `overrides` replace values of its `with:`.
+    """The spec that `source` names, shipped or a path; `overrides` replace values of its `with:`.
 
     Raises SpecError with every problem of the file, PeftcError when there is no such spec or argument.
     """
@@ -39,7 +40,8 @@ def load_spec(source: str | Path, **overrides: float | int) -> Spec:
 
 
 def parse_spec(text: str, path: str = "<spec>", **overrides: float | int) -> Spec:
-    """A spec from its text; `path` is what errors name and what relative `use:` starts from.
+    """A spec from its `text`; `path` is what errors name and what relative `use:` starts from;
+    `overrides` replace values of its `with:`.
 
     Raises SpecError with every problem, PeftcError for an override of no argument or that is no number.
     """
@@ -49,7 +51,8 @@ def parse_spec(text: str, path: str = "<spec>", **overrides: float | int) -> Spe
 def read(text: str, path: str, overrides: Arguments, using: tuple[str, ...] = ()) -> Spec:
     """The Spec of a file's text; `using` are the specs that use it, outermost first. Raises as `parse_spec`."""
     spec = Reader(Source(path), using, overrides).spec(compose(text, path))
-    comments = (line[1:].strip() for line in text.splitlines() if line.startswith("#"))
+    lines = (line[1:].strip() for line in text.splitlines() if line.startswith("#"))
+    comments = (line for line in lines if not line.startswith(FOR_EDITORS))
     return replace(spec, title=spec.title or next(comments, ""), text=text, path=path)
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from peftc.errors import PeftcError, suggest
 
+SCHEMA = "schema.json"  # beside the shipped specs, for editors
+
 
 def directory() -> Path:
     """Where the shipped specs are: inside the wheel, or at the top of a checkout."""

@@ -122,7 +122,7 @@ def combine(specs: Sequence[Spec]) -> Spec:
     if len(specs) == 1:
         return specs[0]
     if not specs:
-        raise PeftcError("no spec given")
+        raise PeftcError("no spec is given")
     for spec in specs:
         if spec.auto is not None:
             raise PeftcError(f"'{spec.auto}' of {spec.name} is auto: decide it before combining")

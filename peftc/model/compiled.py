@@ -563,7 +563,7 @@ def _compiled_class(cls: Any) -> Any:
 
 
 def detach(model: CompiledModel) -> PreTrainedModel:
-    """The backbone as it was: no deltas, the `requires_grad` flags that it came with.
+    """The backbone of `model` as it was: no deltas, the `requires_grad` flags that it came with.
 
     Parameters that the spec unfroze keep what they learned.
     """

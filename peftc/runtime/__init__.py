@@ -61,8 +61,9 @@ def load(
     allow_cpu_fallback: bool = False,
     check: bool = False,
 ) -> Any:
-    """A runner for a bundle: a model of the class that it was made of, whose forward runs its graphs, with a method of
-    its task's name. Sizes of files are compared with what was written, and digests, of the weights only with `check`.
+    """A runner for the bundle in `bundle_dir`: a model of the class that it was made of, whose forward runs its graphs, with
+    a method of its task's name. `providers` are ONNX Runtime's, in their order; `allow_cpu_fallback` lets it do without
+    them. Sizes of files are compared with what was written, and digests, of the weights only with `check`.
     Raises RuntimeFault or DeltaError when the bundle is damaged, or a provider is missing and falling back to the CPU
     was not allowed."""
     directory = Path(bundle_dir)

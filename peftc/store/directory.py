@@ -239,7 +239,9 @@ def check_files(
             if not only or name in only
         }
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise DeltaError(f"{path / MANIFEST} is damaged: '{FILES}' is none: {error}") from error
+        raise DeltaError(
+            f"{path / MANIFEST} is damaged: '{FILES}' is not what it must be: {error}"
+        ) from error
     for name, (size, digest) in wanted.items():
         file = path / Path(name).name
         if not file.is_file():

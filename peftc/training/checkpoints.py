@@ -72,8 +72,8 @@ def _short(value: Any) -> str:
 
 
 def last_whole(folder: str | Path, say: Say = warnings.warn) -> str | None:
-    """The newest whole checkpoint of a Trainer in a folder, for its `resume_from_checkpoint`; None where there is
-    none. What is wrong with a newer one is said, a line each."""
+    """The newest whole checkpoint of a Trainer in `folder`, for its `resume_from_checkpoint`; None where there is
+    none. `say` is told what is wrong with a newer one, a line each."""
     for one in reversed(every(Path(folder))):
         if (fault := _fault(one)) is None:
             return str(one)

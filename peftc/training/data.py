@@ -58,7 +58,7 @@ def _load(source: str, recipe: Recipe, role: str) -> Any:
     split = recipe.splits.get(role, {"train": "train", "eval": "validation"}[role])
     suffix = next((s for s in reversed(path.suffixes) if s not in COMPRESSED), "")
     if not path.exists() and (suffix in READERS or source.startswith((".", "/", "~"))):
-        raise DataError(f"no data file {source}")
+        raise DataError(f"there is no data file {source}")
     if path.is_file() and not path.stat().st_size:  # not each of the library's readers says so
         raise DataError(f"{source} has no rows")
     if path.is_file() and suffix not in READERS:

@@ -80,7 +80,7 @@ def shipped() -> tuple[str, ...]:
 
 
 def load_recipe(name: str | Path) -> Recipe:
-    """A shipped recipe by its name, or a YAML file. Raises RecipeError with all that is wrong."""
+    """A shipped recipe by its `name`, or a YAML file. Raises RecipeError with all that is wrong."""
     file = SHIPPED / f"{name}.yaml"
     if str(name) not in shipped():
         file = Path(name)
@@ -98,7 +98,8 @@ def load_recipe(name: str | Path) -> Recipe:
 
 
 def recipe_of(data: Any, place: str, default: str = "recipe") -> Recipe:
-    """A recipe from what YAML or JSON holds."""
+    """A recipe from the `data` that YAML or JSON holds; `place` is what errors name, `default` its name where it has none.
+    Raises RecipeError with all that is wrong."""
     if not isinstance(data, dict):
         raise RecipeError(f"{place}: a recipe is a mapping of keys, as {SHIPPED / 'sst2.yaml'} is")
     _raise(place, _unknown("", data, [one.name for one in fields(Recipe)]))

@@ -130,11 +130,13 @@ def train(
     checkpoints: Path | None = None,
     say: Say = warnings.warn,
 ) -> Result:
-    """Train what requires grad on the rows of a data set; score it on `test`.
+    """Train what requires grad of `model` on the `rows` of a data set, as `recipe` says; score it on `test`.
 
-    With `checkpoints` they are written there, every epoch unless the recipe says when, and the same training called
-    again goes on from the last whole one, to the same bits; `say` is told what of them is damaged. Raises
-    CheckpointError where that directory is another training's.
+    `tokenizer` makes tokens of texts, `callbacks` are a Trainer's. With `checkpoints` they are written to that directory,
+    every epoch unless the recipe says when, and the same training called again goes on from the last whole one, to the
+    same bits; `say` is told what of them is damaged. Gives steps, seconds, the mean loss, metrics and predictions. Raises
+    CheckpointError where that directory is another training's, RowError and DataError for rows that cannot be learned
+    from, PeftcError for a recipe that does not go with them.
     """
     if recipe.patience is not None and test is None:
         raise PeftcError("early stopping ('patience') needs rows to evaluate on (--eval)")
@@ -269,7 +271,8 @@ def _room(folder: Path, ours: Any) -> Iterator[None]:
 def evaluate(
     model: PreTrainedModel, tokenizer: Any, test: Any, recipe: Recipe
 ) -> tuple[Mapping[str, float], tuple[Any, ...]]:
-    """The metrics of a recipe, and what was predicted, on the rows of a data set."""
+    """The metrics of `recipe` by name, and what `model` predicted, on the rows `test` of a data set, as `tokenizer` has them.
+    Raises RowError and DataError for rows that cannot be scored."""
     with _trainer(model, tokenizer, None, test, recipe, ()) as (ours, reader):
         return _scores(ours, reader, recipe)
 
@@ -297,7 +300,9 @@ class _Clock(TrainerCallback):
 
 
 def dry_run(model: PreTrainedModel, tokenizer: Any, rows: Any, recipe: Recipe) -> Trial:
-    """A step of a recipe, timed after a first one, which traces; what trains is as it was, after them."""
+    """A step of `recipe` on `rows`, timed after a first one, which traces: seconds, bytes at most, tokens, loss. What
+    trains of `model` is as it was, after them; `tokenizer` makes tokens of texts. Raises RowError and DataError, and
+    PeftcError where the loss is no number."""
     learning = [p for p in model.parameters() if p.requires_grad]
     before, clock = [p.detach().clone() for p in learning], _Clock()
     few = {"max_steps": 2, "warmup_steps": 0, "logging_steps": 1}
