@@ -16,14 +16,14 @@ Key = tuple[int, str]
 @dataclass(frozen=True)
 class Outcome:
     """What became of one edit: folded into `note`, or kept because of it. `key` tells it from others of its plan, `by` is
-    the pass that folded it; `evaluated` says that what it computed of parameters alone became parameters."""
+    the pass that folded it; `evaluated` the one that made parameters of what it computed of parameters alone."""
 
     edit: str
     folded: bool
     note: str
     key: Key = (0, "")
     by: str = ""
-    evaluated: bool = False
+    evaluated: str = ""
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ def rounded(stored: torch.Tensor, folded: torch.Tensor) -> torch.Tensor:
 class Folding:
     """`read` fetches a backbone weight by path. Of the `tied` paths the `separable` ones may get a weight of
     their own. Fold passes take edits out of `edits` and say where they went (`folded`) or why they stay
-    (`reasons`), by the edit's key; `by` names the pass that took one, `evaluated` are those whose constants it computed. `refitted` gives a model on the meta device that has parameters of other
-    shapes, all of these at once, or None, and is None where no shape may change; `like` is the one that was taken. `weights` has what `as_stored` makes of a stored weight and its folded value as
+    (`reasons`), by the edit's key; `by` names the pass that took one, `evaluated` the one that
+    computed its constants. `refitted` gives a model on the meta device that has parameters of other shapes, all of these at once, or None, and is None where no shape may change; `like` is the one that was taken. `weights` has what `as_stored` makes of a stored weight and its folded value as
     soon as all of a weight's edits are done, so that no float64 copy is kept."""
 
     edits: list[Edit]
@@ -77,7 +77,7 @@ class Folding:
     folded: dict[Key, str] = field(default_factory=dict)
     reasons: dict[Key, str] = field(default_factory=dict)
     by: dict[Key, str] = field(default_factory=dict)
-    evaluated: set[Key] = field(default_factory=set)
+    evaluated: dict[Key, str] = field(default_factory=dict)
 
     def now(self, path: str) -> torch.Tensor:
         """A weight with what was folded into it so far, float64."""
@@ -97,7 +97,7 @@ class Folding:
                 self.folded.get(edit.key) or self.reasons.get(edit.key, ""),
                 edit.key,
                 self.by.get(edit.key, ""),
-                edit.key in self.evaluated,
+                self.evaluated.get(edit.key, ""),
             )
             for edit in edits
         )

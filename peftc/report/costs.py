@@ -1,0 +1,111 @@
+"""Costs: kernels and FLOPs of a forward, bytes that a training step saves, before and after; nothing is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from peftc import driver
+from peftc.errors import PeftcError
+from peftc.graph.arguments import dummy_inputs, resized
+from peftc.graph.call import Call
+from peftc.graph.facts import ModelFacts
+from peftc.graph.program import Program
+from peftc.language.reader import parse_spec
+from peftc.model.hollow import hollow
+from peftc.model.running import run_program
+from peftc.report.subject import Subject
+from peftc.saved import saved
+
+# Moves nothing and is no view by its schema.
+_FREE = ("aten._unsafe_view.default", "aten.detach.default", "aten._reshape_alias.default")
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of a batch of `rows`, each of `length` tokens (None for a model that reads none): of a forward in evaluation
+    kernels (what is dispatched and is no view) and FLOPs, of a training step bytes that are saved for backward; each
+    (before, after). Before, all of the backbone trains. `why` some are missing, where they are."""
+
+    rows: int
+    length: int | None
+    kernels: tuple[int, int] | None = None
+    flops: tuple[int, int] | None = None
+    saved: tuple[int, int] | None = None
+    why: str = ""
+
+
+def costs(subject: Subject, rows: int, length: int) -> Costs:
+    """`length` is cut to what the model has positions for."""
+    model = hollow(subject.model, torch.device("cpu"))
+    facts = ModelFacts.read(model.backbone)
+    reads = facts.main_input == "input_ids" or facts.encoder_decoder
+    longest = None if facts.longest is None else subject.plan.room.longest(facts.longest)
+    tokens = None if not reads else min(length, longest or length)
+    found = Costs(rows, tokens)
+    try:
+        inputs = _inputs(model.backbone, rows, tokens)
+        bare = hollow(subject.bare, torch.device("cpu"))
+        pairs = [
+            _forward(bare, driver.program_of(bare, "forward", inputs), inputs),
+            _forward(model, model.lean_program(inputs), inputs),
+        ]
+        kernels, flops = zip(*pairs, strict=True)
+        found = Costs(rows, tokens, kernels, flops)
+        trained, mine = (
+            saved(subject.bare, one, rows, tokens).bytes
+            for one in (_all(bare), subject.specs)
+        )
+        return Costs(rows, tokens, kernels, flops, (trained, mine))
+    except PeftcError as error:
+        return Costs(rows, tokens, found.kernels, found.flops, why=str(error))
+
+
+def _inputs(model: Any, rows: int, length: int | None) -> dict[str, torch.Tensor]:
+    inputs = dummy_inputs(model)
+    labels = Call.of(model, "forward", inputs).labels
+    sizes = {"batch": rows, "seq": length or 0, "target": length or 0}
+    return {name: resized(one, labels[name], sizes) for name, one in inputs.items()}
+
+
+def _all(model: nn.Module) -> Any:
+    """The spec of fine-tuning, by the last name of each parameter."""
+    names = sorted({path.rpartition(".")[2] for path, _ in model.named_parameters()})
+    return parse_spec(f"deltas:\n  - train: [{', '.join(names)}]", "fine-tuning")
+
+
+def _forward(
+    model: nn.Module, program: Program, inputs: Mapping[str, torch.Tensor]
+) -> tuple[int, int]:
+    """(kernels, FLOPs) of a graph, by one run on fake tensors."""
+    interpreter = fx.Interpreter(program.root, graph=program.graph)
+    kernels, flops = _Kernels(), FlopCounterMode(display=False)
+
+    def on_fakes(*arguments: torch.Tensor) -> Any:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        fakes = [mode.from_tensor(one) for one in arguments]
+        with mode, torch.no_grad(), flops, kernels:
+            return interpreter.run(*fakes)
+
+    run_program(model, program, inputs, on_fakes)
+    return kernels.count, int(flops.get_total_flops())
+
+
+class _Kernels(TorchDispatchMode):
+    """Counts what is dispatched, without views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not (func.is_view or str(func) in _FREE):
+            self.count += 1
+        return func(*args, **(kwargs or {}))

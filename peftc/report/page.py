@@ -1,0 +1,386 @@
+"""The page: one HTML file of a report, with its style and its script inside; nothing is fetched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from string import Template
+
+from peftc.plan.design import form, place
+from peftc.plan.plan import Plan
+from peftc.report.changes import FOLDED, INSERTED, KEPT, REMOVED, Step
+from peftc.report.layers import Block, Tree, span
+from peftc.report.picture import hue
+from peftc.report.source import Sheet
+from peftc.report.subject import Check
+from peftc.rewrite.folding import Outcome
+
+_HERE = Path(__file__).parent
+SAID = {KEPT: "", INSERTED: "inserted", FOLDED: "folded", REMOVED: "gone"}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A figure at the top: what it counts, before and after, and a note."""
+
+    name: str
+    after: str
+    before: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Page:
+    """What a page shows: `graph` and, of a bundle, `onnx` by the roles of its graphs; `links` has for each ONNX node the
+    step that it came of."""
+
+    title: str
+    about: str
+    tiles: Sequence[Tile]
+    figures: Sequence[str]
+    plan: Plan
+    sheets: Sequence[Sheet]
+    graph: Tree
+    onnx: Mapping[str, Tree]
+    links: Mapping[str, str]
+    outcomes: Sequence[Outcome]
+    checks: Sequence[Check]
+
+    def html(self) -> str:
+        """All of it."""
+        ids = _Ids.of(self.graph)
+        three = " three" if self.onnx else ""
+        body = [
+            f'<header class="wrap"><h1>{escape(self.title)}</h1><p class="quiet">{escape(self.about)}</p>',
+            tiles(self.tiles),
+            figures(self.figures),
+            f'</header><main><div class="panes{three}">',
+            *_spec(self.plan, self.sheets, self.outcomes),
+            *_graph(self.graph, ids),
+            *_onnx(self.onnx, self.links, ids),
+            '</div></main><div class="wrap below">',
+            *_left_alone(self.plan),
+            *_certificate(self.checks),
+            "</div>",
+        ]
+        return html(self.title, "\n".join(body))
+
+
+def html(title: str, body: str) -> str:
+    """A whole document."""
+    parts = {name: (_HERE / f"report.{name}").read_text() for name in ("html", "css", "js")}
+    return Template(parts["html"]).substitute(
+        title=escape(title), style=parts["css"], script=parts["js"], body=body
+    )
+
+
+def tiles(found: Iterable[Tile]) -> str:
+    said = []
+    for one in found:
+        before = f'<span class="from">{escape(one.before)} →</span>' if one.before else ""
+        note = f'<span class="note">{escape(one.note)}</span>' if one.note else ""
+        after = f'<span class="to">{escape(one.after)}</span>'
+        said.append(f"<div><dt>{escape(one.name)}</dt><dd>{before}{after}{note}</dd></div>")
+    return f'<dl class="tiles">{"".join(said)}</dl>'
+
+
+def figures(found: Iterable[str]) -> str:
+    inside = "".join(f"<figure>{one}</figure>" for one in found)
+    return f'<div class="figures" tabindex="0" role="group" aria-label="Layers as people draw them">{inside}</div>'
+
+
+@dataclass(frozen=True)
+class _Ids:
+    """The ids of what is shown, by the names of steps and the paths of blocks."""
+
+    tree: Tree
+    steps: Mapping[str, str]
+    blocks: Mapping[str, str]
+    inside: Mapping[str, tuple[str, ...]]
+
+    @staticmethod
+    def of(tree: Tree, letter: str = "") -> _Ids:
+        steps = {step.name: f"{letter}n{i}" for i, step in enumerate(tree.root.steps())}
+        blocks = {one.path: f"{letter}b{i}" for i, one in enumerate(tree.root.blocks())}
+        inside: dict[str, tuple[str, ...]] = {}
+
+        def walk(block: Block, around: tuple[str, ...]) -> None:
+            for one in block.items:
+                if isinstance(one, Block):
+                    inside[one.path] = around
+                    walk(one, (*around, blocks[one.path]))
+
+        walk(tree.root, ())
+        return _Ids(tree, steps, blocks, inside)
+
+    def step(self, name: str) -> str:
+        """The id of the step that is shown for one of this name, or nothing."""
+        return self.steps.get(self.tree.step(name), "")
+
+    def around(self, path: str) -> tuple[str, ...]:
+        """The ids of the block that is shown for a module, and of those around it."""
+        shown = self.tree.place(path)
+        return (*self.inside.get(shown, ()), self.blocks[shown]) if shown in self.blocks else ()
+
+
+def _attributes(**given: object) -> str:
+    """`data-is` of `is_`; what is empty is left out."""
+    found = []
+    for name, value in given.items():
+        said = " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+        if said:
+            found.append(f' {name.strip("_").replace("_", "-")}="{escape(said, quote=True)}"')
+    return "".join(found)
+
+
+def _tokens(entries: Iterable[int], parameters: Iterable[str] = ()) -> list[str]:
+    """`e0` of an entry, `e0.down` of its parameter."""
+    found = [f"e{one}" for one in entries]
+    return [*found, *(f"{one}.{name}" for one in found for name in parameters)]
+
+
+# ---- the spec
+
+
+def _spec(plan: Plan, sheets: Sequence[Sheet], outcomes: Sequence[Outcome]) -> Iterator[str]:
+    yield '<section class="pane" id="spec" aria-label="the spec"><div class="bar"><h2>Spec</h2></div>'
+    yield '<ul class="chips">'
+    for index, match in enumerate(plan.matches):
+        said = _became([one for one in outcomes if one.key[0] == index])
+        many = "parameters" if match.entry.train else "sites"
+        numbers = f"{match.sites:,} {many}, {match.parameters:,} numbers train"
+        yield (
+            f'<li class="chip"{_attributes(style=f"--h:{hue(index)}", data_is=f"e{index}")}><b>{escape(match.entry.method)}</b> '
+            f'at {escape(place(match.entry))}<br><span class="quiet">{numbers}{said}</span>'
+            f'<span class="hidden">: {escape(form(match.entry))}</span></li>'
+        )
+    yield "</ul>"
+    for number, sheet in enumerate(sheets):
+        yield f'<div class="file">{escape(sheet.file)}</div><ol class="code">'
+        for line in sheet.lines:
+            mine = _tokens(line.entries, [line.parameter] if line.parameter else ())
+            own = [one for one in mine if "." in one] or mine
+            more = ""
+            if line.entries:
+                more = _attributes(style=f"--h:{hue(line.entries[0])}", data_is=own)
+            kind = ' class="of"' if line.entries else ""
+            yield f'<li id="f{number}l{line.number}"{kind}{more}><i>{line.number}</i>{escape(line.text) or " "}</li>'
+        yield "</ol>"
+    yield "</section>"
+
+
+def _became(outcomes: Sequence[Outcome]) -> str:
+    """`; 24 folded by fold_affine; 36 kept: why`."""
+    found: dict[str, int] = {}
+    for one in outcomes:
+        said = f"folded by {one.by}" if one.folded else f"kept: {one.note}"
+        found[said] = found.get(said, 0) + 1
+    return "".join(f"; {count} {escape(said)}" for said, count in found.items())
+
+
+# ---- the graph
+
+
+def _graph(tree: Tree, ids: _Ids) -> Iterator[str]:
+    yield (
+        '<section class="pane" id="graph" aria-label="the graph"><div class="bar"><h2>Graph</h2>'
+        '<label><input type="checkbox" id="moves"> moves and sizes too</label>'
+        '<button type="button" data-open="yes">open all</button>'
+        '<button type="button" data-open="no">close all</button>'
+        '<div class="columns" aria-hidden="true"><span>before</span><span>after</span></div></div>'
+        '<div class="graph">'
+    )
+    for one in tree.root.items:
+        yield from _item(one, ids, 0)
+    yield "</div></section>"
+
+
+def _item(item: Block | Step, ids: _Ids, depth: int) -> Iterator[str]:
+    if isinstance(item, Step):
+        yield _step(item, ids)
+        return
+    changed = dict.fromkeys(e for step in item.steps() for e in step.entries)
+    is_open = " open" if changed and depth < 4 else ""
+    yield f"<details{is_open}>{_summary(item, ids, list(changed), depth)}"
+    yield '<div class="items">'
+    for one in item.items:
+        yield from _item(one, ids, depth + 1)
+    yield "</div></details>"
+
+
+def _summary(block: Block, ids: _Ids, entries: Sequence[int], depth: int) -> str:
+    own = ids.blocks[block.path]
+    times = f'<span class="times">× {len(block.paths)}</span>' if len(block.paths) > 1 else ""
+    dots = "".join(f'<i style="--h:{hue(one)}"></i>' for one in entries)
+    count = sum(step.state in (INSERTED, FOLDED) for step in block.steps())
+    said = f"+{count}" if count else ""
+    links = _attributes(id=own, data_is=own, data_in=ids.inside[block.path])
+    return (
+        f'<summary{links}><span class="name">{escape(_name(block))}</span>'
+        f'<span class="kind">{escape(block.kind)}</span>{times}'
+        f'<span class="dots">{dots}{said}<span class="hidden"> inserted or changed</span></span></summary>'
+    )
+
+
+def _name(block: Block) -> str:
+    """The path in the model of the outermost ones, and of layers their numbers."""
+    if len(block.paths) > 1:
+        return ".".join(span(block.paths).rsplit(".", 2)[-2:])
+    parts = block.path.split(".")
+    return ".".join(parts[-2:]) if parts[-1].isdecimal() else parts[-1]
+
+
+def _step(step: Step, ids: _Ids) -> str:
+    around = ids.around(step.modules[-1][0]) if step.modules else ()
+    named = [one.name for one in step.tensors if one.kind == "delta"]
+    of = _tokens(step.entries)
+    of += [one for one in _tokens(step.entries, named) if one not in of]
+    reads = [one for name in step.reads if (one := ids.step(name))]
+    trains = "" if step.state != KEPT or not step.entries else "trains"
+    kinds = ["step", step.state, "minor" if step.minor else "", trains]
+    own = ids.steps[step.name]
+    links = _attributes(
+        class_=[one for one in kinds if one],
+        id=own,
+        style=f"--h:{hue(step.entries[0])}" if step.entries else "",
+        title=_title(step),
+        data_is=own,
+        data_of=of,
+        data_in=around,
+        data_reads=list(dict.fromkeys(reads)),
+    )
+    said = _cell(step)
+    before = said if step.state in (KEPT, REMOVED) else ""
+    hidden = ' aria-hidden="true"' if step.state == KEPT else ""
+    after = "" if step.state == REMOVED else said
+    word = SAID[step.state] or trains
+    told = f'<span class="hidden">{word} </span>' if word else ""
+    if step.state == FOLDED:
+        where = f" by {step.by}" if step.by else ""
+        after = f'<del>{said}</del> <span class="by">folded{escape(where)}</span>'
+    return f'<div{links}><span class="cell before"{hidden}>{told if before and not after else ""}{before}</span><span class="cell after">{told}{after}</span></div>'
+
+
+def _cell(step: Step) -> str:
+    tensors = " ".join(f"{one.name}{one.shape}" for one in step.tensors)
+    said = f"<b>{escape(step.op)}</b>"
+    said += f' <span class="tensors">{escape(tensors)}</span>' if tensors else ""
+    return said + (f' <span class="sizes">→ {escape(step.shape)}</span>' if step.shape else "")
+
+
+def _title(step: Step) -> str:
+    """All that is known of a step, for who points at it."""
+    lines = [f"{step.name}: {step.op}({step.settings})" if step.settings else f"{step.name}: {step.op}"]
+    lines += [f"{one.kind} {one.path} {one.shape}" for one in step.tensors]
+    if step.shape:
+        lines.append(f"gives {step.shape}")
+    if step.modules:
+        lines.append(f"in {step.modules[-1][0]}")
+    if step.state == FOLDED:
+        lines.append(f"folded by {step.by} into {step.into}")
+    return "\n".join(lines)
+
+
+# ---- the ONNX nodes
+
+
+def _onnx(graphs: Mapping[str, Tree], links: Mapping[str, str], ids: _Ids) -> Iterator[str]:
+    if not graphs:
+        return
+    yield '<section class="pane" id="onnx" aria-label="the ONNX nodes"><div class="bar"><h2>ONNX</h2></div>'
+    for number, (role, tree) in enumerate(graphs.items()):
+        own = _Ids.of(tree, f"o{number}")
+        count = len([*tree.root.steps()]) + len(tree.stands)
+        yield (
+            f'<details open class="graph one"><summary><span class="name">{escape(role)}.onnx</span>'
+            f'<span class="kind">{count:,} nodes</span></summary><div class="items">'
+        )
+        for one in tree.root.items:
+            yield from _onnx_item(one, links, own, ids, 0)
+        yield "</div></details>"
+    yield "</section>"
+
+
+def _onnx_item(
+    item: Block | Step, links: Mapping[str, str], own: _Ids, ids: _Ids, depth: int
+) -> Iterator[str]:
+    if isinstance(item, Step):
+        came = ids.step(links.get(item.name, ""))
+        of = [*([came] if came else []), *_tokens(item.entries)]
+        around = ids.around(item.modules[-1][0]) if item.modules else ()
+        inserted = "inserted" if item.entries else "kept"
+        more = _attributes(
+            class_=["step", inserted],
+            id=own.steps[item.name],
+            style=f"--h:{hue(item.entries[0])}" if item.entries else "",
+            title=item.name,
+            data_is=own.steps[item.name],
+            data_of=of,
+            data_in=around,
+        )
+        yield f'<div{more}><span class="cell after"><b>{escape(item.op)}</b></span></div>'
+        return
+    times = f'<span class="times">× {len(item.paths)}</span>' if len(item.paths) > 1 else ""
+    is_open = " open" if depth < 2 else ""
+    yield (
+        f'<details{is_open}><summary{_attributes(id=own.blocks[item.path], data_is=own.blocks[item.path], data_of=ids.around(item.path)[-1:])}>'
+        f'<span class="name">{escape(_name(item))}</span>{times}</summary><div class="items">'
+    )
+    for one in item.items:
+        yield from _onnx_item(one, links, own, ids, depth + 1)
+    yield "</div></details>"
+
+
+# ---- below
+
+
+def _left_alone(plan: Plan) -> Iterator[str]:
+    groups: dict[tuple[str, str], list[str]] = {}
+    for miss in plan.misses:
+        groups.setdefault((miss.entry, miss.reason), []).append(miss.site)
+    yield '<section aria-label="What was left alone"><h2>Left alone</h2>'
+    if not groups:
+        yield '<p class="quiet">Every place that the spec names was changed.</p></section>'
+        return
+    rows = (
+        [escape(entry), escape(reason), f'<span title="{escape(", ".join(sites), quote=True)}">{len(sites)}: {escape(sites[0])}</span>']
+        for (entry, reason), sites in groups.items()
+    )  # fmt: skip
+    yield table(("by", "because", "places"), rows) + "</section>"
+
+
+def _certificate(checks: Sequence[Check]) -> Iterator[str]:
+    yield '<section aria-label="Certificate"><h2>Certificate</h2>'
+    if not checks:
+        yield '<p class="quiet">None yet: <code>peftc verify</code> writes one beside deltas, merged checkpoints and bundles.</p></section>'
+        return
+    failed = sum(not one.holds for one in checks)
+    word = f'<span class="fails">{failed} fail</span>' if failed else '<span class="holds">holds</span>'
+    yield f"<p>{len(checks)} comparisons: {word}</p>"
+    rows = (
+        [
+            escape(one.what),
+            f"{one.error:.3g}",
+            "" if one.bound is None else f"{one.bound:.1e}",
+            '<span class="holds">✓ holds</span>' if one.holds else '<span class="fails">✗ fails</span>',
+        ]
+        for one in checks
+    )  # fmt: skip
+    yield table(("", "difference", "at most", ""), rows, numbers=(1, 2)) + "</section>"
+
+
+def table(
+    heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int] = ()
+) -> str:
+    """Rows of HTML; `numbers` are the columns to the right."""
+    top = "".join(f'<th scope="col">{escape(one)}</th>' for one in heads)
+    said = []
+    for row in rows:
+        cells = [
+            f'<td class="number">{cell}</td>' if i in numbers else f"<td>{cell}</td>"
+            for i, cell in enumerate(row)
+        ]
+        said.append(f"<tr>{''.join(cells)}</tr>")
+    return f"<table><thead><tr>{top}</tr></thead><tbody>{''.join(said)}</tbody></table>"

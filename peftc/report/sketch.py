@@ -1,0 +1,235 @@
+"""A sketch: one layer of a plan as people draw it: its sub-layers, and what each delta does where. Data alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from peftc.language import expr as ex
+from peftc.language.ports import SITES
+from peftc.plan.algebra import inlined
+from peftc.plan.design import insertion
+from peftc.plan.edit import Edit
+from peftc.plan.plan import Plan
+from peftc.sites.site import Site
+
+# Kinds of sites that are whole sub-layers, and what people call them, in the order in which most models have them.
+WHOLE = {
+    "attention": "attention",
+    "mixer": "mixer",
+    "ffn": "feed-forward",
+    "experts": "experts",
+}
+# Sites that are one value or stand for several others.
+_NO_PIECES = ("heads", "hidden", "linear")
+Sizes = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One op on the way of a delta: a tensor [a, b] by its name, or an op."""
+
+    text: str
+    sizes: Sizes | None = None
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What one entry of the spec does at a sub-layer. `insertion` is that of the design table; `piece` is the projection
+    that it is at, "" at the whole; `ports` are what it assigns; `scale` is what it is multiplied by before it joins."""
+
+    entry: int
+    method: str
+    insertion: str
+    piece: str
+    ports: tuple[str, ...]
+    stages: tuple[Stage, ...]
+    scale: str = ""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A sub-layer at a module path: its width, and its projections with [in, out]."""
+
+    title: str
+    at: str
+    scope: str
+    sizes: Sizes
+    pieces: tuple[tuple[str, Sizes], ...]
+    marks: tuple[Mark, ...]
+    paths: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer of a stack; `layers` are those in which the spec does the same."""
+
+    stack: str
+    layers: tuple[int | None, ...]
+    parts: tuple[Part, ...]
+
+
+def sketches(plan: Plan, order: Callable[[str], int] | None = None) -> tuple[Layer, ...]:
+    """A layer of each sort in which a plan changes something, the most changed first. `order` is that of the modules in
+    a graph; without it sub-layers come as most models have them."""
+    groups: dict[tuple[str, frozenset[object]], list[int | None]] = {}
+    for stack, layer in dict.fromkeys((one.stack, one.layer) for one in plan.sites):
+        changes = frozenset(_changes(plan, stack, layer))
+        if changes:
+            groups.setdefault((stack, changes), []).append(layer)
+    ranked = sorted(groups.items(), key=lambda one: (one[1][0] is None, -len(one[0][1])))
+    return tuple(
+        Layer(stack, tuple(layers), tuple(_parts(plan, stack, layers[0], order)))
+        for (stack, _), layers in ranked
+    )
+
+
+def _changes(plan: Plan, stack: str, layer: int | None) -> Iterator[object]:
+    """What tells layers apart by what is done there."""
+    for edit in plan.edits:
+        if (edit.site.stack, edit.site.layer) == (stack, layer):
+            yield edit.index, edit.site.at, edit.site.kind
+    sites = [one for one in plan.sites if (one.stack, one.layer) == (stack, layer)]
+    paths = {weight.path: one for one in sites for weight in one.weights.values()}
+    for one in plan.unfrozen:
+        if one.path in paths and _whole(paths[one.path]) in WHOLE:
+            yield one.index, _whole(paths[one.path]), paths[one.path].kind
+
+
+def _whole(site: Site) -> str:
+    return site.at.partition(".")[0]
+
+
+def _parts(
+    plan: Plan, stack: str, layer: int | None, order: Callable[[str], int] | None
+) -> Iterator[Part]:
+    """The sub-layers of a layer, and what else is changed there."""
+    sites: dict[tuple[str, str, str], list[Site]] = {}
+    changed = {edit.site.name for edit in plan.edits}
+    for one in plan.sites:
+        if (one.stack, one.layer) == (stack, layer):
+            if _whole(one) in WHOLE or one.name in changed:
+                sites.setdefault((_whole(one), one.kind, one.scope), []).append(one)
+    kinds = [*WHOLE]
+
+    def place(key: tuple[str, str, str]) -> tuple[int, int, str]:
+        kind = kinds.index(key[0]) if key[0] in kinds else len(kinds)
+        return (order(key[2]) if order else 0), kind, "" if key[1] == "self" else key[1]
+
+    for key in sorted(sites, key=place):
+        yield _part(key, sites[key], plan)
+
+
+def _part(key: tuple[str, str, str], sites: Sequence[Site], plan: Plan) -> Part:
+    at, kind, scope = key
+    whole = next((one for one in sites if one.at == at), sites[0])
+    pieces = {
+        one.at.partition(".")[2]: (one.dims["in"], one.dims["out"])
+        for one in sites
+        if "." in one.at and not one.at.endswith(_NO_PIECES) and "out" in one.dims
+    }
+    title = WHOLE.get(at, at) + (f", {kind}" if kind else "")
+    paths = tuple(dict.fromkeys(w.path for one in sites for w in one.weights.values()))
+    names = {one.name for one in sites}
+    marks = [*_edited([e for e in plan.edits if e.site.name in names]), *_trained(plan, paths)]
+    sizes = whole.dims.get("in", 0), whole.dims.get("out", 0)
+    return Part(title, at, scope, sizes, tuple(pieces.items()), tuple(marks), paths)
+
+
+def _trained(plan: Plan, paths: Sequence[str]) -> Iterator[Mark]:
+    owners = {path.rpartition(".")[0] for path in paths}
+    found: dict[int, dict[str, None]] = {}
+    for one in plan.unfrozen:
+        owner, _, name = one.path.rpartition(".")
+        if owner in owners:
+            found.setdefault(one.index, {})[name] = None
+    for index, names in found.items():
+        method = plan.spec.entries[index].method
+        yield Mark(index, method, "in place", "", tuple(names), ())
+
+
+def _edited(edits: Sequence[Edit]) -> Iterator[Mark]:
+    for edit in {edit.key: edit for edit in edits}.values():
+        entry = edit.entry
+        piece = edit.site.at.partition(".")[2]
+        assigned = inlined(edit)[1]
+        lets = inlined(edit)[0]
+        main = next(iter(assigned.values())) if entry.delta is None else entry.delta
+        main = ex.substitute(main, lets)
+        if isinstance(main, ex.Call) and main.op == "prepend":
+            main = main.args[0]
+        yield Mark(
+            edit.index,
+            entry.method,
+            insertion(entry),
+            "" if piece in _NO_PIECES else piece,
+            tuple(assigned),
+            tuple(_stages(main, edit)),
+            _scale(edit),
+        )
+
+
+def _stages(expression: ex.Expr, edit: Edit) -> Iterator[Stage]:
+    """The ops from what a delta reads to what it gives, along its first operand that a port or a tensor is in."""
+    shapes = {one.name: one.seen for one in edit.parameters}
+    ports = SITES[edit.site.at].ports
+    if not isinstance(expression, ex.Call):
+        if isinstance(expression, ex.Name) and expression.id in shapes:
+            yield Stage(expression.id, _sizes(shapes[expression.id]))
+        return
+    first = _first(expression, ports, shapes)
+    yield from _stages(expression.args[first], edit)
+    others = [one for i, one in enumerate(expression.args) if i != first]
+    other = others[0] if others else None
+    if expression.op == "matmul":
+        name = other.id if isinstance(other, ex.Name) else ""
+        yield Stage(name or f"@ {_short(other)}", _sizes(shapes.get(name, ())))
+    elif expression.op in ("mul", "div"):
+        yield Stage(f"{'×' if expression.op == 'mul' else '/'} {_short(other)}")
+    elif expression.op not in ("add", "sub"):
+        yield Stage(expression.op)
+    elif not (isinstance(other, ex.Name) and other.id in shapes):
+        yield Stage(f"{'+' if expression.op == 'add' else '−'} {_short(other)}")
+
+
+def _first(
+    call: ex.Call, ports: Mapping[str, object], shapes: Mapping[str, tuple[int, ...]]
+) -> int:
+    """The operand that the way goes through."""
+    for names in (ports, shapes):
+        for i, one in enumerate(call.args):
+            if any(name in names for name in ex.names(one)):
+                return i
+    return 0
+
+
+def _short(expression: ex.Expr | None) -> str:
+    said = "" if expression is None else ex.show(expression)
+    return said if len(said) <= 18 else said[:17] + "…"
+
+
+def _sizes(shape: Sequence[int]) -> Sizes | None:
+    """[a, b] of a matrix, the last two of what has more axes."""
+    return (shape[-2], shape[-1]) if len(shape) > 1 else None
+
+
+def _scale(edit: Edit) -> str:
+    """`× 4` of `h + s * delta`."""
+    match edit.entry.compose:
+        case ex.Call(op="add", args=(_, ex.Call(op="mul", args=(factor, ex.Name(id="delta"))))):
+            try:
+                value = ex.number(factor, {**edit.entry.arguments, **edit.site.dims})
+            except ex.ExprError:
+                return f"× {_short(factor)}"
+            return f"× {value:g}"
+    return ""
+
+
+def reads(mark: Mark) -> str:
+    """The port that a delta is of: the input beside, the result behind."""
+    return {"parallel": "x", "sequential": "h"}.get(mark.insertion, "")
+
+
+def joins(mark: Mark) -> bool:
+    """Whether a delta is added to a value; else it takes the place of one, or stands before it."""
+    return mark.insertion in ("parallel", "sequential", "constant") and "h" in mark.ports
