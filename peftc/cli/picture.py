@@ -8,8 +8,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from peftc.plan.plan import Plan
-from peftc.report.layers import runs
-from peftc.report.sketch import Layer, Mark, joins, reads, sketches
+from peftc.report.sketch import Layer, Mark, joins, reads, runs, sketches
 
 # One an entry of the spec, in turn.
 STYLES = ("magenta", "cyan", "green", "yellow", "blue", "red")

@@ -7,6 +7,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from peftc.report.changes import Step
+from peftc.report.sketch import runs
 
 
 @dataclass(frozen=True)
@@ -142,13 +143,3 @@ def span(paths: Sequence[str]) -> str:
     numbers = [int(path[len(head) :]) for path in paths if path[len(head) :].isdecimal()]
     return head + runs(numbers) if numbers else paths[0]
 
-
-def runs(numbers: Sequence[int]) -> str:
-    """`0-5,11` of these numbers."""
-    found: list[list[int]] = []
-    for one in sorted(numbers):
-        if found and one == found[-1][-1] + 1:
-            found[-1].append(one)
-        else:
-            found.append([one])
-    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in found)

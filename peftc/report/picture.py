@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from html import escape
 
 from peftc.report.flow import NORM, Element
-from peftc.report.layers import runs
-from peftc.report.sketch import Layer, Mark, Part, Sizes, joins, reads
+from peftc.report.sketch import Layer, Mark, Part, Sizes, joins, reads, runs
 
 HUES = (262, 22, 152, 322, 202, 46, 96, 0)
 _BOX, _GAP, _PILL = 236, 30, 22  # width of a sub-layer; between elements; height of a stage

@@ -233,3 +233,14 @@ def reads(mark: Mark) -> str:
 def joins(mark: Mark) -> bool:
     """Whether a delta is added to a value; else it takes the place of one, or stands before it."""
     return mark.insertion in ("parallel", "sequential", "constant") and "h" in mark.ports
+
+
+def runs(numbers: Sequence[int]) -> str:
+    """`0-5,11` of these numbers."""
+    found: list[list[int]] = []
+    for one in sorted(numbers):
+        if found and one == found[-1][-1] + 1:
+            found[-1].append(one)
+        else:
+            found.append([one])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in found)
