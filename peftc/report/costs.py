@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from peftc.model.running import run_program
 from peftc.report.subject import Subject
 from peftc.saved import saved
 
+Sizes = Sequence[int]
 # Moves nothing and is no view by its schema.
 _FREE = ("aten._unsafe_view.default", "aten.detach.default", "aten._reshape_alias.default")
 
@@ -86,7 +87,8 @@ def _forward(
 ) -> tuple[int, int]:
     """(kernels, FLOPs) of a graph, by one run on fake tensors."""
     interpreter = fx.Interpreter(program.root, graph=program.graph)
-    kernels, flops = _Kernels(), FlopCounterMode(display=False)
+    kernels = _Kernels()
+    flops = FlopCounterMode(display=False, custom_mapping={_ON_CPU: _attention})
 
     def on_fakes(*arguments: torch.Tensor) -> Any:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -96,6 +98,16 @@ def _forward(
 
     run_program(model, program, inputs, on_fakes)
     return kernels.count, int(flops.get_total_flops())
+
+
+# torch counts attention on every device but this one.
+_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def _attention(q: Sizes, k: Sizes, v: Sizes, *_: Any, **__: Any) -> int:
+    """FLOPs of queries [batch, heads, queries, width] on keys and values: two products."""
+    batch, heads, queries, width = q
+    return 2 * batch * heads * queries * k[-2] * (width + v[-1])
 
 
 class _Kernels(TorchDispatchMode):

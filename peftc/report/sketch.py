@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from peftc.language import expr as ex
 from peftc.language.ports import SITES
@@ -116,8 +116,36 @@ def _parts(
         kind = kinds.index(key[0]) if key[0] in kinds else len(kinds)
         return (order(key[2]) if order else 0), kind, "" if key[1] == "self" else key[1]
 
-    for key in sorted(sites, key=place):
-        yield _part(key, sites[key], plan)
+    yield from _joined([_part(key, sites[key], plan) for key in sorted(sites, key=place)])
+
+
+def _joined(parts: Sequence[Part]) -> Iterator[Part]:
+    """What stands in the module of another part is a piece of it (experts of a feed-forward). A part whose module is the
+    layer itself has nothing in it."""
+    inner: dict[int, list[Part]] = {}
+    for one in parts:
+        around = (i for i, other in enumerate(parts) if _is_in(one.scope, other.scope))
+        inner.setdefault(next(around, -1), []).append(one)
+    for i, part in enumerate(parts):
+        if part not in inner.get(-1, ()):
+            continue
+        mine = inner.get(i, [])
+        pieces = [(one.title, one.sizes) for one in mine]
+        marks = [
+            replace(mark, piece=mark.piece or one.title) for one in mine for mark in one.marks
+        ]
+        paths = [path for one in mine for path in one.paths]
+        yield replace(
+            part,
+            pieces=(*part.pieces, *pieces),
+            marks=(*part.marks, *marks),
+            paths=(*part.paths, *paths),
+        )
+
+
+def _is_in(scope: str, other: str) -> bool:
+    is_layer = other.rpartition(".")[2].isdecimal()
+    return scope != other and scope.startswith(f"{other}.") and not is_layer
 
 
 def _part(key: tuple[str, str, str], sites: Sequence[Site], plan: Plan) -> Part:
