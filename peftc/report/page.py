@@ -146,28 +146,28 @@ def _tokens(entries: Iterable[int], parameters: Iterable[str] = ()) -> list[str]
 
 def _spec(plan: Plan, sheets: Sequence[Sheet], outcomes: Sequence[Outcome]) -> Iterator[str]:
     yield '<section class="pane" id="spec" aria-label="the spec"><div class="bar"><h2>Spec</h2></div>'
-    yield '<ul class="chips">'
+    yield '<div class="chips">'
     for index, match in enumerate(plan.matches):
         said = _became([one for one in outcomes if one.key[0] == index])
         many = "parameters" if match.entry.train else "sites"
         numbers = f"{match.sites:,} {many}, {match.parameters:,} numbers train"
         yield (
-            f'<li class="chip"{_attributes(style=f"--h:{hue(index)}", data_is=f"e{index}")}><b>{escape(match.entry.method)}</b> '
+            f'<div class="chip"{_attributes(role="button", style=f"--h:{hue(index)}", data_is=f"e{index}")}><b>{escape(match.entry.method)}</b> '
             f'at {escape(place(match.entry))}<br><span class="quiet">{numbers}{said}</span>'
-            f'<span class="hidden">: {escape(form(match.entry))}</span></li>'
+            f'<span class="hidden">: {escape(form(match.entry))}</span></div>'
         )
-    yield "</ul>"
+    yield "</div>"
     for number, sheet in enumerate(sheets):
-        yield f'<div class="file">{escape(sheet.file)}</div><ol class="code">'
+        yield f'<div class="file">{escape(sheet.file)}</div><div class="code" role="group"{_attributes(aria_label=sheet.file)}>'
         for line in sheet.lines:
             mine = _tokens(line.entries, [line.parameter] if line.parameter else ())
             own = [one for one in mine if "." in one] or mine
-            more = ""
+            more = _attributes(class_="line")
             if line.entries:
-                more = _attributes(style=f"--h:{hue(line.entries[0])}", data_is=own)
-            kind = ' class="of"' if line.entries else ""
-            yield f'<li id="f{number}l{line.number}"{kind}{more}><i>{line.number}</i>{escape(line.text) or " "}</li>'
-        yield "</ol>"
+                ink = f"--h:{hue(line.entries[0])}"
+                more = _attributes(class_="line of", role="button", style=ink, data_is=own)
+            yield f'<div id="f{number}l{line.number}"{more}><i>{line.number}</i>{escape(line.text) or " "}</div>'
+        yield "</div>"
     yield "</section>"
 
 
@@ -243,6 +243,7 @@ def _step(step: Step, ids: _Ids) -> str:
     own = ids.steps[step.name]
     links = _attributes(
         class_=[one for one in kinds if one],
+        role="button",
         id=own,
         style=f"--h:{hue(step.entries[0])}" if step.entries else "",
         title=_title(step),
@@ -313,6 +314,7 @@ def _onnx_item(
         inserted = "inserted" if item.entries else "kept"
         more = _attributes(
             class_=["step", inserted],
+            role="button",
             id=own.steps[item.name],
             style=f"--h:{hue(item.entries[0])}" if item.entries else "",
             title=item.name,

@@ -47,14 +47,15 @@
 
   function pin(one) {
     clear("lit");
-    if (pinned) pinned.removeAttribute("aria-current");
+    const state = (other) => (other.getAttribute("role") === "button" ? "aria-pressed" : "aria-current");
+    if (pinned) pinned.removeAttribute(state(pinned));
     pinned = one === pinned ? null : one;
     const told = document.getElementById("told");
     if (!pinned) {
       told.textContent = "nothing is marked";
       return;
     }
-    pinned.setAttribute("aria-current", "true");
+    pinned.setAttribute(state(pinned), "true");
     const set = linked(pinned);
     set.forEach((other) => other.classList.add("lit"));
     const counts = [];
