@@ -17,6 +17,7 @@ from peftc.graph.aten import CUT, DROPOUT, MOVE
 from peftc.graph.program import Program, aten, is_call
 from peftc.plan.left import Key
 from peftc.report.subject import Subject
+from peftc.rewrite.constants import alone
 from peftc.rewrite.folding import Outcome
 
 KEPT, INSERTED, FOLDED, REMOVED = "kept", "inserted", "folded", "removed"
@@ -119,24 +120,26 @@ class _Reading:
 
     def steps(self) -> Iterator[Step]:
         """In the order of the graph."""
-        known = addresses(self.program)
+        known, free = addresses(self.program), alone(self.program)
+        last: Modules = ()
         for node in self.program.graph.nodes:
             if node.op not in ("placeholder", "output"):
-                yield self._step(node, known[node])
+                placed = "nn_module_stack" in node.meta
+                last = modules_of(node) if placed else last  # of a mask: where what it follows is
+                yield self._step(node, known[node], last, not placed and node in free)
 
-    def _step(self, node: fx.Node, address: str) -> Step:
+    def _step(self, node: fx.Node, address: str, modules: Modules, ahead: bool) -> Step:
         edit: Key | None = node.meta.get("edit")
         tensors = tuple(self._tensors(node))
         entries = {index for one in tensors for index in self.trains.get(one.path, ())}
         state, by, into = KEPT, "", ""
         if edit is not None:
             entries.add(edit[0])
-            state, by, into = self._state(edit, not modules_of(node))
+            state, by, into = self._state(edit, ahead)
         elif "delta" in node.meta:
             state = INSERTED
-        modules = modules_of(node)
-        if not modules and edit is not None:  # of parameters alone: it stands before all layers
-            modules = self.modules.get(edit[1].rpartition(":")[0], ())
+        if ahead:  # it stands before all layers
+            modules = self.modules.get(edit[1].rpartition(":")[0], ()) if edit else ()
         return Step(
             node.name,
             op_of(node),
@@ -152,7 +155,7 @@ class _Reading:
             into,
             _is_minor(node),
             address,
-            edit is not None and not modules_of(node),
+            ahead,
         )
 
     def _state(self, edit: Key, hoisted: bool) -> tuple[str, str, str]:
