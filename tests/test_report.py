@@ -164,7 +164,9 @@ def test_a_bundle_strikes_out_what_folded(bundle: Path) -> None:
     folded = {key for key, outcome in one.outcomes.items() if outcome.folded}
     assert {edit.key for edit in one.plan.edits} == one.outcomes.keys()
     found = steps(one)
-    sites = {(step.entries[0], step.site) for step in found if step.state == FOLDED and not step.ahead}
+    sites = {
+        (step.entries[0], step.site) for step in found if step.state == FOLDED and not step.ahead
+    }
     assert sites == folded
     assert all(step.by for step in found if step.state == FOLDED)
     html = page.html()

@@ -75,7 +75,13 @@ def looked_at(html: str, folder: Path, width: int) -> dict[str, Any]:
     page.write_text(html.replace("<head>", f"<head>{FIRST}").replace("</body>", f"{LAST}</body>"))
     done = subprocess.run(
         [
-            *(str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
+            *(
+                str(CHROMIUM),
+                "--headless=new",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--hide-scrollbars",
+            ),
             *("--host-resolver-rules=MAP * ~NOTFOUND", "--disable-dev-shm-usage", "--no-first-run"),
             *(f"--user-data-dir={folder / 'profile'}", f"--window-size={width},900"),
             *("--virtual-time-budget=4000", "--dump-dom", page.as_uri()),

@@ -72,4 +72,3 @@ def _way(mark: Mark, sizes: bool, most: int) -> str:
     end = f"{'⊕ ' if joins(mark) else ''}{', '.join(mark.ports)}"
     start = [reads(mark)] if reads(mark) else []
     return _ARROW.join([*start, *stages, *([mark.scale] if mark.scale else []), end])
-

@@ -15,6 +15,7 @@ from peftc.report.costs import Costs, costs
 from peftc.report.subject import Subject, of_bundle, of_deltas, of_specs
 from peftc.store.directory import MANIFEST, room
 
+
 def report_(
     subjects: Annotated[
         list[str] | None,
@@ -24,7 +25,9 @@ def report_(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", metavar="MODEL", help="Of specs: a folder, a name on the hub."),
+        typer.Option(
+            "--model", "-m", metavar="MODEL", help="Of specs: a folder, a name on the hub."
+        ),
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE.html", help="The page.")
@@ -64,7 +67,9 @@ def report_(
     if output is None and svg is None and not compared:
         raise options.OptionError("say what to write: -o report.html, or --svg layer.svg")
     if compared:
-        return _compare(named, model, random_weights, task, num_labels, sets, (batch, length), output)
+        return _compare(
+            named, model, random_weights, task, num_labels, sets, (batch, length), output
+        )
     directory = Path(named[0])
     if (directory / MANIFEST).is_file():
         if len(named) > 1 or sets:

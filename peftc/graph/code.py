@@ -66,9 +66,7 @@ def as_it_is(node: fx.Node, target: Any) -> Any:
     return target
 
 
-def function_of(
-    root: nn.Module, graph: fx.Graph, around: Around = as_it_is
-) -> Callable[..., Any]:
+def function_of(root: nn.Module, graph: fx.Graph, around: Around = as_it_is) -> Callable[..., Any]:
     """A graph, which calls what is in `root`, as a function of its placeholders in their order. What only the result of
     a layer that is left out needs is not run then. `around` says what is called in the place of an op."""
     named = fx.Graph()

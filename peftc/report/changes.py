@@ -114,9 +114,7 @@ class _Reading:
             for depth, (path, _) in enumerate(stack, 1):
                 found.setdefault(path, stack[:depth])
         several = subject.model.config.is_encoder_decoder
-        return _Reading(
-            program, _axes(program, several), found, names, trains, subject.outcomes
-        )
+        return _Reading(program, _axes(program, several), found, names, trains, subject.outcomes)
 
     def steps(self) -> Iterator[Step]:
         """In the order of the graph."""
@@ -235,7 +233,4 @@ def _is_minor(node: fx.Node) -> bool:
         return True
     if not isinstance(value, torch.Tensor | tuple | list):
         return True
-    return is_call(node, *MOVE, *CUT, *_FILLING) or (
-        is_call(node, *DROPOUT) and not node.args[2]
-    )
-
+    return is_call(node, *MOVE, *CUT, *_FILLING) or (is_call(node, *DROPOUT) and not node.args[2])

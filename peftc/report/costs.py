@@ -61,8 +61,7 @@ def costs(subject: Subject, rows: int, length: int) -> Costs:
         kernels, flops = zip(*pairs, strict=True)
         found = Costs(rows, tokens, kernels, flops)
         trained, mine = (
-            saved(subject.bare, one, rows, tokens).bytes
-            for one in (_all(bare), subject.specs)
+            saved(subject.bare, one, rows, tokens).bytes for one in (_all(bare), subject.specs)
         )
         return Costs(rows, tokens, kernels, flops, (trained, mine))
     except PeftcError as error:

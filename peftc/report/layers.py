@@ -75,7 +75,9 @@ class _Growing:
         groups: dict[str, list[Step]] = {}
         for step in steps:
             inside = len(step.modules) > depth
-            groups.setdefault(step.modules[depth][0] if inside else f"{step.name}:", []).append(step)
+            groups.setdefault(step.modules[depth][0] if inside else f"{step.name}:", []).append(
+                step
+            )
         items: list[Block | Step] = []
         for path, mine in groups.items():
             if path.endswith(":"):
@@ -142,4 +144,3 @@ def span(paths: Sequence[str]) -> str:
     head = re.sub(r"\d+$", "", paths[0])
     numbers = [int(path[len(head) :]) for path in paths if path[len(head) :].isdecimal()]
     return head + runs(numbers) if numbers else paths[0]
-

@@ -273,7 +273,9 @@ def _cell(step: Step) -> str:
 
 def _title(step: Step) -> str:
     """All that is known of a step, for who points at it."""
-    lines = [f"{step.name}: {step.op}({step.settings})" if step.settings else f"{step.name}: {step.op}"]
+    lines = [
+        f"{step.name}: {step.op}({step.settings})" if step.settings else f"{step.name}: {step.op}"
+    ]
     lines += [f"{one.kind} {one.path} {one.shape}" for one in step.tensors]
     if step.shape:
         lines.append(f"gives {step.shape}")
@@ -327,7 +329,7 @@ def _onnx_item(
     times = f'<span class="times">× {len(item.paths)}</span>' if len(item.paths) > 1 else ""
     is_open = " open" if depth < 2 else ""
     yield (
-        f'<details{is_open}><summary{_attributes(id=own.blocks[item.path], data_is=own.blocks[item.path], data_of=ids.around(item.path)[-1:])}>'
+        f"<details{is_open}><summary{_attributes(id=own.blocks[item.path], data_is=own.blocks[item.path], data_of=ids.around(item.path)[-1:])}>"
         f'<span class="name">{escape(_name(item))}</span>{times}</summary><div class="items">'
     )
     for one in item.items:
@@ -359,7 +361,11 @@ def _certificate(checks: Sequence[Check]) -> Iterator[str]:
         yield '<p class="quiet">None yet: <code>peftc verify</code> writes one beside deltas, merged checkpoints and bundles.</p></section>'
         return
     failed = sum(not one.holds for one in checks)
-    word = f'<span class="fails">{failed} fail</span>' if failed else '<span class="holds">holds</span>'
+    word = (
+        f'<span class="fails">{failed} fail</span>'
+        if failed
+        else '<span class="holds">holds</span>'
+    )
     yield f"<p>{len(checks)} comparisons: {word}</p>"
     rows = (
         [
@@ -373,9 +379,7 @@ def _certificate(checks: Sequence[Check]) -> Iterator[str]:
     yield table(("", "difference", "at most", ""), rows, numbers=(1, 2)) + "</section>"
 
 
-def table(
-    heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int] = ()
-) -> str:
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int] = ()) -> str:
     """Rows of HTML; `numbers` are the columns to the right."""
     top = "".join(f'<th scope="col">{escape(one)}</th>' for one in heads)
     said = []

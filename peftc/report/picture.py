@@ -38,7 +38,13 @@ class _Canvas:
     shapes: list[str] = field(default_factory=list)
 
     def text(
-        self, x: float, y: float, said: str, size: float = 11, anchor: str = "middle", more: str = ""
+        self,
+        x: float,
+        y: float,
+        said: str,
+        size: float = 11,
+        anchor: str = "middle",
+        more: str = "",
     ) -> None:
         self.shapes.append(
             f'<text x="{x:g}" y="{-y + size * 0.35:g}" font-size="{size:g}" text-anchor="{anchor}"{more}>{escape(said)}</text>'
@@ -59,7 +65,11 @@ class _Canvas:
         (x0, y0), (x, y) = points[-2:]
         length = max(abs(x - x0), abs(y - y0)) or 1
         dx, dy = 5 * (x - x0) / length, 5 * (y - y0) / length
-        corners = (x, y), (x - dx - dy * 0.6, y - dy + dx * 0.6), (x - dx + dy * 0.6, y - dy - dx * 0.6)
+        corners = (
+            (x, y),
+            (x - dx - dy * 0.6, y - dy + dx * 0.6),
+            (x - dx + dy * 0.6, y - dy - dx * 0.6),
+        )
         said = " L".join(f"{a:g} {-b:g}" for a, b in corners)
         self.path(f"M{said}Z", ink, f' fill="{ink}"')
 
@@ -213,7 +223,9 @@ class _Figure:
         elif reads(mark) == "h":
             start = foot + high + 7
             out = x + side * (_SIDE / 2 + 4)
-            self.canvas.arrow((self.x, start), (out, start), (out, foot - 6), (x, foot - 6), (x, y), ink=ink)
+            self.canvas.arrow(
+                (self.x, start), (out, start), (out, foot - 6), (x, foot - 6), (x, y), ink=ink
+            )
         for number, (said, sizes) in enumerate(_stages(mark)):
             if sizes is None:
                 self.canvas.box(x - _SIDE * 0.4, y, _SIDE * 0.8, _PILL, ink, 11)
@@ -228,7 +240,9 @@ class _Figure:
         name = mark.method + (f" · {mark.piece}" if mark.piece else "")
         end = foot + high + 22 if whole else max(y + 8, foot + high - 14)
         goal = (self.x + 8, end) if whole else (edge, end)
-        self.canvas.arrow((x, y), (x, end), goal, ink=ink, dashed=mark.insertion == "reparametrised")
+        self.canvas.arrow(
+            (x, y), (x, end), goal, ink=ink, dashed=mark.insertion == "reparametrised"
+        )
         if not whole:
             said = ("⊕ " if joins(mark) else "") + (mark.piece or ", ".join(mark.ports))
             self.canvas.text((x + edge) / 2 + side * 2, end + 7, said, 9)
@@ -259,4 +273,3 @@ def _between(mark: Mark, number: int) -> str:
     """The width of what goes from one stage to the next."""
     known = [one.sizes for one in mark.stages[: number + 1] if one.sizes]
     return str(known[-1][1]) if known else ""
-

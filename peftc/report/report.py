@@ -80,7 +80,9 @@ def _sizes(subject: Subject) -> tuple[Tile, ...]:
 def _spent(spent: Costs | None) -> tuple[Tile, ...]:
     if spent is None:
         return ()
-    batch = f"{spent.rows} rows" if spent.length is None else f"{spent.rows} × {spent.length} tokens"
+    batch = (
+        f"{spent.rows} rows" if spent.length is None else f"{spent.rows} × {spent.length} tokens"
+    )
     found = []
     if spent.kernels and spent.flops:
         found.append(_tile("kernels", spent.kernels, 1, f"forward of {batch}"))
@@ -94,7 +96,11 @@ def _spent(spent: Costs | None) -> tuple[Tile, ...]:
 
 def _tile(name: str, pair: tuple[int, int], unit: float, note: str) -> Tile:
     before, after = (
-        f"{one:,}" if unit == 1 else f"{one / unit:,.4g}" if one < 1e4 * unit else f"{one / unit:,.0f}"
+        f"{one:,}"
+        if unit == 1
+        else f"{one / unit:,.4g}"
+        if one < 1e4 * unit
+        else f"{one / unit:,.0f}"
         for one in pair
     )
     change = f"{100 * (pair[1] / pair[0] - 1):+.1f} %; " if pair[0] else ""

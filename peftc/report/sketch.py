@@ -131,9 +131,7 @@ def _joined(parts: Sequence[Part]) -> Iterator[Part]:
             continue
         mine = inner.get(i, [])
         pieces = [(one.title, one.sizes) for one in mine]
-        marks = [
-            replace(mark, piece=mark.piece or one.title) for one in mine for mark in one.marks
-        ]
+        marks = [replace(mark, piece=mark.piece or one.title) for one in mine for mark in one.marks]
         paths = [path for one in mine for path in one.paths]
         yield replace(
             part,
