@@ -198,8 +198,9 @@ def modules_of(node: fx.Node) -> Modules:
 
 def op_of(node: fx.Node) -> str:
     """The name of what a node calls, whoever inserted it."""
-    name = str(getattr(node.target, "_schema", None) and node.target._schema.name or "")  # type: ignore[union-attr]
-    return name.rpartition("::")[2] or str(getattr(node.target, "__name__", node.target))
+    schema = getattr(node.target, "_schema", None)
+    name: str = schema.name if schema else str(getattr(node.target, "__name__", node.target))
+    return name.rpartition("::")[2]
 
 
 def _axes(program: Program, several: bool) -> dict[str, str]:

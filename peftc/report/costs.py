@@ -12,10 +12,10 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from peftc import driver
 from peftc.errors import PeftcError
-from peftc.graph.arguments import dummy_inputs, resized
+from peftc.graph.arguments import dummy_inputs, forward_flags, resized
 from peftc.graph.call import Call
+from peftc.graph.capture import capture
 from peftc.graph.facts import ModelFacts
 from peftc.graph.program import Program
 from peftc.language.reader import parse_spec
@@ -55,7 +55,7 @@ def costs(subject: Subject, rows: int, length: int) -> Costs:
         inputs = _inputs(model.backbone, rows, tokens)
         bare = hollow(subject.bare, torch.device("cpu"))
         pairs = [
-            _forward(bare, driver.program_of(bare, "forward", inputs), inputs),
+            _forward(bare, _own(bare, inputs), inputs),
             _forward(model, model.lean_program(inputs), inputs),
         ]
         kernels, flops = zip(*pairs, strict=True)
@@ -73,6 +73,12 @@ def _inputs(model: Any, rows: int, length: int | None) -> dict[str, torch.Tensor
     labels = Call.of(model, "forward", inputs).labels
     sizes = {"batch": rows, "seq": length or 0, "target": length or 0}
     return {name: resized(one, labels[name], sizes) for name, one in inputs.items()}
+
+
+def _own(model: Any, inputs: Mapping[str, torch.Tensor]) -> Program:
+    """The model's own code for these inputs, with masks where it makes some."""
+    call = Call.of(model, "forward", inputs)
+    return capture(model, call, forward_flags(model), drop=call.unpadded)
 
 
 def _all(model: nn.Module) -> Any:
@@ -117,6 +123,6 @@ class _Kernels(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not (func.is_view or str(func) in _FREE):
+        if func.namespace == "aten" and not (func.is_view or str(func) in _FREE):
             self.count += 1
         return func(*args, **(kwargs or {}))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from peftc.plan.plan import Plan
@@ -21,15 +21,6 @@ class Element:
     what: str
     part: Part | None = None
     other: int | None = None
-
-
-def order_of(steps: Sequence[Step]) -> Callable[[str], int]:
-    """Where in a graph a module starts."""
-    first: dict[str, int] = {}
-    for i, step in enumerate(steps):
-        for path, _ in step.modules:
-            first.setdefault(path, i)
-    return lambda scope: first.get(scope, len(steps))
 
 
 def elements(layer: Layer, plan: Plan, steps: Sequence[Step]) -> tuple[Element, ...]:

@@ -9,7 +9,7 @@ from peftc.export.record import Row
 from peftc.plan.design import paper_percent
 from peftc.report.changes import FOLDED, INSERTED, KEPT, Modules, Step, modules_of, steps
 from peftc.report.costs import Costs
-from peftc.report.flow import elements, order_of
+from peftc.report.flow import elements
 from peftc.report.layers import Tree, tree
 from peftc.report.page import Page, Tile
 from peftc.report.picture import figure
@@ -44,7 +44,7 @@ def pictures(
 ) -> tuple[str, ...]:
     """The layers in which something is changed, the most changed first, as SVG."""
     found = steps(subject) if found is None else found
-    layers = [one for one in sketches(subject.plan, order_of(found)) if one.parts]
+    layers = [one for one in sketches(subject.plan) if one.parts]
     return tuple(figure(one, elements(one, subject.plan, found), alone) for one in layers)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from peftc.language import expr as ex
@@ -69,9 +69,9 @@ class Layer:
     parts: tuple[Part, ...]
 
 
-def sketches(plan: Plan, order: Callable[[str], int] | None = None) -> tuple[Layer, ...]:
-    """A layer of each sort in which a plan changes something, the most changed first. `order` is that of the modules in
-    a graph; without it sub-layers come as most models have them."""
+def sketches(plan: Plan) -> tuple[Layer, ...]:
+    """A layer of each sort in which a plan changes something, the most changed first; sub-layers come as most models
+    have them."""
     groups: dict[tuple[str, frozenset[object]], list[int | None]] = {}
     for stack, layer in dict.fromkeys((one.stack, one.layer) for one in plan.sites):
         changes = frozenset(_changes(plan, stack, layer))
@@ -79,7 +79,7 @@ def sketches(plan: Plan, order: Callable[[str], int] | None = None) -> tuple[Lay
             groups.setdefault((stack, changes), []).append(layer)
     ranked = sorted(groups.items(), key=lambda one: (one[1][0] is None, -len(one[0][1])))
     return tuple(
-        Layer(stack, tuple(layers), tuple(_parts(plan, stack, layers[0], order)))
+        Layer(stack, tuple(layers), tuple(_parts(plan, stack, layers[0])))
         for (stack, _), layers in ranked
     )
 
@@ -89,34 +89,44 @@ def _changes(plan: Plan, stack: str, layer: int | None) -> Iterator[object]:
     for edit in plan.edits:
         if (edit.site.stack, edit.site.layer) == (stack, layer):
             yield edit.index, edit.site.at, edit.site.kind
-    sites = [one for one in plan.sites if (one.stack, one.layer) == (stack, layer)]
-    paths = {weight.path: one for one in sites for weight in one.weights.values()}
+    sites = [one for one in _here(plan, stack, layer) if _whole(one) in WHOLE]
+    paths = {weight.path: one for one in reversed(sites) for weight in one.weights.values()}
     for one in plan.unfrozen:
-        if one.path in paths and _whole(paths[one.path]) in WHOLE:
+        if one.path in paths:
             yield one.index, _whole(paths[one.path]), paths[one.path].kind
+
+
+def _here(plan: Plan, stack: str, layer: int | None) -> list[Site]:
+    return [one for one in plan.sites if (one.stack, one.layer) == (stack, layer)]
 
 
 def _whole(site: Site) -> str:
     return site.at.partition(".")[0]
 
 
-def _parts(
-    plan: Plan, stack: str, layer: int | None, order: Callable[[str], int] | None
-) -> Iterator[Part]:
+def _parts(plan: Plan, stack: str, layer: int | None) -> Iterator[Part]:
     """The sub-layers of a layer, and what else is changed there."""
-    sites: dict[tuple[str, str, str], list[Site]] = {}
     changed = {edit.site.name for edit in plan.edits}
-    for one in plan.sites:
-        if (one.stack, one.layer) == (stack, layer):
-            if _whole(one) in WHOLE or one.name in changed:
-                sites.setdefault((_whole(one), one.kind, one.scope), []).append(one)
-    kinds = [*WHOLE]
+    groups: dict[tuple[str, str, str], list[Site]] = {}
+    for one in sorted(_here(plan, stack, layer), key=lambda one: one.at not in WHOLE):
+        if _whole(one) in WHOLE or one.name in changed:
+            groups.setdefault(_group(one, groups), []).append(one)
+    kinds = [*WHOLE, *dict.fromkeys(key[0] for key in groups)]
+    order = sorted(groups, key=lambda key: (kinds.index(key[0]), key[1] == "cross"))
+    yield from _joined([_part(key, groups[key], plan) for key in order])
 
-    def place(key: tuple[str, str, str]) -> tuple[int, int, str]:
-        kind = kinds.index(key[0]) if key[0] in kinds else len(kinds)
-        return (order(key[2]) if order else 0), kind, "" if key[1] == "self" else key[1]
 
-    yield from _joined([_part(key, sites[key], plan) for key in sorted(sites, key=place)])
+def _group(
+    site: Site, groups: Mapping[tuple[str, str, str], Sequence[Site]]
+) -> tuple[str, str, str]:
+    """(kind of site, kind of attention, module) of the sub-layer that a site is, or is a projection of: one whose weights
+    it is made of, or whose module it is in."""
+    for key, (whole, *_) in groups.items():
+        paths = {one.path for one in whole.weights.values()}
+        mine = "W" in site.weights and site.weights["W"].path in paths
+        if key[0] == _whole(site) and key[1] == site.kind and (mine or whole.scope == site.scope):
+            return key
+    return _whole(site), site.kind, site.scope
 
 
 def _joined(parts: Sequence[Part]) -> Iterator[Part]:
