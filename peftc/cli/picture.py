@@ -10,7 +10,7 @@ from rich.text import Text
 from peftc.plan.plan import Plan
 from peftc.report.sketch import Layer, Mark, joins, reads, runs, sketches
 
-# One an entry of the spec, in turn.
+# One a delta of the spec, in turn.
 STYLES = ("magenta", "cyan", "green", "yellow", "blue", "red")
 MOST = 3  # sorts of layers; others are told by their number
 _ARROW = " ─▶ "
@@ -49,8 +49,8 @@ def title(layer: Layer) -> str:
 
 
 def _mark(mark: Mark, width: int) -> Iterator[Text]:
-    style = STYLES[mark.entry % len(STYLES)]
-    at = f" at {mark.piece}" if mark.piece else ""
+    style = STYLES[mark.group % len(STYLES)]
+    at = f" at {', '.join(mark.pieces)}" if mark.pieces else ""
     yield Text.assemble((" │   ", "dim"), (f"● {mark.method}{at}, {mark.insertion}", style))
     room = width - len(" │     ")
     ways = (_way(mark, sizes, most) for sizes, most in ((True, 9), (False, 9), (False, 2)))

@@ -58,6 +58,11 @@ class Step:
     address: str = ""
     ahead: bool = False
 
+    @property
+    def is_size(self) -> bool:
+        """Whether it gives a number. Later layers read the sizes that the first one asked for."""
+        return self.shape != "" and not self.shape.startswith("[")
+
 
 def steps(subject: Subject) -> tuple[Step, ...]:
     """The steps of both graphs, those that are gone where they stood."""
@@ -80,7 +85,8 @@ def _at_their_sites(steps: Sequence[Step]) -> Iterator[Step]:
         if step.ahead and step.site:
             waiting.setdefault(step.site, []).append(step)
             continue
-        yield from waiting.pop(step.site, ())
+        if any(path == step.site.rpartition(":")[0] for path, _ in step.modules):
+            yield from waiting.pop(step.site, ())
         yield step
     for rest in waiting.values():
         yield from rest

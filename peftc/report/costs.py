@@ -12,6 +12,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from passes import Normalize
 from peftc.errors import PeftcError
 from peftc.graph.arguments import dummy_inputs, forward_flags, resized
 from peftc.graph.call import Call
@@ -78,7 +79,9 @@ def _inputs(model: Any, rows: int, length: int | None) -> dict[str, torch.Tensor
 def _own(model: Any, inputs: Mapping[str, torch.Tensor]) -> Program:
     """The model's own code for these inputs, with masks where it makes some."""
     call = Call.of(model, "forward", inputs)
-    return capture(model, call, forward_flags(model), drop=call.unpadded)
+    program = capture(model, call, forward_flags(model), drop=call.unpadded)
+    Normalize().run(program)
+    return program
 
 
 def _all(model: nn.Module) -> Any:

@@ -105,17 +105,18 @@ class _Growing:
     def _one(self, mine: Sequence[Block]) -> Block:
         first = mine[0]
         for other in mine[1:]:
-            for here, there in zip(first.steps(), other.steps(), strict=True):
-                self.stands[there.name] = here.name
+            pairs = zip(_values(first), _values(other), strict=True)
+            self.stands |= {there.name: here.name for here, there in pairs}
             for own, block in zip(first.blocks(), other.blocks(), strict=True):
                 for path in block.paths:
                     self.places[path] = own.path
         return replace(first, paths=tuple(one.path for one in mine))
 
     def _said(self, item: Block | Step, root: str) -> Iterator[Hashable]:
-        """What makes two layers one: all but their own paths and where they stand."""
+        """What makes two layers one: all but their own paths, where they stand, and who asks for a size first."""
         if isinstance(item, Step):
-            yield self._step(item, root)
+            if not item.is_size:
+                yield self._step(item, root)
             return
         yield _below(item.path, root), item.kind, len(item.paths)
         for one in item.items:
@@ -123,15 +124,19 @@ class _Growing:
 
     def _step(self, step: Step, root: str) -> Hashable:
         tensors = tuple((_below(t.path, root), t.kind, t.name, t.shape) for t in step.tensors)
-        reads = tuple(self._read(name, root) for name in step.reads)
+        read = [self.steps[name] for name in step.reads if name in self.steps]
+        reads = tuple(_read(one, root) for one in read if not one.is_size)
         own = step.op, step.state, step.shape, step.settings, step.entries, step.by
         return *own, tensors, reads
 
-    def _read(self, name: str, root: str) -> str:
-        """What a step reads, where it is of the same layer."""
-        one = self.steps.get(name)
-        inside = one is not None and any(path == root for path, _ in one.modules)
-        return one.op if one is not None and inside else ""
+
+def _values(block: Block) -> Iterator[Step]:
+    return (step for step in block.steps() if not step.is_size)
+
+
+def _read(step: Step, root: str) -> str:
+    """What a step reads, where it is of the same layer."""
+    return step.op if any(path == root for path, _ in step.modules) else ""
 
 
 def _below(path: str, root: str) -> str:

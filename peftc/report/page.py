@@ -50,16 +50,16 @@ class Page:
 
     def html(self) -> str:
         """All of it."""
-        ids = _Ids.of(self.graph)
+        ids = _Ids.of(self.graph, self.plan)
         three = " three" if self.onnx else ""
         body = [
             f'<header class="wrap"><h1>{escape(self.title)}</h1><p class="quiet">{escape(self.about)}</p>',
             tiles(self.tiles),
             figures(self.figures),
             f'</header><main><div class="panes{three}">',
-            *_spec(self.plan, self.sheets, self.outcomes),
+            *_spec(self.plan, self.sheets, self.outcomes, ids),
             *_graph(self.graph, ids),
-            *_onnx(self.onnx, self.links, ids),
+            *_onnx(self.onnx, self.links, self.plan, ids),
             '</div></main><div class="wrap below">',
             *_left_alone(self.plan),
             *_certificate(self.checks),
@@ -99,9 +99,10 @@ class _Ids:
     steps: Mapping[str, str]
     blocks: Mapping[str, str]
     inside: Mapping[str, tuple[str, ...]]
+    groups: Sequence[int]
 
     @staticmethod
-    def of(tree: Tree, letter: str = "") -> _Ids:
+    def of(tree: Tree, plan: Plan, letter: str = "") -> _Ids:
         steps = {step.name: f"{letter}n{i}" for i, step in enumerate(tree.root.steps())}
         blocks = {one.path: f"{letter}b{i}" for i, one in enumerate(tree.root.blocks())}
         inside: dict[str, tuple[str, ...]] = {}
@@ -113,7 +114,12 @@ class _Ids:
                     walk(one, (*around, blocks[one.path]))
 
         walk(tree.root, ())
-        return _Ids(tree, steps, blocks, inside)
+        groups = [one.group for one in plan.spec.entries]
+        return _Ids(tree, steps, blocks, inside, groups)
+
+    def ink(self, entries: Sequence[int]) -> str:
+        """The style of what is of an entry of the spec: one hue for what was written as one delta."""
+        return f"--h:{hue(self.groups[entries[0]])}" if entries else ""
 
     def step(self, name: str) -> str:
         """The id of the step that is shown for one of this name, or nothing."""
@@ -144,7 +150,9 @@ def _tokens(entries: Iterable[int], parameters: Iterable[str] = ()) -> list[str]
 # ---- the spec
 
 
-def _spec(plan: Plan, sheets: Sequence[Sheet], outcomes: Sequence[Outcome]) -> Iterator[str]:
+def _spec(
+    plan: Plan, sheets: Sequence[Sheet], outcomes: Sequence[Outcome], ids: _Ids
+) -> Iterator[str]:
     yield '<section class="pane" id="spec" aria-label="the spec"><div class="bar"><h2>Spec</h2></div>'
     yield '<div class="chips">'
     for index, match in enumerate(plan.matches):
@@ -152,7 +160,7 @@ def _spec(plan: Plan, sheets: Sequence[Sheet], outcomes: Sequence[Outcome]) -> I
         many = "parameters" if match.entry.train else "sites"
         numbers = f"{match.sites:,} {many}, {match.parameters:,} numbers train"
         yield (
-            f'<div class="chip"{_attributes(role="button", style=f"--h:{hue(index)}", data_is=f"e{index}")}><b>{escape(match.entry.method)}</b> '
+            f'<div class="chip"{_attributes(role="button", style=ids.ink([index]), data_is=f"e{index}")}><b>{escape(match.entry.method)}</b> '
             f'at {escape(place(match.entry))}<br><span class="quiet">{numbers}{said}</span>'
             f'<span class="hidden">: {escape(form(match.entry))}</span></div>'
         )
@@ -164,7 +172,7 @@ def _spec(plan: Plan, sheets: Sequence[Sheet], outcomes: Sequence[Outcome]) -> I
             own = [one for one in mine if "." in one] or mine
             more = _attributes(class_="line")
             if line.entries:
-                ink = f"--h:{hue(line.entries[0])}"
+                ink = ids.ink(line.entries)
                 more = _attributes(class_="line of", role="button", style=ink, data_is=own)
             yield f'<div id="f{number}l{line.number}"{more}><i>{line.number}</i>{escape(line.text) or " "}</div>'
         yield "</div>"
@@ -213,7 +221,7 @@ def _item(item: Block | Step, ids: _Ids, depth: int) -> Iterator[str]:
 def _summary(block: Block, ids: _Ids, entries: Sequence[int], depth: int) -> str:
     own = ids.blocks[block.path]
     times = f'<span class="times">× {len(block.paths)}</span>' if len(block.paths) > 1 else ""
-    dots = "".join(f'<i style="--h:{hue(one)}"></i>' for one in entries)
+    dots = "".join(f'<i style="{one}"></i>' for one in dict.fromkeys(ids.ink([e]) for e in entries))
     count = sum(step.state in (INSERTED, FOLDED) for step in block.steps())
     said = f"+{count}" if count else ""
     links = _attributes(id=own, data_is=own, data_in=ids.inside[block.path])
@@ -245,7 +253,7 @@ def _step(step: Step, ids: _Ids) -> str:
         class_=[one for one in kinds if one],
         role="button",
         id=own,
-        style=f"--h:{hue(step.entries[0])}" if step.entries else "",
+        style=ids.ink(step.entries),
         title=_title(step),
         data_is=own,
         data_of=of,
@@ -289,12 +297,14 @@ def _title(step: Step) -> str:
 # ---- the ONNX nodes
 
 
-def _onnx(graphs: Mapping[str, Tree], links: Mapping[str, str], ids: _Ids) -> Iterator[str]:
+def _onnx(
+    graphs: Mapping[str, Tree], links: Mapping[str, str], plan: Plan, ids: _Ids
+) -> Iterator[str]:
     if not graphs:
         return
     yield '<section class="pane" id="onnx" aria-label="the ONNX nodes"><div class="bar"><h2>ONNX</h2></div>'
     for number, (role, tree) in enumerate(graphs.items()):
-        own = _Ids.of(tree, f"o{number}")
+        own = _Ids.of(tree, plan, f"o{number}")
         count = len([*tree.root.steps()]) + len(tree.stands)
         yield (
             f'<details open class="graph one"><summary><span class="name">{escape(role)}.onnx</span>'
@@ -318,7 +328,7 @@ def _onnx_item(
             class_=["step", inserted],
             role="button",
             id=own.steps[item.name],
-            style=f"--h:{hue(item.entries[0])}" if item.entries else "",
+            style=ids.ink(item.entries),
             title=item.name,
             data_is=own.steps[item.name],
             data_of=of,

@@ -16,13 +16,13 @@ _SIDE = 138  # width of a delta
 _NEUTRAL = "currentColor"
 
 
-def hue(entry: int) -> int:
-    """Of an entry of the spec."""
-    return HUES[entry % len(HUES)]
+def hue(group: int) -> int:
+    """Of a delta of the spec."""
+    return HUES[group % len(HUES)]
 
 
-def colour(entry: int) -> str:
-    red, green, blue = colorsys.hls_to_rgb(hue(entry) / 360, 0.5, 0.68)
+def colour(group: int) -> str:
+    red, green, blue = colorsys.hls_to_rgb(hue(group) / 360, 0.5, 0.68)
     return f"#{round(255 * red):02x}{round(255 * green):02x}{round(255 * blue):02x}"
 
 
@@ -141,7 +141,7 @@ class _Figure:
         for one in self.column:
             marks = one.part.marks if one.part else ()
             what = "".join(
-                f"; {m.method} {m.insertion} at {m.piece or 'it'}: {', '.join(s.text for s in m.stages)}"
+                f"; {m.method} {m.insertion} at {', '.join(m.pieces) or 'it'}: {', '.join(s.text for s in m.stages)}"
                 for m in marks
             )
             said.append(one.what + what)
@@ -184,7 +184,7 @@ class _Figure:
         foot = low + _GAP
         self.canvas.arrow((x, low), (x, foot))
         trained = [one for one in part.marks if one.insertion == "in place"]
-        ink = colour(trained[0].entry) if trained else _NEUTRAL
+        ink = colour(trained[0].group) if trained else _NEUTRAL
         self.canvas.box(x - half, foot, _BOX, high, ink)
         self.canvas.text(x, foot + high - 14, part.title, 12, more=' font-weight="600"')
         if trained:
@@ -196,7 +196,7 @@ class _Figure:
             self._mark(mark, x - half - 30 - (i + 0.5) * (_SIDE + 16) + 8, foot, high, -1)
         for i, mark in enumerate(beside):
             self._mark(mark, x + half + 22 + (i + 0.5) * (_SIDE + 16), foot, high, 1)
-        if any(joins(one) and not one.piece for one in beside):
+        if any(joins(one) and not one.pieces for one in beside):
             self.canvas.line((x, top), (x, top + 14))
             self.canvas.sum(x, top + 22)
             top += 30
@@ -206,7 +206,7 @@ class _Figure:
         if not part.pieces:
             return
         width = (_BOX - 16) / len(part.pieces)
-        inked = {one.piece: colour(one.entry) for one in part.marks if one.piece}
+        inked = {name: colour(one.group) for one in part.marks for name in one.pieces}
         for i, (name, sizes) in enumerate(part.pieces):
             left = self.x - _BOX / 2 + 8 + i * width
             self.canvas.box(left + 2, foot + 6, width - 4, 26, inked.get(name, _NEUTRAL), 4)
@@ -215,9 +215,9 @@ class _Figure:
 
     def _mark(self, mark: Mark, x: float, foot: float, high: float, side: int) -> None:
         """A delta as a stack of its ops, with what it reads below and what it becomes part of above."""
-        ink, y = colour(mark.entry), foot + 2
+        ink, y = colour(mark.group), foot + 2
         edge = self.x + side * _BOX / 2
-        whole = joins(mark) and not mark.piece
+        whole = joins(mark) and not mark.pieces
         if reads(mark) == "x":
             self.canvas.arrow((self.x, foot - 12), (x, foot - 12), (x, y), ink=ink)
         elif reads(mark) == "h":
@@ -237,14 +237,14 @@ class _Figure:
                 self.canvas.text(x + 6, y + _PILL + 4.5, _between(mark, number), 7.5, "start")
             y += _PILL + 9
         y -= 9
-        name = mark.method + (f" · {mark.piece}" if mark.piece else "")
+        name = mark.method + (f" · {', '.join(mark.pieces)}" if mark.pieces else "")
         end = foot + high + 22 if whole else max(y + 8, foot + high - 14)
         goal = (self.x + 8, end) if whole else (edge, end)
         self.canvas.arrow(
             (x, y), (x, end), goal, ink=ink, dashed=mark.insertion == "reparametrised"
         )
         if not whole:
-            said = ("⊕ " if joins(mark) else "") + (mark.piece or ", ".join(mark.ports))
+            said = ("⊕ " if joins(mark) else "") + ", ".join(mark.pieces or mark.ports)
             self.canvas.text((x + edge) / 2 + side * 2, end + 7, said, 9)
         self.canvas.text(x, end + 9, name, 9.5, more=f' font-weight="600" fill="{ink}"')
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from peftc.language import expr as ex
@@ -35,13 +35,14 @@ class Stage:
 
 @dataclass(frozen=True)
 class Mark:
-    """What one entry of the spec does at a sub-layer. `insertion` is that of the design table; `piece` is the projection
-    that it is at, "" at the whole; `ports` are what it assigns; `scale` is what it is multiplied by before it joins."""
+    """What one delta of the spec, its `group`, does at a sub-layer. `insertion` is that of the design table; `pieces` are
+    the projections that it is at, none at the whole; `ports` are what it assigns; `scale` is what it is multiplied by
+    before it joins."""
 
-    entry: int
+    group: int
     method: str
     insertion: str
-    piece: str
+    pieces: tuple[str, ...]
     ports: tuple[str, ...]
     stages: tuple[Stage, ...]
     scale: str = ""
@@ -141,7 +142,9 @@ def _joined(parts: Sequence[Part]) -> Iterator[Part]:
             continue
         mine = inner.get(i, [])
         pieces = [(one.title, one.sizes) for one in mine]
-        marks = [replace(mark, piece=mark.piece or one.title) for one in mine for mark in one.marks]
+        marks = [
+            replace(mark, pieces=mark.pieces or (one.title,)) for one in mine for mark in one.marks
+        ]
         paths = [path for one in mine for path in one.paths]
         yield replace(
             part,
@@ -167,7 +170,8 @@ def _part(key: tuple[str, str, str], sites: Sequence[Site], plan: Plan) -> Part:
     title = WHOLE.get(at, at) + (f", {kind}" if kind else "")
     paths = tuple(dict.fromkeys(w.path for one in sites for w in one.weights.values()))
     names = {one.name for one in sites}
-    marks = [*_edited([e for e in plan.edits if e.site.name in names]), *_trained(plan, paths)]
+    edits = [one for one in plan.edits if one.site.name in names]
+    marks = [*_alike(_edited(edits)), *_trained(plan, paths)]
     sizes = whole.dims.get("in", 0), whole.dims.get("out", 0)
     return Part(title, at, scope, sizes, tuple(pieces.items()), tuple(marks), paths)
 
@@ -180,8 +184,17 @@ def _trained(plan: Plan, paths: Sequence[str]) -> Iterator[Mark]:
         if owner in owners:
             found.setdefault(one.index, {})[name] = None
     for index, names in found.items():
-        method = plan.spec.entries[index].method
-        yield Mark(index, method, "in place", "", tuple(names), ())
+        entry = plan.spec.entries[index]
+        yield Mark(entry.group, entry.method, "in place", (), tuple(names), ())
+
+
+def _alike(marks: Iterable[Mark]) -> Iterator[Mark]:
+    """What differs in its projection alone is one."""
+    found: dict[Mark, list[str]] = {}
+    for one in marks:
+        found.setdefault(replace(one, pieces=()), []).extend(one.pieces)
+    for one, pieces in found.items():
+        yield replace(one, pieces=tuple(pieces))
 
 
 def _edited(edits: Sequence[Edit]) -> Iterator[Mark]:
@@ -195,10 +208,10 @@ def _edited(edits: Sequence[Edit]) -> Iterator[Mark]:
         if isinstance(main, ex.Call) and main.op == "prepend":
             main = main.args[0]
         yield Mark(
-            edit.index,
+            entry.group,
             entry.method,
             insertion(entry),
-            "" if piece in _NO_PIECES else piece,
+            (piece,) if piece and piece not in _NO_PIECES else (),
             tuple(assigned),
             tuple(_stages(main, edit)),
             _scale(edit),
