@@ -79,7 +79,7 @@ def html(title: str, body: str) -> str:
 def tiles(found: Iterable[Tile]) -> str:
     said = []
     for one in found:
-        before = f'<span class="from">{escape(one.before)} →</span>' if one.before else ""
+        before = f'<span class="from">{escape(one.before)} →</span> ' if one.before else ""
         note = f'<span class="note">{escape(one.note)}</span>' if one.note else ""
         after = f'<span class="to">{escape(one.after)}</span>'
         said.append(f"<div><dt>{escape(one.name)}</dt><dd>{before}{after}{note}</dd></div>")
@@ -88,7 +88,10 @@ def tiles(found: Iterable[Tile]) -> str:
 
 def figures(found: Iterable[str]) -> str:
     inside = "".join(f"<figure>{one}</figure>" for one in found)
-    return f'<div class="figures" tabindex="0" role="group" aria-label="Layers as people draw them">{inside}</div>'
+    return (
+        '<details class="drawn" open><summary><h2>Layers as people draw them</h2></summary>'
+        f'<div class="figures" tabindex="0" role="group" aria-label="pictures">{inside}</div></details>'
+    )
 
 
 @dataclass(frozen=True)
@@ -209,6 +212,9 @@ def _item(item: Block | Step, ids: _Ids, depth: int) -> Iterator[str]:
     if isinstance(item, Step):
         yield _step(item, ids)
         return
+    if _is_one(item):
+        yield from (_step(one, ids, item) for one in item.steps())
+        return
     changed = dict.fromkeys(e for step in item.steps() for e in step.entries)
     is_open = " open" if changed and depth < 4 else ""
     yield f"<details{is_open}>{_summary(item, ids, list(changed), depth)}"
@@ -216,6 +222,12 @@ def _item(item: Block | Step, ids: _Ids, depth: int) -> Iterator[str]:
     for one in item.items:
         yield from _item(one, ids, depth + 1)
     yield "</div></details>"
+
+
+def _is_one(block: Block) -> bool:
+    """Whether a module is one call, and what moves its values."""
+    inner = any(isinstance(one, Block) for one in block.items)
+    return len(block.paths) == 1 and not inner and sum(not s.minor for s in block.steps()) == 1
 
 
 def _summary(block: Block, ids: _Ids, entries: Sequence[int], depth: int) -> str:
@@ -240,7 +252,8 @@ def _name(block: Block) -> str:
     return ".".join(parts[-2:]) if parts[-1].isdecimal() else parts[-1]
 
 
-def _step(step: Step, ids: _Ids) -> str:
+def _step(step: Step, ids: _Ids, module: Block | None = None) -> str:
+    """A row; of a `module` that is one call, it stands for that too."""
     around = ids.around(step.modules[-1][0]) if step.modules else ()
     named = [one.name for one in step.tensors if one.kind == "delta"]
     of = _tokens(step.entries)
@@ -249,18 +262,19 @@ def _step(step: Step, ids: _Ids) -> str:
     trains = "" if step.state != KEPT or not step.entries else "trains"
     kinds = ["step", step.state, "minor" if step.minor else "", trains]
     own = ids.steps[step.name]
+    shown = module is not None and not step.minor
     links = _attributes(
         class_=[one for one in kinds if one],
         role="button",
         id=own,
         style=ids.ink(step.entries),
         title=_title(step),
-        data_is=own,
+        data_is=[own, ids.blocks[module.path]] if module is not None and shown else own,
         data_of=of,
         data_in=around,
         data_reads=list(dict.fromkeys(reads)),
     )
-    said = _cell(step)
+    said = _cell(step, _name(module) if module is not None and shown else "")
     before = said if step.state in (KEPT, REMOVED) else ""
     hidden = ' aria-hidden="true"' if step.state == KEPT else ""
     after = "" if step.state == REMOVED else said
@@ -272,11 +286,12 @@ def _step(step: Step, ids: _Ids) -> str:
     return f'<div{links}><span class="cell before"{hidden}>{told if before and not after else ""}{before}</span><span class="cell after">{told}{after}</span></div>'
 
 
-def _cell(step: Step) -> str:
+def _cell(step: Step, module: str = "") -> str:
     tensors = " ".join(f"{one.name}{one.shape}" for one in step.tensors)
-    said = f"<b>{escape(step.op)}</b>"
-    said += f' <span class="tensors">{escape(tensors)}</span>' if tensors else ""
-    return said + (f' <span class="sizes">→ {escape(step.shape)}</span>' if step.shape else "")
+    said = f'<span class="module">{escape(module)}</span> ' if module else ""
+    said += f"<b>{escape(step.op)}</b>"
+    said += f' <span class="sizes">{escape(step.shape)}</span>' if step.shape else ""
+    return said + (f' <span class="tensors">of {escape(tensors)}</span>' if tensors else "")
 
 
 def _title(step: Step) -> str:

@@ -121,7 +121,7 @@ class _Figure:
         self.canvas.text(self.x, high + 4, title, 12, more=' font-weight="600"')
         space = ' xmlns="http://www.w3.org/2000/svg"' if alone else ""
         box = f"0 {-high - 18:g} {wide:g} {high + 34:g}"
-        size = f' width="{wide:g}" height="{high + 34:g}"' if alone else ""
+        size = f' width="{wide:g}" height="{high + 34:g}"'
         return (
             f'<svg{space} class="figure" viewBox="{box}"{size} role="img" aria-label="{escape(self._said(), quote=True)}" '
             'font-family="ui-sans-serif, Helvetica, Arial, sans-serif" fill="currentColor" stroke-width="1.2">'
@@ -180,7 +180,7 @@ class _Figure:
         x, half = self.x, _BOX / 2
         beside, before = _beside(part), _before(part)
         tall = max([len(one.stages) + bool(one.scale) for one in (*beside, *before)], default=0)
-        high = max(62.0 if part.pieces else 40.0, tall * (_PILL + 9) + 4.0)
+        high = max(122.0 if part.pieces else 40.0, tall * (_PILL + 9) + 4.0)
         foot = low + _GAP
         self.canvas.arrow((x, low), (x, foot))
         trained = [one for one in part.marks if one.insertion == "in place"]
@@ -190,7 +190,10 @@ class _Figure:
         if trained:
             said = ", ".join(f"{', '.join(one.ports)} trains" for one in trained)
             self.canvas.text(x, foot + high - 28, said, 9)
-        self._pieces(part, foot)
+        if part.pieces:
+            self._pieces(part, foot, high)
+        if part.sizes[0]:
+            self.canvas.text(x + 6, low + 8, str(part.sizes[0]), 7.5, "start")
         top = foot + high
         for i, mark in enumerate(before):
             self._mark(mark, x - half - 30 - (i + 0.5) * (_SIDE + 16) + 8, foot, high, -1)
@@ -202,16 +205,27 @@ class _Figure:
             top += 30
         return top
 
-    def _pieces(self, part: Part, foot: float) -> None:
-        if not part.pieces:
-            return
-        width = (_BOX - 16) / len(part.pieces)
+    def _pieces(self, part: Part, foot: float, high: float) -> None:
+        """Projections of the input below, what is between, the last one above."""
+        x, inside = self.x, _BOX - 16
         inked = {name: colour(one.group) for one in part.marks for name in one.pieces}
-        for i, (name, sizes) in enumerate(part.pieces):
-            left = self.x - _BOX / 2 + 8 + i * width
-            self.canvas.box(left + 2, foot + 6, width - 4, 26, inked.get(name, _NEUTRAL), 4)
-            self.canvas.text(left + width / 2, foot + 24, name, 10)
-            self.canvas.text(left + width / 2, foot + 13, f"{sizes[0]}→{sizes[1]}", 7.5)
+        first = [one for one in part.pieces if one[0] != part.last]
+        last = [one for one in part.pieces if one[0] == part.last]
+        for row, y in ((first, foot + 6), (last, foot + high - 54)):
+            width = inside / max(len(row), 1) if row is first else inside / 2
+            left = x - width * len(row) / 2
+            for i, (name, sizes) in enumerate(row):
+                self.canvas.box(
+                    left + i * width + 2, y, width - 4, 26, inked.get(name, _NEUTRAL), 4
+                )
+                middle = left + (i + 0.5) * width
+                self.canvas.text(middle, y + 18, name, 10)
+                self.canvas.text(middle, y + 7, f"{sizes[0]}→{sizes[1]}", 7.5)
+        if part.core and last:
+            y = (foot + 32 + foot + high - 54) / 2
+            self.canvas.line((x, foot + 32), (x, y - 8))
+            self.canvas.line((x, y + 8), (x, foot + high - 54))
+            self.canvas.text(x, y, part.core, 9.5)
 
     def _mark(self, mark: Mark, x: float, foot: float, high: float, side: int) -> None:
         """A delta as a stack of its ops, with what it reads below and what it becomes part of above."""
@@ -245,7 +259,7 @@ class _Figure:
         )
         if not whole:
             said = ("⊕ " if joins(mark) else "") + ", ".join(mark.pieces or mark.ports)
-            self.canvas.text((x + edge) / 2 + side * 2, end + 7, said, 9)
+            self.canvas.text(edge + side * 21, end + 7, said, 9, "start" if side > 0 else "end")
         self.canvas.text(x, end + 9, name, 9.5, more=f' font-weight="600" fill="{ink}"')
 
 

@@ -13,12 +13,13 @@ from peftc.plan.edit import Edit
 from peftc.plan.plan import Plan
 from peftc.sites.site import Site
 
-# Kinds of sites that are whole sub-layers, and what people call them, in the order in which most models have them.
+# Kinds of sites that are whole sub-layers, what people call them and what is between their projections, in the order in
+# which most models have them.
 WHOLE = {
-    "attention": "attention",
-    "mixer": "mixer",
-    "ffn": "feed-forward",
-    "experts": "experts",
+    "attention": ("attention", "softmax(q kᵀ) v"),
+    "mixer": ("mixer", "scan"),
+    "ffn": ("feed-forward", "activation"),
+    "experts": ("experts", "activation"),
 }
 # Sites that are one value or stand for several others.
 _NO_PIECES = ("heads", "hidden", "linear")
@@ -50,7 +51,8 @@ class Mark:
 
 @dataclass(frozen=True)
 class Part:
-    """A sub-layer at a module path: its width, and its projections with [in, out]."""
+    """A sub-layer at a module path: its width, and its projections with [in, out], of which the `last` gives its result
+    and others come before its `core`."""
 
     title: str
     at: str
@@ -59,6 +61,8 @@ class Part:
     pieces: tuple[tuple[str, Sizes], ...]
     marks: tuple[Mark, ...]
     paths: tuple[str, ...] = ()
+    core: str = ""
+    last: str = ""
 
 
 @dataclass(frozen=True)
@@ -167,13 +171,32 @@ def _part(key: tuple[str, str, str], sites: Sequence[Site], plan: Plan) -> Part:
         for one in sites
         if "." in one.at and not one.at.endswith(_NO_PIECES) and "out" in one.dims
     }
-    title = WHOLE.get(at, at) + (f", {kind}" if kind else "")
+    called, core = WHOLE.get(at, (at, ""))
+    title = called + (f", {kind}" if kind else "")
+    end = whole.weights["W"].path if "W" in whole.weights else ""
+    last = next((one for one in sites if one is not whole and _is_made_of(one, end)), whole)
     paths = tuple(dict.fromkeys(w.path for one in sites for w in one.weights.values()))
     names = {one.name for one in sites}
     edits = [one for one in plan.edits if one.site.name in names]
     marks = [*_alike(_edited(edits)), *_trained(plan, paths)]
     sizes = whole.dims.get("in", 0), whole.dims.get("out", 0)
-    return Part(title, at, scope, sizes, tuple(pieces.items()), tuple(marks), paths)
+    return Part(
+        title,
+        at,
+        scope,
+        sizes,
+        tuple(pieces.items()),
+        tuple(marks),
+        paths,
+        whole.hidden.op if whole.hidden else core,
+        last.at.partition(".")[2],
+    )
+
+
+def _is_made_of(site: Site, path: str) -> bool:
+    """Whether a projection is that of a weight, and not one of the names that stand for several."""
+    own = not site.at.endswith(_NO_PIECES)
+    return own and "W" in site.weights and site.weights["W"].path == path
 
 
 def _trained(plan: Plan, paths: Sequence[str]) -> Iterator[Mark]:
