@@ -50,7 +50,7 @@ const resolves = [...document.querySelectorAll("[data-is]")].every((one) =>
   [...(one.dataset.of || "").split(" "), ...(one.dataset.in || "").split(" ")].filter(Boolean).every((word) =>
     document.querySelector(`[data-is~="${word}"]`)));
 const line = first(".code .of"), step = first("#graph .step.inserted, #graph .step.folded");
-const node = first("#onnx .step.inserted"), block = first("#graph summary");
+const node = first("#onnx .step.inserted"), block = first("#graph summary[data-is]");
 const told = {
   wrong, resolves, ready: document.documentElement.dataset.ready,
   fetched: performance.getEntriesByType("resource").map((one) => one.name),

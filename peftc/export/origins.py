@@ -58,9 +58,22 @@ def read(model: Any) -> None:
                 node.meta[_KEY] = json.loads(one)
 
 
-def rows(model: Any) -> Iterator[tuple[str, str, str, tuple[int, str] | None]]:
-    """(name, op, address, edit) of each node, in order; the address is "" of what no call of the Program became."""
+Row = tuple[str, str, str, tuple[int, str] | None, str]
+
+
+def rows(model: Any) -> Iterator[Row]:
+    """(name, op, address, edit, what it gives) of each node, in order; the address is "" of what no call of the Program
+    became. What it gives is `[batch, seq_len, 8]`, or a type where it is no tensor of floating numbers."""
     for node in model.graph:
         one, edit = node.meta.get(_KEY, ("", None))
         kind = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
-        yield node.name or "", kind, one, None if edit is None else (edit[0], edit[1])
+        of = None if edit is None else (edit[0], edit[1])
+        yield node.name or "", kind, one, of, _given(node.outputs[0]) if node.outputs else ""
+
+
+def _given(value: Any) -> str:
+    if value.dtype is None or not value.dtype.is_floating_point():
+        return "" if value.dtype is None else str(value.dtype.name).lower()
+    sizes = [] if value.shape is None else list(value.shape)
+    said = [str(one if isinstance(one, int) else one.value) for one in sizes]
+    return f"[{', '.join(said)}]"

@@ -10,14 +10,13 @@ from typing import Any
 
 from peftc.errors import PeftcError
 from peftc.export.graph import ExportError
+from peftc.export.origins import Row
 from peftc.language import resolved
 from peftc.language.spec import Spec
 from peftc.model.compiled import CompiledModel
 from peftc.rewrite.folding import Outcome
 
 RECORD = "report.json"
-# (name, op, address of the call in the Program, edit) of an ONNX node; see `peftc.export.origins`.
-Row = tuple[str, str, str, tuple[int, str] | None]
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,9 @@ def read(directory: Path) -> Record:
             said["config"],
             tuple(_outcome(one) for one in said["outcomes"]),
             {
-                role: [(n, op, at, edit and (edit[0], edit[1])) for n, op, at, edit in found]
+                role: [
+                    (n, op, at, edit and (edit[0], edit[1]), to) for n, op, at, edit, to in found
+                ]
                 for role, found in said["nodes"].items()
             },
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from passes import Normalize
+from peftc import driver
 from peftc.errors import PeftcError
 from peftc.graph.arguments import dummy_inputs, forward_flags, resized
 from peftc.graph.call import Call
@@ -23,6 +24,7 @@ from peftc.language.reader import parse_spec
 from peftc.model.hollow import hollow
 from peftc.model.running import run_program
 from peftc.report.subject import Subject
+from peftc.rewrite.constants import alone
 from peftc.saved import saved
 
 Sizes = Sequence[int]
@@ -46,20 +48,17 @@ class Costs:
 
 def costs(subject: Subject, rows: int, length: int) -> Costs:
     """`length` is cut to what the model has positions for."""
-    model = hollow(subject.model, torch.device("cpu"))
-    facts = ModelFacts.read(model.backbone)
+    bare = hollow(subject.bare, torch.device("cpu"))
+    facts = ModelFacts.read(bare)
     reads = facts.main_input == "input_ids" or facts.encoder_decoder
     longest = None if facts.longest is None else subject.plan.room.longest(facts.longest)
     tokens = None if not reads else min(length, longest or length)
     found = Costs(rows, tokens)
     try:
-        inputs = _inputs(model.backbone, rows, tokens)
-        bare = hollow(subject.bare, torch.device("cpu"))
-        pairs = [
-            _forward(bare, _own(bare, inputs), inputs),
-            _forward(model, model.lean_program(inputs), inputs),
-        ]
-        kernels, flops = zip(*pairs, strict=True)
+        inputs = _inputs(bare, rows, tokens)
+        before = _forward(bare, _own(bare, inputs), inputs)
+        after = _as_it_runs(subject, inputs) or before
+        kernels, flops = (before[0], after[0]), (before[1], after[1])
         found = Costs(rows, tokens, kernels, flops)
         trained, mine = (
             saved(subject.bare, one, rows, tokens).bytes for one in (_all(bare), subject.specs)
@@ -67,6 +66,26 @@ def costs(subject: Subject, rows: int, length: int) -> Costs:
         return Costs(rows, tokens, kernels, flops, (trained, mine))
     except PeftcError as error:
         return Costs(rows, tokens, found.kernels, found.flops, why=str(error))
+
+
+def _as_it_runs(subject: Subject, inputs: Mapping[str, torch.Tensor]) -> tuple[int, int] | None:
+    """(kernels, FLOPs) with the deltas that are not folded; None where none are left."""
+    spec, model = subject.plan.spec, subject.model
+    gone = {
+        index
+        for index in range(len(spec.entries))
+        if (mine := [one for key, one in subject.outcomes.items() if key[0] == index])
+        and all(one.folded for one in mine)
+    }
+    left = tuple(one for index, one in enumerate(spec.entries) if index not in gone)
+    if not left:
+        return None
+    if gone:
+        model = driver.compile(
+            hollow(subject.bare, subject.bare.device), replace(spec, entries=left)
+        )
+    model = hollow(model, torch.device("cpu"))
+    return _forward(model, model.lean_program(inputs), inputs)
 
 
 def _inputs(model: Any, rows: int, length: int | None) -> dict[str, torch.Tensor]:
@@ -93,10 +112,11 @@ def _all(model: nn.Module) -> Any:
 def _forward(
     model: nn.Module, program: Program, inputs: Mapping[str, torch.Tensor]
 ) -> tuple[int, int]:
-    """(kernels, FLOPs) of a graph, by one run on fake tensors."""
-    interpreter = fx.Interpreter(program.root, graph=program.graph)
+    """(kernels, FLOPs) of a graph, by one run on fake tensors. What it computes of parameters alone is computed once, and
+    not counted."""
     kernels = _Kernels()
     flops = FlopCounterMode(display=False, custom_mapping={_ON_CPU: _attention})
+    interpreter = _Counting(program, kernels, flops)
 
     def on_fakes(*arguments: torch.Tensor) -> Any:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -105,7 +125,25 @@ def _forward(
             return interpreter.run(*fakes)
 
     run_program(model, program, inputs, on_fakes)
-    return kernels.count, int(flops.get_total_flops())
+    return kernels.count, int(flops.get_total_flops()) - interpreter.free
+
+
+class _Counting(fx.Interpreter):
+    """Runs a Program; `free` are the FLOPs of what is computed once."""
+
+    def __init__(self, program: Program, kernels: _Kernels, flops: FlopCounterMode) -> None:
+        super().__init__(program.root, graph=program.graph)
+        self.alone, self.free = alone(program), 0
+        self.kernels, self.flops = kernels, flops
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op != "call_function" or n not in self.alone:
+            return super().run_node(n)
+        before = self.kernels.count, self.flops.get_total_flops()
+        value = super().run_node(n)
+        self.kernels.count = before[0]
+        self.free += int(self.flops.get_total_flops() - before[1])
+        return value
 
 
 # torch counts attention on every device but this one.

@@ -18,6 +18,7 @@ from peftc.report.subject import Check
 from peftc.rewrite.folding import Outcome
 
 _HERE = Path(__file__).parent
+DEEP = 8  # modules around what is open from the start
 SAID = {KEPT: "", INSERTED: "inserted", FOLDED: "folded", REMOVED: "gone"}
 
 
@@ -203,8 +204,15 @@ def _graph(tree: Tree, ids: _Ids) -> Iterator[str]:
         '<div class="columns" aria-hidden="true"><span>before</span><span>after</span></div></div>'
         '<div class="graph">'
     )
+    shared = [one for one in tree.root.items if isinstance(one, Step) and one.ahead]
+    if shared:
+        yield '<details open><summary><span class="name">shared</span>'
+        yield '<span class="kind">of parameters alone, once for several sites</span></summary><div class="items">'
+        yield from (_step(one, ids) for one in shared)
+        yield "</div></details>"
     for one in tree.root.items:
-        yield from _item(one, ids, 0)
+        if one not in shared:
+            yield from _item(one, ids, 0)
     yield "</div></section>"
 
 
@@ -216,7 +224,7 @@ def _item(item: Block | Step, ids: _Ids, depth: int) -> Iterator[str]:
         yield from (_step(one, ids, item) for one in item.steps())
         return
     changed = dict.fromkeys(e for step in item.steps() for e in step.entries)
-    is_open = " open" if changed and depth < 4 else ""
+    is_open = " open" if changed and depth < DEEP else ""
     yield f"<details{is_open}>{_summary(item, ids, list(changed), depth)}"
     yield '<div class="items">'
     for one in item.items:
@@ -335,31 +343,35 @@ def _onnx_item(
     item: Block | Step, links: Mapping[str, str], own: _Ids, ids: _Ids, depth: int
 ) -> Iterator[str]:
     if isinstance(item, Step):
-        came = ids.step(links.get(item.name, ""))
-        of = [*([came] if came else []), *_tokens(item.entries)]
-        around = ids.around(item.modules[-1][0]) if item.modules else ()
-        inserted = "inserted" if item.entries else "kept"
-        more = _attributes(
-            class_=["step", inserted],
-            role="button",
-            id=own.steps[item.name],
-            style=ids.ink(item.entries),
-            title=item.name,
-            data_is=own.steps[item.name],
-            data_of=of,
-            data_in=around,
-        )
-        yield f'<div{more}><span class="cell after"><b>{escape(item.op)}</b></span></div>'
+        yield _node(item, links, own, ids)
+        return
+    if _is_one(item):
+        yield from (_node(one, links, own, ids, _name(item)) for one in item.steps())
         return
     times = f'<span class="times">× {len(item.paths)}</span>' if len(item.paths) > 1 else ""
-    is_open = " open" if depth < 2 else ""
-    yield (
-        f"<details{is_open}><summary{_attributes(id=own.blocks[item.path], data_is=own.blocks[item.path], data_of=ids.around(item.path)[-1:])}>"
-        f'<span class="name">{escape(_name(item))}</span>{times}</summary><div class="items">'
-    )
+    is_open = " open" if depth < 3 else ""
+    name = own.blocks[item.path]
+    more = _attributes(id=name, data_is=name, data_of=ids.around(item.path)[-1:])
+    yield f'<details{is_open}><summary{more}><span class="name">{escape(_name(item))}</span>{times}</summary><div class="items">'
     for one in item.items:
         yield from _onnx_item(one, links, own, ids, depth + 1)
     yield "</div></details>"
+
+
+def _node(node: Step, links: Mapping[str, str], own: _Ids, ids: _Ids, module: str = "") -> str:
+    came = ids.step(links.get(node.name, ""))
+    kinds = ["step", INSERTED if node.entries else KEPT, "minor" if node.minor else ""]
+    more = _attributes(
+        class_=[one for one in kinds if one],
+        role="button",
+        id=own.steps[node.name],
+        style=ids.ink(node.entries),
+        title=_title(node),
+        data_is=own.steps[node.name],
+        data_of=[*([came] if came else []), *_tokens(node.entries)],
+        data_in=ids.around(node.modules[-1][0]) if node.modules else (),
+    )
+    return f'<div{more}><span class="cell after">{_cell(node, "" if node.minor else module)}</span></div>'
 
 
 # ---- below

@@ -258,7 +258,7 @@ class _Figure:
             (x, y), (x, end), goal, ink=ink, dashed=mark.insertion == "reparametrised"
         )
         if not whole:
-            said = ("⊕ " if joins(mark) else "") + ", ".join(mark.pieces or mark.ports)
+            said = "⊕" if joins(mark) else ", ".join(mark.ports)
             self.canvas.text(edge + side * 21, end + 7, said, 9, "start" if side > 0 else "end")
         self.canvas.text(x, end + 9, name, 9.5, more=f' font-weight="600" fill="{ink}"')
 

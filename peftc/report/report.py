@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from peftc.export.record import Row
+from peftc.export.origins import Row
 from peftc.plan.design import paper_percent
 from peftc.report.changes import FOLDED, INSERTED, KEPT, Modules, Step, modules_of, steps
 from peftc.report.costs import Costs
@@ -71,7 +71,7 @@ def _sizes(subject: Subject) -> tuple[Tile, ...]:
     paper = f"{paper_percent(counts.weights, counts.backbone)} % as papers count"
     places = ", ".join(f"{count} {kind}" for kind, count in plan.site_counts.items())
     return (
-        Tile("parameters that train", f"{counts.training:,}", f"{counts.backbone:,}", f"{share:.3g} %"),
+        Tile("parameters that train", f"{counts.training:,}", f"{counts.backbone:,}", f"{share:.2f} %"),
         Tile("parameters that are stored", f"{counts.stored:,}", note=paper),
         Tile("places that change", f"{len(plan.edits):,}", note=places),
     )  # fmt: skip
@@ -141,13 +141,15 @@ def _onnx(subject: Subject, found: Sequence[Step]) -> tuple[dict[str, str], dict
 
 
 def _node(name: str, row: Row, modules: Mapping[str, Modules]) -> Step:
-    _, op, address, edit = row
+    _, op, address, edit, given = row
     return Step(
         name,
         op,
         KEPT if edit is None else INSERTED,
         modules.get(address.rpartition(":")[0], ()),
+        given,
         entries=() if edit is None else (edit[0],),
+        minor=not given.startswith("["),
         address=address,
     )
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from peftc import driver
 from peftc.errors import PeftcError
 from peftc.export import record
+from peftc.export.origins import Row
 from peftc.graph.arguments import dummy_inputs
 from peftc.graph.program import Program
 from peftc.language import resolved
@@ -49,7 +50,7 @@ class Check:
 class Bundle:
     """What a bundle adds: the nodes of its graphs, by their roles, and the bytes of its weights."""
 
-    nodes: Mapping[str, Sequence[record.Row]]
+    nodes: Mapping[str, Sequence[Row]]
     bytes: int
 
 
@@ -126,11 +127,30 @@ def of_bundle(directory: Path) -> Subject:
     )
 
 
+class _OneLine(dict[str, Any]):
+    """A mapping that is written on one line."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes a spec as people do."""
+
+
+_Dumper.add_representer(
+    _OneLine,
+    lambda dumper, one: dumper.represent_mapping("tag:yaml.org,2002:map", one, flow_style=True),
+)
+
+
 def _written(spec: Spec) -> Spec:
     """A spec that was stored resolved, as the text that it would be, with the places of its deltas there."""
     file = f"{spec.name}.yaml"
-    text = yaml.safe_dump(
-        resolved.write(spec), sort_keys=False, allow_unicode=True, width=96, default_flow_style=None
+    said = resolved.write(spec)
+    for one in said["deltas"]:
+        one["params"] = {k: _OneLine(v) for k, v in one.get("params", {}).items()}
+        if not one["params"]:
+            del one["params"]
+    text = yaml.dump(
+        said, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=96, default_flow_style=None
     )
     read = Reader(Source(file), resolved=True).spec(compose(text, file))
     return replace(read, text=text, path=file)
