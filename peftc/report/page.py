@@ -349,7 +349,8 @@ def _onnx_item(
         yield from (_node(one, links, own, ids, _name(item)) for one in item.steps())
         return
     times = f'<span class="times">× {len(item.paths)}</span>' if len(item.paths) > 1 else ""
-    is_open = " open" if depth < 3 else ""
+    changed = any(step.entries for step in item.steps())
+    is_open = " open" if depth < (DEEP if changed else 3) else ""
     name = own.blocks[item.path]
     more = _attributes(id=name, data_is=name, data_of=ids.around(item.path)[-1:])
     yield f'<details{is_open}><summary{more}><span class="name">{escape(_name(item))}</span>{times}</summary><div class="items">'
@@ -403,7 +404,7 @@ def _certificate(checks: Sequence[Check]) -> Iterator[str]:
         if failed
         else '<span class="holds">holds</span>'
     )
-    yield f"<p>{len(checks)} comparisons: {word}</p>"
+    yield f"<p>{len(checks)} {'comparison' if len(checks) == 1 else 'comparisons'}: {word}</p>"
     rows = (
         [
             escape(one.what),
@@ -418,12 +419,10 @@ def _certificate(checks: Sequence[Check]) -> Iterator[str]:
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int] = ()) -> str:
     """Rows of HTML; `numbers` are the columns to the right."""
-    top = "".join(f'<th scope="col">{escape(one)}</th>' for one in heads)
+    kinds = [' class="number"' if i in numbers else "" for i in range(len(heads))]
+    top = "".join(f'<th scope="col"{kind}>{escape(one)}</th>' for one, kind in zip(heads, kinds))
     said = []
     for row in rows:
-        cells = [
-            f'<td class="number">{cell}</td>' if i in numbers else f"<td>{cell}</td>"
-            for i, cell in enumerate(row)
-        ]
+        cells = [f"<td{kind}>{cell}</td>" for cell, kind in zip(row, kinds)]
         said.append(f"<tr>{''.join(cells)}</tr>")
     return f"<table><thead><tr>{top}</tr></thead><tbody>{''.join(said)}</tbody></table>"

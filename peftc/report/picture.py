@@ -22,13 +22,18 @@ def hue(group: int) -> int:
 
 
 def colour(group: int) -> str:
-    red, green, blue = colorsys.hls_to_rgb(hue(group) / 360, 0.5, 0.68)
+    red, green, blue = colorsys.hls_to_rgb(hue(group) / 360, 0.55, 0.66)
     return f"#{round(255 * red):02x}{round(255 * green):02x}{round(255 * blue):02x}"
 
 
-def figure(layer: Layer, column: Sequence[Element], alone: bool = False) -> str:
-    """The picture; `alone` is for a file of its own, else for a page."""
-    return _Figure(layer, column).svg(alone)
+def figure(
+    layer: Layer,
+    column: Sequence[Element],
+    folded: frozenset[int] = frozenset(),
+    alone: bool = False,
+) -> str:
+    """The picture; `alone` is for a file of its own, else for a page. Of deltas that are `folded` a shadow is left."""
+    return _Figure(layer, column, folded).svg(alone)
 
 
 @dataclass
@@ -104,6 +109,7 @@ class _Canvas:
 class _Figure:
     layer: Layer
     column: Sequence[Element]
+    folded: frozenset[int]
     canvas: _Canvas = field(default_factory=_Canvas)
 
     def svg(self, alone: bool) -> str:
@@ -229,6 +235,9 @@ class _Figure:
 
     def _mark(self, mark: Mark, x: float, foot: float, high: float, side: int) -> None:
         """A delta as a stack of its ops, with what it reads below and what it becomes part of above."""
+        gone = mark.group in self.folded
+        if gone:
+            self.canvas.shapes.append('<g opacity="0.45" stroke-dasharray="3 2">')
         ink, y = colour(mark.group), foot + 2
         edge = self.x + side * _BOX / 2
         whole = joins(mark) and not mark.pieces
@@ -260,6 +269,9 @@ class _Figure:
         if not whole:
             said = "⊕" if joins(mark) else ", ".join(mark.ports)
             self.canvas.text(edge + side * 21, end + 7, said, 9, "start" if side > 0 else "end")
+        if gone:
+            self.canvas.shapes.append("</g>")
+            name += ", folded"
         self.canvas.text(x, end + 9, name, 9.5, more=f' font-weight="600" fill="{ink}"')
 
 

@@ -17,6 +17,8 @@ from peftc.report.sketch import sketches
 from peftc.report.source import sheets
 from peftc.report.subject import ReportError, Subject
 
+_TENS = {"T": 1e12, "G": 1e9, "M": 1e6}
+_TWOS = {"GiB": 2.0**30, "MiB": 2.0**20, "KiB": 2.0**10}
 FIGURES = 4  # sorts of layers that a page draws
 
 
@@ -45,7 +47,17 @@ def pictures(
     """The layers in which something is changed, the most changed first, as SVG."""
     found = steps(subject) if found is None else found
     layers = [one for one in sketches(subject.plan) if one.parts]
-    return tuple(figure(one, elements(one, subject.plan, found), alone) for one in layers)
+    folded = _folded(subject)
+    return tuple(figure(one, elements(one, subject.plan, found), folded, alone) for one in layers)
+
+
+def _folded(subject: Subject) -> frozenset[int]:
+    """The deltas of the spec of which nothing is left."""
+    entries = subject.plan.spec.entries
+    became: dict[int, list[bool]] = {}
+    for (index, _), outcome in subject.outcomes.items():
+        became.setdefault(entries[index].group, []).append(outcome.folded)
+    return frozenset(group for group, all_ in became.items() if all(all_))
 
 
 def picture(subject: Subject, number: int) -> str:
@@ -85,26 +97,23 @@ def _spent(spent: Costs | None) -> tuple[Tile, ...]:
     )
     found = []
     if spent.kernels and spent.flops:
-        found.append(_tile("kernels", spent.kernels, 1, f"forward of {batch}"))
-        found.append(_tile("GFLOPs", spent.flops, 1e9, f"forward of {batch}"))
+        found.append(_tile("kernels", spent.kernels, f"forward of {batch}", {}))
+        found.append(_tile("FLOPs", spent.flops, f"forward of {batch}", _TENS))
     if spent.saved:
-        found.append(_tile("saved MiB", spent.saved, 1 << 20, "a step; before: all trains"))
+        note = "a training step; before: of all weights"
+        found.append(_tile("bytes saved for backward", spent.saved, note, _TWOS))
     if spent.why:
         found.append(Tile("not counted", "–", note=spent.why.splitlines()[0][:160]))
     return tuple(found)
 
 
-def _tile(name: str, pair: tuple[int, int], unit: float, note: str) -> Tile:
-    before, after = (
-        f"{one:,}"
-        if unit == 1
-        else f"{one / unit:,.4g}"
-        if one < 1e4 * unit
-        else f"{one / unit:,.0f}"
-        for one in pair
-    )
+def _tile(name: str, pair: tuple[int, int], note: str, units: Mapping[str, float]) -> Tile:
+    """`units` are from the largest on; numbers are of the first that `pair` reaches."""
+    unit = next((one for one in units if max(pair) >= units[one]), "")
+    size = units.get(unit, 1)
+    before, after = (f"{one / size:,.4g}" if size > 1 else f"{one:,}" for one in pair)
     change = f"{100 * (pair[1] / pair[0] - 1):+.1f} %; " if pair[0] else ""
-    return Tile(name, after, before, change + note)
+    return Tile(name, f"{after} {unit}".strip(), before, change + note)
 
 
 def _exported(subject: Subject) -> tuple[Tile, ...]:
