@@ -227,17 +227,19 @@ def test_pictures_are_drawn_of_every_method(case: str) -> None:
     assert all(any(name in said for said in drawings) for name in marked)
 
 
-def small(case: str) -> str:
-    console = Console(width=80, file=None, highlight=False)
+def small(case: str, plain: bool) -> str:
+    console = Console(width=80, highlight=False)
     with console.capture() as capture:
-        console.print(drawn(subject(case).plan, 80))
+        console.print(drawn(subject(case).plan, 80, plain))
     return "".join(f"{line.rstrip()}\n" for line in capture.get().splitlines())
 
 
 def test_the_picture_of_a_plan(golden: object) -> None:
-    said = "".join(f"# {case}\n{small(case)}" for case in ("lora", "mam", "bitfit", "dora"))
-    assert max(map(len, said.splitlines())) <= 80
-    golden("plan_pictures.txt", said)  # type: ignore[operator]
+    cases = ("lora", "mam", "bitfit", "dora", "experts")
+    said, plain = ("".join(f"# {c}\n{small(c, p)}" for c in cases) for p in (False, True))
+    assert plain.isascii()
+    assert max(map(len, (*said.splitlines(), *plain.splitlines()))) <= 80
+    golden("plan_pictures.txt", said + plain)  # type: ignore[operator]
 
 
 def test_the_command_writes_a_page_and_a_picture(run: Run, folder: Path, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from rich.console import Group, RenderableType
 from rich.text import Text
@@ -14,28 +14,37 @@ from peftc.report.sketch import Layer, Mark, joins, reads, runs, sketches
 STYLES = ("magenta", "cyan", "green", "yellow", "blue", "red")
 MOST = 3  # sorts of layers; others are told by their number
 _ARROW = " ─▶ "
+Signs = Mapping[int, str]
 
 
-def picture(plan: Plan, width: int) -> RenderableType:
-    """A layer of each sort in which the plan changes something."""
+# What a pipe gets for what a terminal draws.
+PLAIN = str.maketrans(
+    {"│": "|", "├": "+", "─": "-", "▶": ">", "▼": "v", "●": "*", "→": "->", "×": "x", "⊕": "+"}
+    | {"…": "...", "−": "-"}
+)
+
+
+def picture(plan: Plan, width: int, plain: bool = False) -> RenderableType:
+    """A layer of each sort in which the plan changes something; `plain` is ASCII."""
     found = sketches(plan)
-    shown = [Group(*_layer(one, width)) for one in found[:MOST]]
+    lines = [line for one in found[:MOST] for line in _layer(one, width, PLAIN if plain else {})]
     more = len(found) - MOST
     if more > 0:
-        shown.append(Group(Text(f"and {more} more sorts of layers; peftc report draws all", "dim")))
-    return Group(*shown)
+        lines += [Text(), Text(f"and {more} more sorts of layers; peftc report draws all", "dim")]
+    return Group(*lines)
 
 
-def _layer(layer: Layer, width: int) -> Iterator[Text]:
+def _layer(layer: Layer, width: int, signs: Signs) -> Iterator[Text]:
     yield Text()
     yield Text(title(layer), style="bold")
     for part in layer.parts:
-        yield Text(" │", style="dim")
+        yield Text(" │".translate(signs), style="dim")
         sizes = " → ".join(map(str, dict.fromkeys(part.sizes))) if any(part.sizes) else ""
-        yield Text.assemble((" ├─ ", "dim"), part.title, (f"  {sizes}", "dim"))
+        first, last = " ├─ ".translate(signs), f"  {sizes}".translate(signs)
+        yield Text.assemble((first, "dim"), part.title, (last, "dim"))
         for mark in part.marks:
-            yield from _mark(mark, width)
-    yield Text(" ▼", style="dim")
+            yield from _mark(mark, width, signs)
+    yield Text(" ▼".translate(signs), style="dim")
 
 
 def title(layer: Layer) -> str:
@@ -48,15 +57,19 @@ def title(layer: Layer) -> str:
     return f"{layer.stack}, layers {runs(numbers)}: {len(numbers)} alike"
 
 
-def _mark(mark: Mark, width: int) -> Iterator[Text]:
+def _mark(mark: Mark, width: int, signs: Signs) -> Iterator[Text]:
     style = STYLES[mark.group % len(STYLES)]
     at = f" at {', '.join(mark.pieces)}" if mark.pieces else ""
-    yield Text.assemble((" │   ", "dim"), (f"● {mark.method}{at}, {mark.insertion}", style))
-    room = width - len(" │     ")
-    ways = (_way(mark, sizes, most) for sizes, most in ((True, 9), (False, 9), (False, 2)))
-    way = next((one for one in ways if len(one) <= room), "")
+    first, second = (f" │{' ' * n}".translate(signs) for n in (3, 5))
+    said = f"● {mark.method}{at}, {mark.insertion}".translate(signs)
+    yield Text.assemble((first, "dim"), (said, style))
+    ways = (
+        _way(mark, sizes, most).translate(signs)
+        for sizes, most in ((True, 9), (False, 9), (False, 2))
+    )
+    way = next((one for one in ways if len(one) <= width - len(second)), "")
     if way:
-        yield Text.assemble((" │     ", "dim"), (way, style))
+        yield Text.assemble((second, "dim"), (way, style))
 
 
 def _way(mark: Mark, sizes: bool, most: int) -> str:

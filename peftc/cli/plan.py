@@ -90,7 +90,7 @@ def plan(
         more = {} if step_of is None else {"saved": steps.data(step_of)}
         return raw(json.dumps(table.data(found) | more, indent=2))
     say(table.render(found, console().width))
-    say(picture(found, min(console().width, PICTURE)))
+    say(picture(found, min(console().width, PICTURE), not console().is_terminal))
     if sites:
         say(table.site_list(found))
     if step_of is not None:

@@ -252,7 +252,8 @@ def made(cls: str, settings: Mapping[str, Any]) -> PreTrainedModel:
     if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
         raise BackboneError(f"transformers has no {cls}")
     try:
-        config = kind.config_class.from_dict(dict(settings))
+        known: Any = kind.config_class
+        config = known.from_dict(dict(settings))
     except _UNREADABLE as error:
         raise BackboneError(f"no configuration of a {cls}: {_line(error)}") from error
     with torch.device("meta"):

@@ -156,11 +156,11 @@ def _attention(q: Sizes, k: Sizes, v: Sizes, *_: Any, **__: Any) -> int:
     return 2 * batch * heads * queries * k[-2] * (width + v[-1])
 
 
-class _Kernels(TorchDispatchMode):
+class _Kernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts what is dispatched, without views."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -96,7 +96,7 @@ def _items(node: yaml.Node | None) -> Sequence[yaml.Node]:
 
 def _last(node: yaml.Node, text: str) -> int:
     """The last line of a node. YAML ends a block where the next thing starts, behind comments and empty lines."""
-    if isinstance(node, yaml.ScalarNode) or node.flow_style:
+    if not isinstance(node, yaml.CollectionNode) or node.flow_style:
         return int(node.end_mark.line) + 1
     lines, first = text.splitlines(), node.start_mark.line + 1
     end: int = len(lines) if node.end_mark.index >= len(text) else node.end_mark.line

@@ -77,7 +77,7 @@ class Subject:
     @property
     def backbone(self) -> str:
         """What the model is called, without the folder that it lies in."""
-        name = self.model.config.name_or_path.removeprefix(backbones.RANDOM)
+        name = (self.model.config.name_or_path or "").removeprefix(backbones.RANDOM)
         own = Path(name).name if Path(name).is_absolute() else name
         return f"{own} ({type(self.model).__name__})" if own else type(self.model).__name__
 
