@@ -64,7 +64,7 @@ def _mark(mark: Mark, width: int, signs: Signs) -> Iterator[Text]:
     said = f"● {mark.method}{at}, {mark.insertion}".translate(signs)
     yield Text.assemble((first, "dim"), (said, style))
     ways = (
-        _way(mark, sizes, most).translate(signs)
+        _way(mark, sizes, most).replace("× ", "* " if signs else "× ").translate(signs)
         for sizes, most in ((True, 9), (False, 9), (False, 2))
     )
     way = next((one for one in ways if len(one) <= width - len(second)), "")

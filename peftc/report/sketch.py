@@ -298,8 +298,8 @@ def _scale(edit: Edit) -> str:
 
 
 def reads(mark: Mark) -> str:
-    """The port that a delta is of: the input beside, the result behind."""
-    return {"parallel": "x", "sequential": "h"}.get(mark.insertion, "")
+    """The port that a delta is of: the input beside, the result behind, the weight within."""
+    return {"parallel": "x", "sequential": "h", "reparametrised": "W"}.get(mark.insertion, "")
 
 
 def joins(mark: Mark) -> bool:
