@@ -102,6 +102,21 @@ def test_before_and_after_are_both_whole(case: str) -> None:
     assert sorted(gone) == sorted(set(before) - set(after))
 
 
+def test_before_is_what_was_there() -> None:
+    """A linear reads its own weight before, and one that is computed after; rows in front make values longer."""
+    found = steps(of_specs(tiny("bert"), [load_spec("dora")]))
+    changed = [one for one in found if one.was and one.op == "linear"]
+    assert len(changed) == 4
+    for one in changed:
+        assert "weight" not in [t.name for t in one.tensors]
+        assert "weight" in [t.name for t in one.was.tensors]
+    longer = [one for one in steps(subject("prompt")) if one.was]
+    assert any(
+        (one.was.shape, one.shape) == ("[batch, seq, 32]", "[batch, seq + 100, 32]")
+        for one in longer
+    )
+
+
 def blocks(one: Subject) -> dict[str, int]:
     return {block.path: len(block.paths) for block in tree(steps(one)).root.blocks()}
 

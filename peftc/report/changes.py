@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,7 +39,8 @@ class Tensor:
 class Step:
     """A call of the graph. `entries` are the places in the spec of what inserted it or lets a tensor of it train; `by` is
     the pass that folded it and `into` what it became part of. A `minor` one moves values and computes none. `reads` are
-    the names of other steps, `settings` the operands that are no tensors. One `ahead` is of parameters alone, and stands
+    the names of other steps, `settings` the operands that are no tensors. `was` is what one that stayed was before, where
+    it reads or gives something else now. One `ahead` is of parameters alone, and stands
     before all layers in the graph."""
 
     name: str
@@ -57,6 +58,7 @@ class Step:
     minor: bool = False
     address: str = ""
     ahead: bool = False
+    was: Step | None = None
 
     @property
     def is_size(self) -> bool:
@@ -67,8 +69,9 @@ class Step:
 def steps(subject: Subject) -> tuple[Step, ...]:
     """The steps of both graphs, those that are gone where they stood."""
     before, after = (_Reading.of(subject, one) for one in (subject.before, subject.after))
-    new = {step.name: step for step in after.steps()}
-    old = [step for step in before.steps() if step.name not in new]
+    known = {step.name: step for step in before.steps()}
+    new = {step.name: _since(step, known.get(step.name)) for step in after.steps()}
+    old = [step for step in known.values() if step.name not in new]
     places = {node.name: i for i, node in enumerate(subject.before.graph.nodes)}
     found: list[Step] = []
     for step in new.values():
@@ -92,9 +95,14 @@ def _at_their_sites(steps: Sequence[Step]) -> Iterator[Step]:
         yield from rest
 
 
+def _since(step: Step, was: Step | None) -> Step:
+    """A step of the graph after, and what it was."""
+    same = was is None or (step.shape, step.tensors) == (was.shape, was.tensors)
+    return step if same else replace(step, was=was)
+
+
 def _gone(step: Step) -> Step:
-    return Step(step.name, step.op, REMOVED, step.modules, step.shape, step.settings, step.tensors,
-                step.reads, minor=step.minor)  # fmt: skip
+    return replace(step, state=REMOVED, entries=(), address="")
 
 
 @dataclass(frozen=True)

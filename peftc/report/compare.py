@@ -12,6 +12,8 @@ from peftc.report.page import figures, html, table
 from peftc.report.report import FIGURES, pictures
 from peftc.report.subject import Subject
 
+_SITES = "sites: "
+
 
 @dataclass(frozen=True)
 class Line:
@@ -32,14 +34,14 @@ class Line:
 def lines(pair: Sequence[Subject], spent: Sequence[Costs]) -> tuple[Line, ...]:
     """What is compared, sites first."""
     one, other = (_facts(*both) for both in zip(pair, spent, strict=True))
-    names = dict.fromkeys((*one, *other))
+    names = sorted(dict.fromkeys((*one, *other)), key=lambda name: not name.startswith(_SITES))
     return tuple(Line(name, (one.get(name, 0), other.get(name, 0))) for name in names)
 
 
 def _facts(subject: Subject, spent: Costs) -> dict[str, int | float | str]:
     plan = subject.plan
     found: dict[str, int | float | str] = {
-        f"sites: {kind}": count for kind, count in plan.site_counts.items()
+        f"{_SITES}{kind}": count for kind, count in plan.site_counts.items()
     }
     found |= {
         "left alone": len(plan.misses),

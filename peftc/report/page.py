@@ -268,7 +268,8 @@ def _step(step: Step, ids: _Ids, module: Block | None = None) -> str:
     of += [one for one in _tokens(step.entries, named) if one not in of]
     reads = [one for name in step.reads if (one := ids.step(name))]
     trains = "" if step.state != KEPT or not step.entries else "trains"
-    kinds = ["step", step.state, "minor" if step.minor else "", trains]
+    changed = "" if step.was is None else "changed"
+    kinds = ["step", step.state, "minor" if step.minor else "", trains, changed]
     own = ids.steps[step.name]
     shown = module is not None and not step.minor
     links = _attributes(
@@ -282,9 +283,10 @@ def _step(step: Step, ids: _Ids, module: Block | None = None) -> str:
         data_in=around,
         data_reads=list(dict.fromkeys(reads)),
     )
-    said = _cell(step, _name(module) if module is not None and shown else "")
-    before = said if step.state in (KEPT, REMOVED) else ""
-    hidden = ' aria-hidden="true"' if step.state == KEPT else ""
+    name = _name(module) if module is not None and shown else ""
+    said = _cell(step, name)
+    before = _cell(step.was or step, name) if step.state in (KEPT, REMOVED) else ""
+    hidden = ' aria-hidden="true"' if step.state == KEPT and not changed else ""
     after = "" if step.state == REMOVED else said
     word = SAID[step.state] or trains
     told = f'<span class="hidden">{word} </span>' if word else ""

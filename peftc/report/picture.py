@@ -186,10 +186,10 @@ class _Figure:
         x, half = self.x, _BOX / 2
         beside, before = _beside(part), _before(part)
         tall = max([len(one.stages) + bool(one.scale) for one in (*beside, *before)], default=0)
-        high = max(122.0 if part.pieces else 40.0, tall * (_PILL + 9) + 4.0)
+        trained = [one for one in part.marks if one.insertion == "in place"]
+        high = max((122.0 if part.pieces else 40.0) + 12 * bool(trained), tall * (_PILL + 9) + 4.0)
         foot = low + _GAP
         self.canvas.arrow((x, low), (x, foot))
-        trained = [one for one in part.marks if one.insertion == "in place"]
         ink = colour(trained[0].group) if trained else _NEUTRAL
         self.canvas.box(x - half, foot, _BOX, high, ink)
         self.canvas.text(x, foot + high - 14, part.title, 12, more=' font-weight="600"')
@@ -217,7 +217,8 @@ class _Figure:
         inked = {name: colour(one.group) for one in part.marks for name in one.pieces}
         first = [one for one in part.pieces if one[0] != part.last]
         last = [one for one in part.pieces if one[0] == part.last]
-        for row, y in ((first, foot + 6), (last, foot + high - 54)):
+        top = foot + high - 54 - 12 * any(one.insertion == "in place" for one in part.marks)
+        for row, y in ((first, foot + 6), (last, top)):
             width = inside / max(len(row), 1) if row is first else inside / 2
             left = x - width * len(row) / 2
             for i, (name, sizes) in enumerate(row):
@@ -228,9 +229,9 @@ class _Figure:
                 self.canvas.text(middle, y + 18, name, 10)
                 self.canvas.text(middle, y + 7, f"{sizes[0]}→{sizes[1]}", 7.5)
         if part.core and last:
-            y = (foot + 32 + foot + high - 54) / 2
+            y = (foot + 32 + top) / 2
             self.canvas.line((x, foot + 32), (x, y - 8))
-            self.canvas.line((x, y + 8), (x, foot + high - 54))
+            self.canvas.line((x, y + 8), (x, top))
             self.canvas.text(x, y, part.core, 9.5)
 
     def _mark(self, mark: Mark, x: float, foot: float, high: float, side: int) -> None:
@@ -254,7 +255,7 @@ class _Figure:
                 self.canvas.box(x - _SIDE * 0.4, y, _SIDE * 0.8, _PILL, ink, 11)
             else:
                 self.canvas.trapezoid(x, y, sizes, ink)
-            self.canvas.text(x, y + _PILL / 2, said, 9.5)
+            self.canvas.text(x, y + _PILL / 2, said, 9.5 if len(said) < 19 else 8)
             if number < len(_stages(mark)) - 1:
                 self.canvas.arrow((x, y + _PILL), (x, y + _PILL + 9), ink=ink)
                 self.canvas.text(x + 6, y + _PILL + 4.5, _between(mark, number), 7.5, "start")
