@@ -14,6 +14,7 @@ import torch
 from conftest import Run, batch, saved, stir, tiny
 from rich.console import Console
 from toys import ADAPTER, LORA, PREFIX
+from transformers import AutoModelForSequenceClassification
 
 import peftc
 from peftc.cli.picture import picture as drawn
@@ -218,6 +219,20 @@ def test_deltas_need_no_weights(folder: Path, tmp_path: Path) -> None:
     assert one.model.device.type == "meta"
     assert {line.entries for line in sheets(one.specs, one.plan.spec.entries)[0].lines} >= {(0, 1)}
     assert report.page(one).checks == ()
+
+
+def test_deltas_that_were_saved_as_they_are_stored(folder: Path, tmp_path: Path) -> None:
+    """Without the MLP of the prefix: it is struck out, as is what a merge took."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    peftc.compile(model, "mam").save_pretrained(tmp_path / "d", stored=True)
+    found = steps(of_deltas(tmp_path / "d"))
+    gone = [step for step in found if step.state == FOLDED]
+    assert gone and all(step.ahead and step.by == "saving" for step in gone)
+    said = json.loads((tmp_path / "d" / "peftc.json").read_text())
+    said["left"] = [one for one in said["left"] if one[0] == 0]
+    (tmp_path / "d" / "peftc.json").write_text(json.dumps(said))
+    merged = [step for step in steps(of_deltas(tmp_path / "d")) if step.by == "merge"]
+    assert merged and {step.entries for step in merged} == {(1,)}
 
 
 def test_costs_are_those_of_the_graphs() -> None:

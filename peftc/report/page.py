@@ -187,6 +187,8 @@ def _became(outcomes: Sequence[Outcome]) -> str:
     """`; 24 folded by fold_affine; 36 kept: why`."""
     found: dict[str, int] = {}
     for one in outcomes:
+        if not (one.folded or one.note):
+            continue
         said = f"folded by {one.by}" if one.folded else f"kept: {one.note}"
         found[said] = found.get(said, 0) + 1
     return "".join(f"; {count} {escape(said)}" for said, count in found.items())

@@ -25,6 +25,7 @@ from peftc.language.spec import Spec
 from peftc.model import backbones
 from peftc.model.compiled import CompiledModel
 from peftc.model.hollow import hollow
+from peftc.plan.algebra import constant_form
 from peftc.plan.left import Key
 from peftc.plan.plan import Plan
 from peftc.rewrite.folding import Outcome
@@ -101,8 +102,10 @@ def of_deltas(directory: Path, model: str | None = None) -> Subject:
     if not name:
         raise ReportError(f"{directory} names no backbone ({named['class']}); say --model")
     bare = backbones.resolve(name, meta=True, cls=named["class"], settings=named.get("labels"))
-    specs = [_written(deltas.spec_of(one, directory)) for one in deltas.sets_of(manifest)]
-    return replace(of_specs(bare, specs), checks=_checks(directory))
+    sets = deltas.sets_of(manifest)
+    specs = [_written(deltas.spec_of(one, directory)) for one in sets]
+    subject = of_specs(bare, specs)
+    return replace(subject, outcomes=_left(subject, sets), checks=_checks(directory))
 
 
 def of_bundle(directory: Path) -> Subject:
@@ -125,6 +128,25 @@ def of_bundle(directory: Path) -> Subject:
         bundle=Bundle(said.nodes, size),
         checks=_checks(directory) or tuple(parity),
     )
+
+
+def _left(subject: Subject, sets: Sequence[Mapping[str, Any]]) -> dict[Key, Outcome]:
+    """What is gone of the edits of sets that were saved: merged before, or evaluated as they were saved."""
+    found: dict[Key, Outcome] = {}
+    first = 0
+    for said, spec in zip(sets, subject.specs, strict=True):
+        last = first + len(spec.entries)
+        mine = [one for one in subject.plan.edits if first <= one.index < last]
+        every = [[one.index - first, one.site.name] for one in mine]
+        left = {(int(index) + first, str(site)) for index, site in said.get("left", every)}
+        for edit in mine:
+            constant = said["form"] == "stored" and constant_form(edit) is not edit
+            if edit.key not in left:
+                found[edit.key] = Outcome(edit.name, True, "its weight", edit.key, "merge")
+            elif constant:
+                found[edit.key] = Outcome(edit.name, False, "", edit.key, evaluated="saving")
+        first = last
+    return found
 
 
 class _OneLine(dict[str, Any]):
