@@ -6,6 +6,7 @@ import json
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
+from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -39,6 +40,7 @@ CASES = {
 }
 
 
+@cache
 def subject(case: str) -> Subject:
     family, method = CASES[case]
     return of_specs(tiny(family), [load_spec(method)])
@@ -62,6 +64,7 @@ class Read(HTMLParser):
             self.found.append(given)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("case", CASES)
 def test_every_change_is_on_the_page_with_its_line(case: str) -> None:
     one = subject(case)
@@ -89,6 +92,7 @@ def test_every_change_is_on_the_page_with_its_line(case: str) -> None:
     assert len(html) < 400_000
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("case", CASES)
 def test_before_and_after_are_both_whole(case: str) -> None:
     """Each call of either graph is a step, once."""
@@ -244,6 +248,7 @@ def test_costs_are_those_of_the_graphs() -> None:
     assert spent.saved[1] < spent.saved[0]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("case", CASES)
 def test_pictures_are_drawn_of_every_method(case: str) -> None:
     one = subject(case)

@@ -51,7 +51,15 @@ const resolves = [...document.querySelectorAll("[data-is]")].every((one) =>
     document.querySelector(`[data-is~="${word}"]`)));
 const line = first(".code .of"), step = first("#graph .step.inserted, #graph .step.folded");
 const node = first("#onnx .step.inserted"), block = first("#graph summary[data-is]");
+const start = first("#graph [tabindex='0']");
+start.focus();
+start.dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowDown", bubbles: true}));
+const next = document.activeElement;
+next.dispatchEvent(new KeyboardEvent("keydown", {key: "Enter", bubbles: true}));
+const keys = {moved: next !== start && first("#graph").contains(next), stops: ids("[tabindex='0'][data-is]").length};
+document.dispatchEvent(new KeyboardEvent("keydown", {key: "Escape", bubbles: true}));
 const told = {
+  keys, unnamed: [...document.querySelectorAll("[role=button], summary")].filter((one) => !one.textContent.trim()).length,
   wrong, resolves, ready: document.documentElement.dataset.ready,
   fetched: performance.getEntriesByType("resource").map((one) => one.name),
   items: document.querySelectorAll("[data-is]").length,
@@ -98,7 +106,10 @@ def looked_at(html: str, folder: Path, width: int) -> dict[str, Any]:
     return said
 
 
-@pytest.fixture(scope="module", params=["lora on bert", "mam on bart", "mam bundle"])
+SPECS = [pytest.param(one, marks=pytest.mark.slow) for one in ("lora on bert", "mam on bart")]
+
+
+@pytest.fixture(scope="module", params=["mam bundle", *SPECS])
 def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Subject:
     if request.param == "lora on bert":
         return of_specs(tiny("bert"), [load_spec("lora")])
@@ -117,6 +128,7 @@ def test_a_click_marks_what_belongs_together(subject: Subject, width: int, tmp_p
     assert said["wrong"] == [] and said["fetched"] == []
     assert said["resolves"] and int(said["ready"]) == said["items"]
     assert said["wide"] <= said["window"]  # nothing is cut off at the right
+    assert said["keys"] == {"moved": True, "stops": 2 + bool(page.onnx)} and said["unnamed"] == 0
     shown = [*page.graph.root.steps()]
     own = {int(one.removeprefix("e")) for one in said["line"]["entry"].split()}
     steps = {f"n{i}" for i, step in enumerate(shown) if own & set(step.entries)}
