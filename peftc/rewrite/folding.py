@@ -61,9 +61,11 @@ def rounded(stored: torch.Tensor, folded: torch.Tensor) -> torch.Tensor:
 class Folding:
     """`read` fetches a backbone weight by path. Of the `tied` paths the `separable` ones may get a weight of
     their own. Fold passes take edits out of `edits` and say where they went (`folded`) or why they stay
-    (`reasons`), by the edit's key; `by` names the pass that took one, `evaluated` the one that
-    computed its constants. `refitted` gives a model on the meta device that has parameters of other shapes, all of these at once, or None, and is None where no shape may change; `like` is the one that was taken. `weights` has what `as_stored` makes of a stored weight and its folded value as
-    soon as all of a weight's edits are done, so that no float64 copy is kept."""
+    (`reasons`), by the edit's key; `by` names the pass that took one, `evaluated` the one that computed its
+    constants. `refitted` gives a model on the meta device that has parameters of other shapes, all of these at
+    once, or None, and is None where no shape may change; `like` is the one that was taken. `weights` has what
+    `as_stored` makes of a stored weight and its folded value as soon as all of a weight's edits are done, so that
+    no float64 copy is kept."""
 
     edits: list[Edit]
     tensors: dict[str, torch.Tensor]
