@@ -6,6 +6,7 @@ import json
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
@@ -21,6 +22,7 @@ import peftc
 from peftc.cli.picture import picture as drawn
 from peftc.export.bundle import export
 from peftc.language.reader import load_spec, parse_spec
+from peftc.plan.plan import Miss
 from peftc.report import report
 from peftc.report.changes import FOLDED, INSERTED, REMOVED, steps
 from peftc.report.costs import costs
@@ -293,6 +295,13 @@ def test_the_command_compares(run: Run, folder: Path, tmp_path: Path) -> None:
     assert code == 0
     assert "parameters that train" in out and "bytes that a step saves" in out
     assert page.read_text().count("<svg") == 2
+
+
+def test_what_is_left_alone_says_why() -> None:
+    page = report.page(subject("lora"))
+    miss = Miss("lora", "a.b:attention.q", "'x < y' reads this weight too")
+    html = replace(page, plan=replace(page.plan, misses=(miss,))).html()
+    assert "&#x27;x &lt; y&#x27; reads this weight too" in html and "1: a.b:attention.q" in html
 
 
 WRONG = {
