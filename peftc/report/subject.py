@@ -39,12 +39,14 @@ class ReportError(PeftcError):
 
 @dataclass(frozen=True)
 class Check:
-    """A row of a certificate: what was compared, by how much it differs, and by how much it may."""
+    """A row of a certificate: what was compared, by how much it differs, and by how much it may; of `one` rewrite by
+    itself, or of all."""
 
     what: str
     error: float
     bound: float | None
     holds: bool
+    one: bool = False
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,13 @@ def _checks(directory: Path) -> tuple[Check, ...]:
     try:
         rows: list[Mapping[str, Any]] = json.loads(file.read_text())["rows"]
         return tuple(
-            Check(one["what"], float(one["error"]), one["bound"], bool(one["holds"]))
+            Check(
+                one["what"],
+                float(one["error"]),
+                one["bound"],
+                bool(one["holds"]),
+                one.get("moved") is not None,
+            )
             for one in rows
         )
     except (ValueError, KeyError, TypeError) as error:
