@@ -310,6 +310,10 @@ WRONG = {
     "no model": (("lora", "-o", "{out}"), "--model is needed: which model are these specs for?"),
     "one": (("--compare", "lora", "-m", "{model}"), "--compare takes two specs, not 1"),
     "set": (("{lora}", "--set", "r=2", "-o", "{out}"), "{lora} is reported by itself, as it is: no --set"),
+    "a checkpoint": (
+        ("{model}", "-o", "{out}"),
+        "{model} is neither deltas nor a bundle; name one of these, or a spec and --model",
+    ),
     "no picture": (
         ("lora", "-m", "{model}", "--svg", "{out}", "--layer", "9"),
         "there is no picture 9: lora has 1",

@@ -81,6 +81,10 @@ def report_(
                 if any(directory.glob("*.onnx"))
                 else of_deltas(directory, model)
             )
+    elif directory.is_dir():
+        raise options.OptionError(
+            f"{directory} is neither deltas nor a bundle; name one of these, or a spec and --model"
+        )
     else:
         subject = _of_specs([named], model, random_weights, task, num_labels, sets)[0]
     if svg is not None:
