@@ -250,6 +250,12 @@ def test_costs_are_those_of_the_graphs() -> None:
     assert spent.saved[1] < spent.saved[0]
 
 
+def test_costs_of_a_graph_that_is_one_for_its_length() -> None:
+    spent = costs(subject("mixer"), 2, 8)
+    assert spent.kernels and spent.flops
+    assert spent.flops[0] == spent.flops[1]  # what is of weights alone is computed once
+
+
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("case", CASES)
 def test_pictures_are_drawn_of_every_method(case: str) -> None:

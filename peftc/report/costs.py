@@ -9,6 +9,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -64,7 +68,7 @@ def costs(subject: Subject, rows: int, length: int) -> Costs:
             saved(subject.bare, one, rows, tokens).bytes for one in (_all(bare), subject.specs)
         )
         return Costs(rows, tokens, kernels, flops, (trained, mine))
-    except PeftcError as error:
+    except (PeftcError, DataDependentOutputException, DynamicOutputShapeException) as error:
         return Costs(rows, tokens, found.kernels, found.flops, why=str(error))
 
 
@@ -97,8 +101,15 @@ def _inputs(model: Any, rows: int, length: int | None) -> dict[str, torch.Tensor
 
 def _own(model: Any, inputs: Mapping[str, torch.Tensor]) -> Program:
     """The model's own code for these inputs, with masks where it makes some."""
-    call = Call.of(model, "forward", inputs)
-    program = capture(model, call, forward_flags(model), drop=call.unpadded)
+    call, flags = Call.of(model, "forward", inputs), forward_flags(model)
+    program = capture(model, call, flags, drop=call.unpadded)
+    outside = {
+        call.labels[one.name][one.axis]
+        for one in program.bounds
+        if not one.least <= inputs[one.name].shape[one.axis] <= one.most
+    }
+    if exact := frozenset(label for label in outside if label):  # code that counts by a size
+        program = capture(model, call, flags, drop=call.unpadded, exact=exact)
     Normalize().run(program)
     return program
 
