@@ -70,7 +70,8 @@ class _Applied:
 
     def make(self, op: Any, *args: Any, **kwargs: Any) -> fx.Node:
         node = made(self.program, self.linear, op, args, kwargs, known=self.known)
-        node.meta["delta"] = self.linear.args[1].meta["delta"]  # type: ignore[union-attr]
+        weight: Any = self.linear.args[1]
+        node.meta |= {key: weight.meta[key] for key in ("delta", "edit") if key in weight.meta}
         return node
 
     def of(self, weight: fx.Node) -> _Value:

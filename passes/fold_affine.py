@@ -37,6 +37,7 @@ class FoldAffine:
         before = len(folding.edits)
         for path, changes in groups.items():
             _fold(path, changes, folding)
+        folding.by |= {key: self.name for key in folding.folded if key not in folding.by}
         folding.edits[:] = [edit for edit in folding.edits if edit.key not in folding.folded]
         return before - len(folding.edits)
 

@@ -23,5 +23,6 @@ class FoldConstants:
                 continue
             folding.tensors |= constant_values(edit, folding.tensors)
             folding.edits[i] = smaller
+            folding.evaluated[edit.key] = self.name
             count += 1
         return count

@@ -48,6 +48,7 @@ class Widen:
         for path, value in found.items():
             folding.put(path, value)
         folding.folded |= widened
+        folding.by |= dict.fromkeys(widened, self.name)
         folding.edits[:] = [edit for edit in folding.edits if edit.key not in widened]
         return len(widened)
 

@@ -30,9 +30,10 @@ ALLOWED = {
     "runtime": ("errors", "store"),
     "certificate": ALL[:11],
     "export": ALL,
+    "report": (*ALL, "export"),
     "interchange": ALL[:13],
     "training": ALL[:13],
-    "cli": (*ABOVE, "export", "interchange", "training"),
+    "cli": (*ABOVE, "export", "report", "interchange", "training"),
     "__init__": (),
 }
 FILES = sorted([*ROOT.glob("peftc/**/*.py"), *ROOT.glob("passes/*.py")])

@@ -68,6 +68,7 @@ def test_certificate_and_files(written) -> None:  # type: ignore[no-untyped-def]
         "generation_config.json",
         "model.onnx.data",
         "peftc.json",
+        "report.json",
         *(["rows.safetensors"] if method == "mam" else []),
     }
     here = str(Path(peftc.__file__).parent).encode()

@@ -47,6 +47,10 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "bench:bench",
         "Time a bundle: latencies, tokens a second, and beside torch with --model.",
     ),
+    "report": (
+        "report:report_",
+        "Show what the compiler did to a model: its spec, its graph, its ONNX nodes, linked on one page.",
+    ),
     "doctor": (
         "doctor:doctor",
         "Tell what is installed, what really runs, and what conflicts. Exit code 1 when something does.",

@@ -12,8 +12,11 @@ from peftc import driver
 from peftc.cli import listing, options, steps
 from peftc.cli import tables as table
 from peftc.cli.console import console, raw, say, step
+from peftc.cli.picture import picture
 from peftc.language.reader import load_spec
 from peftc.saved import saved
+
+PICTURE = 80  # columns
 
 
 def plan(
@@ -46,8 +49,8 @@ def plan(
 ) -> None:
     """Show what a spec does to a model, without building weights.
 
-    Prints the design table, the number of parameters, and every site that is left alone with the reason; with
-    --batch the bytes that a training step saves for backward, by site and in all.
+    Prints the design table, the number of parameters, a small picture of the layers, and every site that is left alone
+    with the reason; with --batch the bytes that a training step saves for backward, by site and in all.
 
     \b
     peftc plan mam --model facebook/bart-large --random-weights
@@ -87,6 +90,7 @@ def plan(
         more = {} if step_of is None else {"saved": steps.data(step_of)}
         return raw(json.dumps(table.data(found) | more, indent=2))
     say(table.render(found, console().width))
+    say(picture(found, min(console().width, PICTURE), not console().is_terminal))
     if sites:
         say(table.site_list(found))
     if step_of is not None:

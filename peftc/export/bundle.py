@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from peftc.driver import sample
 from peftc.export import fused as fusions
+from peftc.export import origins, record
 from peftc.export.fused import provider_of
 from peftc.export.graph import (
     ExportError,
@@ -138,6 +139,7 @@ def export(
                     tried = fusions.fused(make, provider, folded, exact, asked, directory)
                     models[graph.role], ops[graph.role] = tried
             ports = {role: ports_of(one) for role, one in models.items()}
+            nodes = {role: [*origins.rows(one)] for role, one in models.items()}
             say("writing weights")
             size = write_models(models, directory)
             del models
@@ -149,6 +151,8 @@ def export(
             if rows:
                 save_file(rows, directory / ROWS)
             _settings(folded, (tokenizer, processor), directory)
+            if isinstance(model, CompiledModel):
+                record.write(directory, model, one.report.outcomes, nodes)
             return {
                 **_about(model, folded),
                 "dtype": str(asked.dtype).removeprefix("torch."),

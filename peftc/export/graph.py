@@ -12,12 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 from torch.export import Dim
+from torch.fx.traceback import preserve_node_meta
 from transformers import PreTrainedModel
 
 import passes
 from peftc.errors import PeftcError
+from peftc.export import origins
 from peftc.graph.arguments import axes, example
 from peftc.graph.capture import exclusive
+from peftc.graph.code import function_of
 from peftc.graph.facts import ModelFacts
 from peftc.graph.grid import Case
 from peftc.graph.program import Program
@@ -93,8 +96,9 @@ class _Export(nn.Module):
         super().__init__()
         self.model = model
         program, _ = graph.program.copied()
+        origins.address(program)
         Pipeline(verify.check).run(passes.EXPORT, program)
-        parts = split(program)
+        parts = split(program, origins.telling)
         self.__dict__.update(graph=graph, program=program, parts=parts)
         stored = [registry[name] for registry, name in places(program, roots_of(model))]
         ready = parts.head(*(stored[i] for i in parts.reads)) if parts is not None else ()
@@ -102,8 +106,11 @@ class _Export(nn.Module):
 
     def forward(self, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         own = self.__dict__
-        by = None if own["parts"] is None else self._rest
-        fields = own["graph"].fields(self.model, own["program"], tensors, by)
+        program = own["program"]
+        by: Callable[..., Any] = self._rest
+        if own["parts"] is None:
+            by = function_of(program.root, program.graph, origins.telling)
+        fields = own["graph"].fields(self.model, program, tensors, by)
         return tuple(fields[name] for name in own["graph"].outputs)
 
     def _rest(self, *arguments: torch.Tensor) -> Any:
@@ -141,11 +148,12 @@ def to_onnx(model: PreTrainedModel, graph: Graph, opset: int) -> Any:
         }
         for name, v in inputs.items()
     }
-    with quiet(), torch.no_grad():
+    with quiet(), torch.no_grad(), preserve_node_meta():
         try:
             exported = torch.export.export(
                 _Export(model, graph), (inputs,), dynamic_shapes=(shapes,), strict=False
             )
+            origins.carry(exported)
             program = torch.onnx.export(
                 exported,
                 input_names=[graph.names[name] for name in inputs],
@@ -158,6 +166,7 @@ def to_onnx(model: PreTrainedModel, graph: Graph, opset: int) -> Any:
         except Exception as error:
             raise ExportError(f"{graph.role} cannot be exported: {str(error)[:400]}") from error
     assert program is not None
+    origins.read(program.model)
     strip(program.model)
     check_ops(program.model, graph.role)
     return program.model

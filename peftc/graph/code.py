@@ -57,9 +57,18 @@ NAMED: dict[Any, Callable[..., Any]] = {
 LEFT_OUT = "left_out"
 
 
-def function_of(root: nn.Module, graph: fx.Graph) -> Callable[..., Any]:
+# What stands for an op where it is called, of the node and the op.
+Around = Callable[[fx.Node, Any], Any]
+
+
+def as_it_is(node: fx.Node, target: Any) -> Any:
+    """The op itself."""
+    return target
+
+
+def function_of(root: nn.Module, graph: fx.Graph, around: Around = as_it_is) -> Callable[..., Any]:
     """A graph, which calls what is in `root`, as a function of its placeholders in their order. What only the result of
-    a layer that is left out needs is not run then."""
+    a layer that is left out needs is not run then. `around` says what is called in the place of an op."""
     named = fx.Graph()
     found: dict[fx.Node, fx.Node] = {}
     several = [node for node in graph.nodes if LEFT_OUT in node.meta]
@@ -73,6 +82,8 @@ def function_of(root: nn.Module, graph: fx.Graph) -> Callable[..., Any]:
             continue
         args, kwargs = fx.map_arg((node.args, node.kwargs), found.__getitem__)
         target = NAMED.get(node.target, node.target)
+        if node.op == "call_function":
+            target = around(node, target)
         found[node] = named.create_node(node.op, target, args, kwargs, node.name)
     return fx.GraphModule(root, named).forward
 

@@ -276,10 +276,12 @@ class Reader(Formulas):
         if spec.auto is not None:
             fact = f"'{spec.auto}' of {name} is auto, which only a budget of the whole decides"
             self.source.fail(node, fact, f"give it: with: {{{spec.auto}: 8}}")
+        here = self.source.place(node)
+        entries = [replace(one, uses=(here, *one.uses)) for one in spec.entries]
         if "where" not in items:
-            return [*spec.entries]
+            return entries
         narrower = narrowed(self.source, items["where"][1])
-        return [meet(self.source, entry, *narrower, items["where"][1]) for entry in spec.entries]
+        return [meet(self.source, entry, *narrower, items["where"][1]) for entry in entries]
 
 
 def _keys(items: Mapping[str, Item], name: str) -> list[yaml.ScalarNode]:

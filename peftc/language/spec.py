@@ -56,7 +56,8 @@ class Entry:
     what their parameters share, they share. `scope` is a glob over module paths. `delta` and `compose` are kept
     as written, for the design table. `train` names existing parameters to unfreeze, by the last component of
     their name; then there is nothing to assign. `penalty`, a number at each site, is added to the loss while
-    training. With `positions` "shift", keys in front take the first positions and the tokens those behind.
+    training. With `positions` "shift", keys in front take the first positions and the tokens those behind. `uses` are
+    the places of the `use:` that it came by, outermost first.
     """
 
     method: str
@@ -76,6 +77,7 @@ class Entry:
     positions: str = "keep"
     words: Words | None = None
     group: int = 0
+    uses: tuple[Place, ...] = field(default=(), compare=False)
 
     @cached_property
     def inlined(self) -> tuple[dict[str, ex.Expr], dict[str, ex.Expr]]:

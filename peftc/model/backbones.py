@@ -243,3 +243,19 @@ def _line(error: BaseException) -> str:
     """The first line of a message, without the period."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def made(cls: str, settings: Mapping[str, Any]) -> PreTrainedModel:
+    """A model of a class of transformers with the configuration that `settings` are, on the meta device. Raises
+    BackboneError."""
+    kind: Any = getattr(transformers, cls, None)
+    if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
+        raise BackboneError(f"transformers has no {cls}")
+    try:
+        known: Any = kind.config_class
+        config = known.from_dict(dict(settings))
+    except _UNREADABLE as error:
+        raise BackboneError(f"no configuration of a {cls}: {_line(error)}") from error
+    with torch.device("meta"):
+        model = kind._from_config(config, dtype=torch.float32)
+    return _evaluating(model)

@@ -13,11 +13,12 @@ from peftc.plan.edit import Edit
 
 @dataclass(frozen=True)
 class Unfrozen:
-    """A backbone parameter that trains (BitFit, the task head)."""
+    """A backbone parameter that trains (BitFit, the task head); `index` counts the entries of the spec."""
 
     path: str
     numel: int
     at: str
+    index: int = 0
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,8 @@ def make_plan(
     chosen = [_chosen(entry, survey) for entry in spec.entries]
     for index, (entry, placed) in enumerate(zip(spec.entries, _placed(spec, chosen), strict=True)):
         if entry.train:
-            found = list(_unfrozen(entry, chosen[index], backbone))
+            made = _unfrozen(entry, chosen[index], backbone)
+            found = [replace(one, index=index) for one in made]
             unfrozen |= {one.path: one for one in found}
             matches.append(Match(entry, len(found), sum(one.numel for one in found)))
             problems += _unmatched(entry, len(found), sites)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from peftc.language.spec import Spec, combine
 from peftc.plan.checks import behind_rows
-from peftc.plan.counts import Counts, count
+from peftc.plan.counts import Counts, Unfrozen, count
 from peftc.plan.edit import Edit
 from peftc.plan.plan import Plan, PlanError
 
@@ -37,11 +37,12 @@ def together(plans: Sequence[Plan]) -> Plan:
         return plans[0]
     spec = combine([plan.spec for plan in plans])
     edits: list[Edit] = []
+    unfrozen: list[Unfrozen] = []
     first = 0
     for plan in plans:
         edits += [edit.under(edit.of, first) for edit in plan.edits]
+        unfrozen += [replace(one, index=first + one.index) for one in plan.unfrozen]
         first += len(plan.spec.entries)
-    unfrozen = [one for plan in plans for one in plan.unfrozen]
     paths = [one.path for one in unfrozen]
     problems = [f"'{one}' is trained by two of them" for one in paths if paths.count(one) > 1][:1]
     problems += behind_rows(edits)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from peftc.graph.code import function_of
+from peftc.graph.code import Around, as_it_is, function_of
 from peftc.graph.program import Program
 
 # Of the slots, those whose values a trained delta is made of.
@@ -28,8 +28,9 @@ class Split:
     inputs: tuple[str, ...]
 
 
-def split(program: Program) -> Split | None:
-    """The maximal subgraphs of inserted nodes that read parameters and deltas alone, apart; None without any."""
+def split(program: Program, around: Around = as_it_is) -> Split | None:
+    """The maximal subgraphs of inserted nodes that read parameters and deltas alone, apart; None without any. `around` is
+    `function_of`'s, for the rest."""
     free = alone(program)
     ends = [
         node
@@ -56,7 +57,7 @@ def split(program: Program) -> Split | None:
     at = {node: i for i, node in enumerate(stored)}
     return Split(
         function_of(program.root, head),
-        function_of(program.root, rest),
+        function_of(program.root, rest, around),
         tuple(at[n] for n in reads),
         tuple(at[n] for n in keeps),
         tuple(program.slots[n.name].name for n in inputs),

@@ -15,11 +15,15 @@ Key = tuple[int, str]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one edit: folded into `note`, or kept because of it."""
+    """What became of one edit: folded into `note`, or kept because of it. `key` tells it from others of its plan, `by` is
+    the pass that folded it; `evaluated` the one that made parameters of what it computed of parameters alone."""
 
     edit: str
     folded: bool
     note: str
+    key: Key = (0, "")
+    by: str = ""
+    evaluated: str = ""
 
 
 @dataclass(frozen=True)
@@ -57,9 +61,11 @@ def rounded(stored: torch.Tensor, folded: torch.Tensor) -> torch.Tensor:
 class Folding:
     """`read` fetches a backbone weight by path. Of the `tied` paths the `separable` ones may get a weight of
     their own. Fold passes take edits out of `edits` and say where they went (`folded`) or why they stay
-    (`reasons`), by the edit's key. `refitted` gives a model on the meta device that has parameters of other
-    shapes, all of these at once, or None, and is None where no shape may change; `like` is the one that was taken. `weights` has what `as_stored` makes of a stored weight and its folded value as
-    soon as all of a weight's edits are done, so that no float64 copy is kept."""
+    (`reasons`), by the edit's key; `by` names the pass that took one, `evaluated` the one that computed its
+    constants. `refitted` gives a model on the meta device that has parameters of other shapes, all of these at
+    once, or None, and is None where no shape may change; `like` is the one that was taken. `weights` has what
+    `as_stored` makes of a stored weight and its folded value as soon as all of a weight's edits are done, so that
+    no float64 copy is kept."""
 
     edits: list[Edit]
     tensors: dict[str, torch.Tensor]
@@ -72,6 +78,8 @@ class Folding:
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
     folded: dict[Key, str] = field(default_factory=dict)
     reasons: dict[Key, str] = field(default_factory=dict)
+    by: dict[Key, str] = field(default_factory=dict)
+    evaluated: dict[Key, str] = field(default_factory=dict)
 
     def now(self, path: str) -> torch.Tensor:
         """A weight with what was folded into it so far, float64."""
@@ -89,6 +97,9 @@ class Folding:
                 edit.name,
                 edit.key in self.folded,
                 self.folded.get(edit.key) or self.reasons.get(edit.key, ""),
+                edit.key,
+                self.by.get(edit.key, ""),
+                self.evaluated.get(edit.key, ""),
             )
             for edit in edits
         )

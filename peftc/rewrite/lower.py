@@ -89,7 +89,8 @@ class Lowering(ABC):
 @dataclass
 class Builder(Lowering):
     """Adds named, tagged nodes to one graph. With a `memo`, equal calls are one node. Builders of one graph may
-    share what is `known` of values."""
+    share what is `known` of values. `edit` is the key of the edit that its nodes are of, as the meta says; without a
+    site where several share them."""
 
     graph: fx.Graph
     training: bool = False
@@ -100,16 +101,22 @@ class Builder(Lowering):
     memo: dict[str, fx.Node] | None = None
     axes: int = 3
     known: Known = field(default_factory=dict)
+    edit: tuple[int, str] | None = None
 
     def call(self, fn: Any, *args: Any, name: str = "", **kwargs: Any) -> fx.Node:
         """A node of `fn`, called `label_name`."""
         key = f"{fn} {args} {kwargs}"
         if self.memo is not None and key in self.memo:
-            return self.memo[key]
+            node = self.memo[key]
+            if self.edit is not None and node.meta.get("edit") != self.edit:
+                node.meta["edit"] = self.edit[0], ""
+            return node
         node = self.graph.create_node(
             "call_function", fn, args, kwargs, name=f"{self.label}_{name}"
         )
         node.meta["delta"] = self.tag
+        if self.edit is not None:
+            node.meta["edit"] = self.edit
         if self.stack is not None:
             node.meta["nn_module_stack"] = self.stack
         node.meta["val"] = value_of(self.graph, fn, args, kwargs, self.known)

@@ -82,6 +82,7 @@ def splice(
     if place.follow is not None:
         for rows in growth(edit).values():
             follow = Builder(program.graph, label="prefix", tag="mask", known=shared.known)
+            follow.edit = edit.key
             place.follow(program, follow.call, rows)
 
 
@@ -96,6 +97,7 @@ def _builder(program: Program, edit: Edit, place: Place, name: str) -> Builder:
     given = program.graph, program.training, edit.entry.method, edit.name, stack
     builder = RoutedBuilder(*given, routed=place.routed) if place.routed else Builder(*given)
     builder.axes = len(SITES[edit.site.at].shapes[name]) - 1
+    builder.edit = edit.key
     return builder
 
 
@@ -147,6 +149,7 @@ def _hoist(
 ) -> Expr:
     """Lower what reads parameters alone at the top of the graph, once for all sites that share it."""
     shared.label = shared.tag = edit.entry.method
+    shared.edit = edit.key
     found: dict[Expr, Name] = {}
     for part in constant_parts(expression, edit):
         found[part] = Name(f"constant {len(env)}")
