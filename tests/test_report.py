@@ -310,6 +310,11 @@ def test_what_is_left_alone_says_why() -> None:
     assert "&#x27;x &lt; y&#x27; reads this weight too" in html and "1: a.b:attention.q" in html
 
 
+def test_a_head_alone_has_no_picture() -> None:
+    one = of_specs(tiny("bert"), [load_spec("head")])
+    assert report.pictures(one) == () and "people draw" not in report.page(one).html()
+
+
 WRONG = {
     "nothing": ((), "name a spec, a directory of deltas or a bundle"),
     "nowhere": (("lora", "-m", "{model}"), "say what to write: -o report.html, or --svg layer.svg"),

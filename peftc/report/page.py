@@ -85,6 +85,8 @@ def tiles(found: Iterable[Tile]) -> str:
 
 def figures(found: Iterable[str]) -> str:
     inside = "".join(f"<figure>{one}</figure>" for one in found)
+    if not inside:
+        return ""
     return (
         '<details class="drawn" open><summary><h2>Layers as people draw them</h2></summary>'
         f'<div class="figures" tabindex="0" role="group" aria-label="pictures">{inside}</div></details>'
