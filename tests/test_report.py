@@ -30,6 +30,7 @@ from peftc.report.layers import Block, tree
 from peftc.report.source import sheets
 from peftc.report.subject import Subject, of_bundle, of_deltas, of_specs
 
+PICTURE = Path(__file__).parents[1] / "docs" / "pictures" / "mam.svg"
 CASES = {
     "lora": ("bert", "lora"),
     "mam": ("bart", "mam"),
@@ -160,7 +161,8 @@ def test_lines_of_specs_that_use_others() -> None:
     spec = load_spec("mam")
     found = {sheet.file: sheet.lines for sheet in sheets([spec], spec.entries)}
     assert list(found) == ["mam.yaml", "prefix_tuning.yaml", "scaled_parallel_adapter.yaml"]
-    assert [line.entries for line in found["mam.yaml"]] == [(), (), (), (), (0,), (0,), (1,), (1,)]
+    lines = [line.entries for line in found["mam.yaml"]]
+    assert lines == [(), (), (), (), (0,), (0,), (1,), (1,), ()]
     named = {line.parameter for line in found["scaled_parallel_adapter.yaml"]}
     assert named == {"", "down", "down_bias", "up", "up_bias"}
     assert found["prefix_tuning.yaml"][-1].entries == (0,)
@@ -362,6 +364,18 @@ def test_a_page_of_bart_large(run: Run, tmp_path: Path) -> None:
     assert len(text) < 2_000_000
     assert text.count("× 12<") >= 2
     assert "27,414,528" in text and "406,291,456" in text
+
+
+@pytest.mark.xdist_group("bart-large")
+def test_the_picture_of_the_readme(
+    run: Run, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """It is what the command draws; `pytest --accept` draws it anew."""
+    drawn = PICTURE if request.config.getoption("--accept") else tmp_path / "mam.svg"
+    given = ("mam", "-m", "facebook/bart-large", "--random-weights", "--svg", drawn)
+    code, _, err = run("report", *given)
+    assert code == 0, err
+    assert drawn.read_text() == PICTURE.read_text()
 
 
 @pytest.mark.parametrize("spec", [LORA, PREFIX, ADAPTER])
