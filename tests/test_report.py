@@ -165,7 +165,7 @@ def test_lines_of_specs_that_use_others() -> None:
     assert lines == [(), (), (), (), (0,), (0,), (1,), (1,), ()]
     named = {line.parameter for line in found["scaled_parallel_adapter.yaml"]}
     assert named == {"", "down", "down_bias", "up", "up_bias"}
-    assert found["prefix_tuning.yaml"][-1].entries == (0,)
+    assert found["prefix_tuning.yaml"][-2].entries == (0,)
 
 
 def test_a_comment_behind_a_delta_is_of_none() -> None:
