@@ -183,7 +183,7 @@ def bash(text: str, folder: Path, clean: bool = False) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=1200,
+        timeout=1800,
         check=False,
     )
     assert done.returncode == 0, done.stdout
