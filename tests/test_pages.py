@@ -128,7 +128,7 @@ def test_what_is_cheap_prints_what_is_shown(
                 assert alike(shown, said), f"{line}\n{said}"
 
 
-@pytest.mark.slow  # CI runs them as `make pages`
+@pytest.mark.slow  # `make pages`; CI runs the session
 @pytest.mark.skipif(not REAL, reason="the pages' BERT is a package that the Makefile installs")
 @pytest.mark.parametrize("page", [one for one in STANDING if one != "tutorial"])
 def test_page_as_it_stands(page: str, tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_page_as_it_stands(page: str, tmp_path: Path) -> None:
         assert told(blocks(page, "text")[0].text, out), out
 
 
-@pytest.mark.slow  # CI runs it as `make pages`
+@pytest.mark.slow  # `make pages`
 @pytest.mark.skipif(not REAL, reason="as above")
 def test_the_tutorial_from_nothing(tmp_path: Path) -> None:
     """In a copy of what is committed, with an environment that its own commands make."""
