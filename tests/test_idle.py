@@ -95,12 +95,21 @@ def test_what_nothing_is_computed_with(asks: Any) -> None:
     assert model.backbone.seen == 0
 
 
-@pytest.mark.parametrize("asks", [uses, writes, waits, raises_elsewhere])
+@pytest.mark.parametrize(
+    "asks",
+    [
+        uses,
+        writes,
+        pytest.param(waits, marks=pytest.mark.slow),
+        pytest.param(raises_elsewhere, marks=pytest.mark.slow),
+    ],
+)
 def test_what_something_is_computed_with(asks: Any) -> None:
     with pytest.raises(PeftcError, match=r"cannot be traced(?s:.*)no branch on tensor values"):
         peftc.plan(asking(asks), LORA)
 
 
+@pytest.mark.slow
 def test_a_range_of_activations() -> None:
     """I-BERT asks of each activation in training whether it is a number, and keeps its range."""
     config = transformers.IBertConfig(

@@ -88,6 +88,7 @@ def fits(spec: peftc.Spec, family: str) -> bool:
         return False
 
 
+@pytest.mark.slow  # as are the pages themselves
 @pytest.mark.parametrize("page", HAS_PYTHON)
 def test_python(page: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks of a page, one after the other, with MODEL a tiny BERT."""

@@ -252,6 +252,7 @@ def test_costs_are_those_of_the_graphs() -> None:
     assert spent.saved[1] < spent.saved[0]
 
 
+@pytest.mark.slow
 def test_costs_of_a_graph_that_is_one_for_its_length() -> None:
     spent = costs(subject("mixer"), 2, 8)
     assert spent.kernels and spent.flops
@@ -366,6 +367,7 @@ def test_a_page_of_bart_large(run: Run, tmp_path: Path) -> None:
     assert "27,414,528" in text and "406,291,456" in text
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("bart-large")
 def test_the_picture_of_the_readme(
     run: Run, tmp_path: Path, request: pytest.FixtureRequest

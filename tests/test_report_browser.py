@@ -26,7 +26,10 @@ from peftc.report.changes import FOLDED
 from peftc.report.subject import Subject, of_bundle, of_specs
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium"),
+]
 
 # Hears what goes wrong from the start.
 FIRST = """<script>
