@@ -109,10 +109,7 @@ def looked_at(html: str, folder: Path, width: int) -> dict[str, Any]:
     return said
 
 
-SPECS = [pytest.param(one, marks=pytest.mark.slow) for one in ("lora on bert", "mam on bart")]
-
-
-@pytest.fixture(scope="module", params=["mam bundle", *SPECS])
+@pytest.fixture(scope="module", params=["mam bundle", "lora on bert", "mam on bart"])
 def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Subject:
     if request.param == "lora on bert":
         return of_specs(tiny("bert"), [load_spec("lora")])
