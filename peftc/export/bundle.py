@@ -59,6 +59,9 @@ OPSET = 23  # has attention as one op
 Progress = Callable[[str], None]
 
 
+LARGE = 1 << 28  # bytes of weights; to look for less takes longer than it is worth
+
+
 @dataclass(frozen=True)
 class Subject:
     """A model as its bundle computes it, in float32 on the CPU: folded, with the `graphs` of its task."""
@@ -143,7 +146,8 @@ def export(
             say("writing weights")
             size = write_models(models, directory)
             del models
-            gc.collect()  # torch's exporters leave cycles around the weights that they were given
+            if size > LARGE:
+                gc.collect()  # torch's exporters leave cycles around the weights that they were given
             for graph in graphs:
                 say(f"checking {graph.role}")
                 certificate.append(check(folded, graph, directory / f"{graph.role}.onnx", asked))
