@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from peftc.language.expr import Shape
 
@@ -28,10 +29,20 @@ class Port:
     rows: str = ""
 
 
+class Drawn(NamedTuple):
+    """How people draw a sub-layer: its `place` among those of a layer, in most models, its title, and what is between its
+    projections."""
+
+    place: int
+    title: str
+    core: str
+
+
 @dataclass(frozen=True)
 class SiteType:
     """A kind of site. `dims` are the sizes that specs may use; `counted` says whether the papers count what
-    trains here; a site `by_op` is named {op: ..., scope: ...}, not by where it is in a model."""
+    trains here; a site `by_op` is named {op: ..., scope: ...}, not by where it is in a model.
+    Of a whole sub-layer, `drawn` says how it looks in pictures."""
 
     name: str
     ports: dict[str, Port]
@@ -39,6 +50,7 @@ class SiteType:
     doc: str
     counted: bool = True
     by_op: bool = False
+    drawn: Drawn | None = None
 
     @property
     def assigns(self) -> tuple[str, ...]:
@@ -87,6 +99,7 @@ _ROWS = (
         },
         _ATTENTION_DIMS,
         "a sub-layer: x its input, h the output projection's result, before dropout and residual",
+        drawn=Drawn(0, "attention", "softmax(q kᵀ) v"),
     ),
     *(
         _projection(side, what)
@@ -116,6 +129,7 @@ _ROWS = (
         },
         _LINEAR_DIMS,
         "a feed-forward: x the first projection's input, h the last one's result; residual is added to h",
+        drawn=Drawn(2, "feed-forward", "activation"),
     ),
     _linear("ffn.up", "the first projection of a feed-forward"),
     _linear("ffn.gate", "the gating projection of a gated feed-forward"),
@@ -152,6 +166,7 @@ _ROWS = (
         },
         _LINEAR_DIMS,
         "a state space or linear attention: x its input, h the last projection's result",
+        drawn=Drawn(1, "mixer", "scan"),
     ),
     _linear("mixer.in", "every projection of a mixer's input"),
     _linear("mixer.out", "the last projection of a mixer"),
@@ -166,6 +181,7 @@ _ROWS = (
             },
             (*_LINEAR_DIMS, "experts"),
             f"{what} of a mixture's experts: the rows that were routed, a formula of one expert",
+            drawn=None if part else Drawn(3, "experts", "activation"),
         )
         for part, what in (
             ("", "every projection"),

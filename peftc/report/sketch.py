@@ -13,14 +13,9 @@ from peftc.plan.edit import Edit
 from peftc.plan.plan import Plan
 from peftc.sites.site import Site
 
-# Kinds of sites that are whole sub-layers, what people call them and what is between their projections, in the order in
-# which most models have them.
-WHOLE = {
-    "attention": ("attention", "softmax(q kᵀ) v"),
-    "mixer": ("mixer", "scan"),
-    "ffn": ("feed-forward", "activation"),
-    "experts": ("experts", "activation"),
-}
+# The kinds of sites that are whole sub-layers, in the order in which most models have them.
+_DRAWN = {name: one.drawn for name, one in SITES.items() if one.drawn is not None}
+WHOLE = dict(sorted(_DRAWN.items(), key=lambda item: item[1].place))
 # Sites that are one value or stand for several others.
 _NO_PIECES = ("heads", "hidden", "linear")
 Sizes = tuple[int, int]
@@ -171,7 +166,8 @@ def _part(key: tuple[str, str, str], sites: Sequence[Site], plan: Plan) -> Part:
         for one in sites
         if "." in one.at and not one.at.endswith(_NO_PIECES) and "out" in one.dims
     }
-    called, core = WHOLE.get(at, (at, ""))
+    drawn = WHOLE.get(at)
+    called, core = (at, "") if drawn is None else (drawn.title, drawn.core)
     title = called + (f", {kind}" if kind else "")
     end = whole.weights["W"].path if "W" in whole.weights else ""
     last = next((one for one in sites if one is not whole and _is_made_of(one, end)), whole)
