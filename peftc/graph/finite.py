@@ -7,7 +7,6 @@ does nothing else there is seen in a second trace, which is told that all are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import fx
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from peftc.graph.alike import alike
 from peftc.graph.program import Program, aten, is_call
 
 # What asks of each value, what asks of all, and the answer where all are finite.
@@ -67,7 +67,7 @@ def selected(program: Program, other: Program) -> bool:
         if len(found) != 1:
             return False
         bounded[found[0]] = mark
-    if not _alike(program, other, bounded):
+    if not alike(program, other, {node: _asked_of(mark) for node, mark in bounded.items()}):
         return False
     for node, mark in bounded.items():
         whole, value = mark.args[0], _asked_of(mark)
@@ -94,21 +94,3 @@ def _asked_of(mark: fx.Node) -> fx.Node:
     whole: Any = mark.args[0]
     value: fx.Node = whole.args[0].args[0]
     return value
-
-
-def _alike(program: Program, other: Program, bounded: Mapping[fx.Node, fx.Node]) -> bool:
-    """Whether two graphs are one, but for values that only one bounds."""
-    found: dict[fx.Node, fx.Node] = {}
-    ones = (node for node in other.graph.nodes)
-    for node in program.graph.nodes:
-        if node in bounded:
-            found[node] = found[_asked_of(bounded[node])]
-            continue
-        twin = next(ones, None)
-        if twin is None or (node.op, str(node.target)) != (twin.op, str(twin.target)):
-            return False
-        given = fx.map_arg((node.args, node.kwargs), found.__getitem__)
-        if repr(given) != repr((twin.args, twin.kwargs)):
-            return False
-        found[node] = twin
-    return next(ones, None) is None
