@@ -170,7 +170,8 @@ def small(config: PretrainedConfig, shrink: Shrink) -> PretrainedConfig:
 def _data(config: PretrainedConfig) -> dict[str, Any]:
     """What a default configuration is made of: what its class declares, and not what it works out of that, but for
     lists, as of the kinds of its layers."""
-    config.allow_global_per_layer_attribute_access = True  # of layers that differ: what is said of all
+    # Where layers differ, what is said of all of them may be read.
+    config.allow_global_per_layer_attribute_access = True
     data = {}
     for field in dataclasses.fields(config):
         value, declared = getattr(config, field.name, None), field.default
