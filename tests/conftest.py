@@ -13,6 +13,7 @@ import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -342,7 +343,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--laws-seed", help="the seed of the long run of the laws; else a random one")
     parser.addoption("--matrix", help="write the table of methods x families to this file")
     parser.addoption(
-        "--messages", action="store_true", help="remember an example of each message; one process"
+        "--messages", action="store_true", help="remember an example of each message"
     )
 
 
@@ -376,9 +377,20 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         _CELLS[method, family] = {"passed": "✓", "skipped": "·"}.get(report.outcome, "✗")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """What one of several processes saw, the first one writes."""
+    if RECORDER in node.config.stash:
+        node.config.stash[RECORDER].add(getattr(node, "workeroutput", {}).get("messages", {}))
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if RECORDER in session.config.stash:
-        session.config.stash[RECORDER].write()
+        recorder = session.config.stash[RECORDER]
+        if hasattr(session.config, "workeroutput"):
+            session.config.workeroutput["messages"] = recorder.found
+        else:
+            recorder.write()
     path = session.config.getoption("--matrix")
     if path and _CELLS:
         Path(path).write_text(_table())

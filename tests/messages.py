@@ -10,7 +10,7 @@ import json
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -198,9 +198,13 @@ class Recorder:
         file = frame.f_code.co_filename
         if file.startswith(str(ROOT)):
             key = self.places.get((file[len(str(ROOT)) + 1 :], frame.f_lineno))
-            clean = _anonymous(text)
-            if key and (key not in self.found or len(clean) < len(self.found[key])):
-                self.found[key] = clean
+            if key:
+                self.add({key: _anonymous(text)})
+
+    def add(self, found: Mapping[str, str]) -> None:
+        """Keep the shortest example of each message."""
+        for key, text in found.items():
+            self.found[key] = min(self.found.get(key, text), text, key=len)
 
     def start(self) -> None:
         """Have errors, problems and warnings tell."""

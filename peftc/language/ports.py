@@ -42,7 +42,7 @@ class Drawn(NamedTuple):
 class SiteType:
     """A kind of site. `dims` are the sizes that specs may use; `counted` says whether the papers count what
     trains here; a site `by_op` is named {op: ..., scope: ...}, not by where it is in a model.
-    Of a whole sub-layer, `drawn` says how it looks in pictures."""
+    Of a whole sub-layer, `drawn` says how it looks in pictures; of what stands between two, `between` is its title."""
 
     name: str
     ports: dict[str, Port]
@@ -51,6 +51,7 @@ class SiteType:
     counted: bool = True
     by_op: bool = False
     drawn: Drawn | None = None
+    between: str = ""
 
     @property
     def assigns(self) -> tuple[str, ...]:
@@ -157,6 +158,7 @@ _ROWS = (
         },
         _LINEAR_DIMS,
         "a layer norm or RMS norm: its result, scale and shift",
+        between="norm",
     ),
     SiteType(
         "mixer",

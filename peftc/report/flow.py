@@ -6,16 +6,17 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from peftc.language.ports import SITES
 from peftc.plan.plan import Plan
 from peftc.report.changes import FOLDED, INSERTED, Step
 from peftc.report.sketch import Layer, Part
 
-NORM, ADD = "norm", "+"
+ADD = "+"
 
 
 @dataclass(frozen=True)
 class Element:
-    """What stands in the column of a layer: a sub-layer, a norm or a sum. `other` is the element (-1: what the layer
+    """What stands in the column of a layer: a sub-layer, a sum, or what is between these. `other` is the element (-1: what the layer
     reads) that a sum adds to what comes from below."""
 
     what: str
@@ -29,8 +30,8 @@ def elements(layer: Layer, plan: Plan, steps: Sequence[Step]) -> tuple[Element, 
     mine = [one for one in steps if any(p == path for p, _ in one.modules)] if path else []
     if not mine:
         return tuple(Element(part.title, part) for part in layer.parts)
-    norms = {one.scope for one in plan.sites if one.at == "norm"}
-    found = sorted(_spans(layer, path, mine, norms), key=lambda one: one[0])
+    between = {one.scope: SITES[one.at].between for one in plan.sites if SITES[one.at].between}
+    found = sorted(_spans(layer, path, mine, between), key=lambda one: one[0])
     elements: list[Element] = []
     owners: list[int] = []  # of each step, the element that it came of
     ends = {first: (last, element) for first, last, element in found}
@@ -63,19 +64,19 @@ def _sources(step: Step, names: Mapping[str, int], owners: Sequence[int]) -> lis
 
 
 def _spans(
-    layer: Layer, path: str, steps: Sequence[Step], norms: set[str]
+    layer: Layer, path: str, steps: Sequence[Step], between: Mapping[str, str]
 ) -> Iterator[tuple[int, int, Element]]:
-    """The first and last step of each sub-layer and norm."""
+    """The first and last step of each sub-layer, and of what is between them."""
     taken: list[range] = []
     for part in layer.parts:
         places = [i for i, step in enumerate(steps) if _is_of(step, part, path)]
         if places:
             taken.append(range(places[0], places[-1] + 1))
             yield places[0], places[-1], Element(part.title, part)
-    for scope in sorted(norms):
+    for scope, title in sorted(between.items()):
         places = [i for i, one in enumerate(steps) if any(p == scope for p, _ in one.modules)]
         if places and not any(places[0] in one for one in taken):
-            yield places[0], places[-1], Element(NORM)
+            yield places[0], places[-1], Element(title)
 
 
 def _is_of(step: Step, part: Part, path: str) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-from peftc.report.flow import NORM, Element
+from peftc.report.flow import ADD, Element
 from peftc.report.sketch import Layer, Mark, Part, Sizes, joins, reads, runs
 
 HUES = (262, 22, 152, 322, 202, 46, 96, 0)
@@ -171,9 +171,9 @@ class _Figure:
         if element.part is not None:
             return self._part(element.part, low)
         self.canvas.arrow((x, low), (x, low + 16))
-        if element.what == NORM:
+        if element.what != ADD:
             self.canvas.box(x - 60, low + 16, 120, 20, round_=10)
-            self.canvas.text(x, low + 26, "norm", 10)
+            self.canvas.text(x, low + 26, element.what, 10)
             return low + 36
         self.canvas.sum(x, low + 24)
         if element.other is not None:
