@@ -38,6 +38,7 @@ from peftc.graph.entries import ENTRIES, Tensors
 from peftc.graph.finite import Finite, selected
 from peftc.graph.functions import kept, write_calls
 from peftc.graph.idle import Idle, undecided
+from peftc.graph.loops import Loops, rows_join
 from peftc.graph.masks import deciding, proven
 from peftc.graph.program import Bound, Program, Slot
 from peftc.graph.quantized import readers, require_open
@@ -195,12 +196,12 @@ def _traced(
     auto = torch.export.Dim.AUTO
     shapes = {k: {i: auto for i, a in enumerate(labels[k]) if a} for k in tensors}
     output_types: list[Callable[..., Any]] = []
-    answers, draws = Finite(finite), Dropped(dropped)
+    answers, draws, loops = Finite(finite), Dropped(dropped), Loops()
     others = idle or contextlib.nullcontext()
 
     def run(arguments: Tensors) -> dict[str, Any]:
         wide = room.widened(model, entry, arguments)
-        with _Detached(), others, answers, draws, room.kept_from_decoder(model, wide):
+        with _Detached(), others, answers, draws, loops, room.kept_from_decoder(model, wide):
             output_type, fields = ENTRIES[entry].call(model, wide, flags)
         output_types.append(output_type)
         return room.cut(model, entry, wide, fields)
@@ -222,6 +223,10 @@ def _traced(
     wide = room.wide(entry, seq2seq)
     program = _program(exported, entry, model, labels, wide, output_types[-1])
     write_calls(program, exported.graph_module, calls)
+    if loops.met and not rows_join(program):
+        raise CaptureError(
+            f"{type(model).__name__} cannot be traced ({entry}): a loop over chosen experts does more than add their rows"
+        )
     if finite or dropped:
         return program
     if draws.asked:
