@@ -29,9 +29,7 @@ def check(edit: Edit) -> None:
     for port, expression in entry.assign:
         got, want = shape_of(expression, edit, lets), ports[port]
         if got[-1:] != want[-1:] and got != ():
-            raise ex.ExprError(
-                0, f"'{port}' has the shape {_text(want)} but is assigned {_text(got)}", ""
-            )
+            raise ex.ExprError(0, f"'{port}' is {_text(want)} but is assigned {_text(got)}")
 
 
 def _check_growth(edit: Edit) -> None:
@@ -44,7 +42,8 @@ def _check_growth(edit: Edit) -> None:
             raise ex.ExprError(0, f"'{port}' of {edit.site.at} is prepended to; {fix}")
     counts = {port: grown(expression, edit) for port, expression in assigned.items()}
     if edit.site.at == "attention.heads" and counts.get("k", 0) != counts.get("v", 0):
-        raise ex.ExprError(0, f"k gets {counts.get('k', 0)} rows and v {counts.get('v', 0)}")
+        fact = f"k gets {counts.get('k', 0)} rows and v {counts.get('v', 0)}"
+        raise ex.ExprError(0, f"{fact}; put as many in front of both")
     if edit.entry.positions == "shift" and not counts.get("k"):
         raise ex.ExprError(0, "'positions: shift' goes with keys that are prepended")
 
