@@ -326,7 +326,14 @@ STRANGE: dict[str, tuple[str, Damage, dict[str, object], str]] = {
         "lora",
         lambda one: one.update({"base_model.model.classifier.out_proj.weight": torch.ones(5, 32)}),
         {"modules_to_save": ["classifier"]},
-        "the backbone has no parameter 'classifier.out_proj.weight' [5, 32]",
+        "'classifier.out_proj.weight' is [5, 32], and the backbone's [3, 32]; load the backbone with the sizes that the "
+        "adapter was trained with, such as num_labels",
+    ),
+    "a head of two layers": (
+        "lora",
+        lambda one: one.update({"base_model.model.classifier.more.weight": torch.ones(3, 32)}),
+        {"modules_to_save": ["classifier"]},
+        "the backbone has no parameter 'classifier.more.weight'",
     ),
     "no projections": (
         "vera",

@@ -68,7 +68,7 @@ BAD = {
     "deltas: [{at: ffn, delta: x, expect: some}]": "s.yaml:1:38: 'expect' must be a whole number",
     "deltas: [{at: ffn, delta: y}]": "s.yaml:1:27: unknown name 'y'",
     "deltas: [{at: ffn, delta: rellu(x)}]": "s.yaml:1:27: unknown op 'rellu' (did you mean 'relu'?)",
-    "deltas: [{at: ffn, delta: 'relu(x, x)'}]": "s.yaml:1:27: 'relu' takes 1 arguments, not 2",
+    "deltas: [{at: ffn, delta: 'relu(x, x)'}]": "s.yaml:1:27: 'relu' takes 1 argument, not 2",
     "deltas: [{at: ffn, delta: x.shape}]": "s.yaml:1:27: 'x.shape' is not part of the language (allowed: names, numbers, + - * / // @ and ops such as relu(x))",
     "deltas: [{at: ffn, delta: x ** 2}]": "s.yaml:1:27: 'x ** 2' is not part of the language (allowed: names, numbers, + - * / // @ and ops such as relu(x))",
     "deltas: [{at: ffn, delta: x +}]": "s.yaml:1:27: 'x +' is not an expression",
@@ -102,7 +102,7 @@ BAD = {
     HEAD
     + "      a: {shape: [out], init: zero}\n    delta: r * a\n": "s.yaml:5:31: unknown init 'zero' (did you mean 'zeros'?)",
     HEAD
-    + "      a: {shape: [out], init: constant}\n    delta: r * a\n": "s.yaml:5:31: init 'constant' takes 1 arguments, not 0",
+    + "      a: {shape: [out], init: constant}\n    delta: r * a\n": "s.yaml:5:31: init 'constant' takes 1 argument, not 0",
     HEAD
     + "      a: {shape: [out], init: zeros, per: layer}\n    delta: r * a\n": "s.yaml:5:43: 'per' cannot be 'layer' (one of: site, kind, shape, model, expert)",
     HEAD
