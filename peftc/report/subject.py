@@ -114,7 +114,7 @@ def of_bundle(directory: Path) -> Subject:
     """An ONNX bundle, by its record and its manifest. Raises ExportError, DeltaError."""
     manifest = read_manifest(directory, ("kind", "graphs", "parity", "data_bytes"))
     said = record.read(directory)
-    bare = backbones.made(said.cls, said.config)
+    bare = backbones.made(str(directory), said.cls, said.config)
     subject = of_specs(bare, [_written(said.spec)])
     try:
         parity = [
