@@ -179,6 +179,7 @@ def _traced(
     idle: Idle | None = None,
     finite: bool = False,
     dropped: bool = False,
+    unchosen: bool = False,
 ) -> Program:
     entry, inputs, labels = call.entry, call.inputs, call.labels
     if _get_current_dispatch_mode() is not None:
@@ -197,7 +198,7 @@ def _traced(
     shapes = {k: {i: auto for i, a in enumerate(labels[k]) if a} for k in tensors}
     output_types: list[Callable[..., Any]] = []
     states: set[str] = set()
-    answers, draws, loops = Finite(finite), Dropped(dropped), Loops()
+    answers, draws, loops = Finite(finite), Dropped(dropped), Loops(not unchosen)
     others = idle or contextlib.nullcontext()
 
     def run(arguments: Tensors) -> dict[str, Any]:
@@ -227,12 +228,14 @@ def _traced(
     program = _program(exported, entry, model, labels, wide, output_types[-1])
     _require_stateless(program, model, states)
     write_calls(program, exported.graph_module, calls)
-    if loops.met and not rows_join(program):
-        raise CaptureError(
-            f"{type(model).__name__} cannot be traced ({entry}): a loop over chosen experts does more than add their rows"
-        )
-    if finite or dropped:
+    if finite or dropped or unchosen:
         return program
+    if loops.met:
+        other = _traced(model, call, flags, room, drop, exact, idle, unchosen=True)
+        if loops.other or not rows_join(program, other):
+            raise CaptureError(
+                f"{type(model).__name__} cannot be traced ({entry}): a loop over what was chosen does more than add rows"
+            )
     if draws.asked:
         other = _traced(model, call, flags, room, drop, exact, idle, dropped=True)
         if not left_out(program, other):
