@@ -71,7 +71,7 @@ def read(directory: Path) -> Record:
             },
         )
     except (PeftcError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ExportError(f"{file} is damaged: {error}") from error
+        raise ExportError(f"{file} is damaged: {error}; export it again") from error
 
 
 def _outcome(said: Mapping[str, Any]) -> Outcome:

@@ -113,9 +113,6 @@ def of_deltas(directory: Path, model: str | None = None) -> Subject:
 def of_bundle(directory: Path) -> Subject:
     """An ONNX bundle, by its record and its manifest. Raises ExportError, DeltaError."""
     manifest = read_manifest(directory, ("kind", "graphs", "parity", "data_bytes"))
-    said = record.read(directory)
-    bare = backbones.made(said.cls, said.config)
-    subject = of_specs(bare, [_written(said.spec)])
     try:
         parity = [
             Check(f"{one['graph']} against torch, at export", one["error"], one["tolerance"], one["error"] <= one["tolerance"])
@@ -123,12 +120,16 @@ def of_bundle(directory: Path) -> Subject:
         ]  # fmt: skip
         size = int(manifest["data_bytes"])
     except (KeyError, TypeError, ValueError) as error:
-        raise ReportError(f"{directory / MANIFEST} is damaged: {error}") from error
+        raise ReportError(f"{directory / MANIFEST} is damaged: {error}; export it again") from error
+    checks = _checks(directory) or tuple(parity)
+    said = record.read(directory)
+    bare = backbones.made(said.cls, said.config)
+    subject = of_specs(bare, [_written(said.spec)])
     return replace(
         subject,
         outcomes={one.key: one for one in said.outcomes},
         bundle=Bundle(said.nodes, size),
-        checks=_checks(directory) or tuple(parity),
+        checks=checks,
     )
 
 

@@ -109,7 +109,7 @@ def read_tensors(
     except sparse.SparseError as error:
         raise DeltaError(f"{file} is damaged: {error}; save the deltas again") from error
     except (SafetensorError, OSError) as error:
-        raise DeltaError(f"{file} cannot be read: {error}") from error
+        raise DeltaError(f"{file} cannot be read: {error}; save the deltas again") from error
 
 
 def _check_names(

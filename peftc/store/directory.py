@@ -277,13 +277,13 @@ def read_manifest(
     if not file.is_file():
         raise DeltaError(f"{path} holds no {MANIFEST}: peftc did not write it")
     if file.stat().st_size > MAX_MANIFEST_BYTES:
-        raise DeltaError(f"{file} is larger than {MAX_MANIFEST_BYTES} bytes")
+        raise DeltaError(f"{file} is larger than {MAX_MANIFEST_BYTES >> 20} MiB")
     try:
         manifest = json.loads(file.read_text())
         unfinished = manifest.get(UNFINISHED)
         fits = manifest["format"] in READS
         lacks = [key for key in keys if key not in manifest]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DeltaError(f"{file} is damaged: {error}") from error
     if unfinished:
         raise DeltaError(f"{path} is incomplete: its write was interrupted; write it again")
