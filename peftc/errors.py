@@ -55,6 +55,11 @@ def no_room(error: BaseException) -> bool:
     return any(words in str(error) for words in _NO_ROOM)
 
 
+def fault(error: BaseException) -> str:
+    """What was wrong with data that could not be read, for a message."""
+    return f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+
+
 def suggest(word: str, candidates: Iterable[str]) -> str:
     """`did you mean 'shape'?` for the nearest candidate, or nothing."""
     found = difflib.get_close_matches(word, list(candidates), 1)

@@ -88,7 +88,7 @@ WRONG = {
     },
     "a recipe that is not YAML": (
         ["eval", "{lora}", "--data", "{rows}", "--recipe", "{damaged}/peftc.json"],
-        "{damaged}/peftc.json: not YAML: while parsing a flow node",
+        "{damaged}/peftc.json:1:2: not YAML: expected the node content, but found '<stream end>'",
     ),
     "a training that told no recipe": (
         ["eval", "{damaged}", "--data", "{rows}"],

@@ -159,7 +159,7 @@ def test_verified_says_what_differs(written) -> None:  # type: ignore[no-untyped
         moved.model.decoder.layers[1].fc2.weight.mul_(1.1)
     encoder, decoder = (fault for _, fault in verified(moved, directory))
     assert not encoder and re.match(
-        r"decoder: '\S+' differs from torch by .*, at [13] rows", decoder
+        r"decoder: '\S+' differs from torch by .*, at a batch of [13] × \d", decoder
     )
     with pytest.raises(PeftcError, match="is for text2text-generation, and this model for text-cl"):
         next(verified(tiny("bert"), directory))

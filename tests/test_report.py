@@ -343,15 +343,15 @@ WRONG = {
     ),
     "damaged record": (
         ("{record}", "-o", "{out}"),
-        "{record}/report.json is damaged: 'spec'; export it again",
+        "{record}/report.json is damaged: it lacks 'spec'; export it again",
     ),
     "damaged manifest": (
         ("{manifest}", "-o", "{out}"),
-        "{manifest}/peftc.json is damaged: 'graph'; export it again",
+        "{manifest}/peftc.json is damaged: it lacks 'graph'; export it again",
     ),
     "damaged certificate": (
         ("{certificate}", "-o", "{out}"),
-        "{certificate}/certificate.json is damaged: 'rows'; run peftc verify again",
+        "{certificate}/certificate.json is damaged: it lacks 'rows'; run peftc verify again",
     ),
 }  # fmt: skip
 

@@ -143,7 +143,7 @@ def train(
         compiled = _started(specs, (sets, words), model, random_weights, rows, no_head, chosen)
     tokenizer = directories.tokenizer(Path(specs[0]), compiled)
     if tokenizer is None:
-        place = compiled.config.name_or_path.removeprefix(backbones.RANDOM)
+        place = (compiled.config.name_or_path or "").removeprefix(backbones.RANDOM)
         raise options.OptionError(
             f"there is no tokenizer with {place}; save one beside its weights"
         )

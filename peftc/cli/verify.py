@@ -15,7 +15,7 @@ from peftc.certificate import Row, number
 from peftc.cli import directories, options
 from peftc.cli.console import say, step
 from peftc.cli.merge import REPORT
-from peftc.errors import PeftcError
+from peftc.errors import PeftcError, fault
 from peftc.export import bundle
 from peftc.export.parity import Parity
 from peftc.graph.arguments import seeded_inputs
@@ -106,7 +106,7 @@ def _merged(directory: Path, model: str | None, full: bool) -> tuple[Mapping[str
         about = {k: report[k] for k in ("versions", "specs", "backbone", "error", "folded", "kept")}
         source = Path(model or report["deltas"])
     except (ValueError, KeyError, TypeError) as error:
-        raise DeltaError(f"{directory / REPORT} is damaged: {error}; merge again") from error
+        raise DeltaError(f"{directory / REPORT} is damaged: {fault(error)}; merge again") from error
 
     def rows() -> Rows:
         with step(f"loading {directory}"):

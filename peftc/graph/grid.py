@@ -28,10 +28,10 @@ class Case:
     padding: str
 
     def __str__(self) -> str:
-        tokens = f" of {self.length} tokens" if self.length else ""
+        tokens = f" × {self.length} tokens" if self.length else ""
         step = f", {self.past} past and {self.query} new" if self.past or self.query else ""
         padded = "" if self.padding == "none" else f", padded {self.padding}"
-        return f"{self.rows} rows{tokens}{step}{padded}"
+        return f"a batch of {self.rows}{tokens}{step}{padded}"
 
 
 def cases(sizes: Iterable[tuple[int, int, int]], most: int, full: bool = True) -> list[Case]:

@@ -13,7 +13,7 @@ import yaml
 from transformers import PreTrainedModel
 
 from peftc import driver
-from peftc.errors import PeftcError
+from peftc.errors import PeftcError, fault
 from peftc.export import record
 from peftc.export.origins import Row
 from peftc.graph.arguments import dummy_inputs
@@ -120,7 +120,9 @@ def of_bundle(directory: Path) -> Subject:
         ]  # fmt: skip
         size = int(manifest["data_bytes"])
     except (KeyError, TypeError, ValueError) as error:
-        raise ReportError(f"{directory / MANIFEST} is damaged: {error}; export it again") from error
+        raise ReportError(
+            f"{directory / MANIFEST} is damaged: {fault(error)}; export it again"
+        ) from error
     checks = _checks(directory) or tuple(parity)
     said = record.read(directory)
     bare = backbones.made(said.cls, said.config)
@@ -199,4 +201,4 @@ def _checks(directory: Path) -> tuple[Check, ...]:
             for one in rows
         )
     except (ValueError, KeyError, TypeError) as error:
-        raise ReportError(f"{file} is damaged: {error}; run peftc verify again") from error
+        raise ReportError(f"{file} is damaged: {fault(error)}; run peftc verify again") from error

@@ -80,8 +80,8 @@ class Session:
         unknown = [name for name in feeds if name not in self.inputs]
         missing = [name for name in self.inputs if name not in feeds]
         if unknown or missing:
-            odd = f"takes no '{unknown[0]}'" if unknown else f"needs '{missing[0]}'"
-            raise RuntimeFault(f"the graph {odd}; it takes {', '.join(self.inputs)}")
+            wrong = f"takes no '{unknown[0]}'" if unknown else f"needs '{missing[0]}'"
+            raise RuntimeFault(f"the graph {wrong}; it takes {', '.join(self.inputs)}")
         odd = [f"{name}: {one.dtype}" for name, one in feeds.items() if one.dtype not in _KINDS]
         if odd:
             raise RuntimeFault(f"token ids and masks are int64, not {odd[0]}")
