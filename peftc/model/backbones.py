@@ -83,7 +83,7 @@ def tokenizer(name: str) -> Any | None:
     """The tokenizer that lies with a model, or None where there is none; there transformers makes one up, which knows
     special tokens alone and, of some kinds, the one for a space."""
     found = _beside(name, transformers.AutoTokenizer)
-    made_up = found is not None and len(found) <= len(found.all_special_tokens) + 1
+    made_up = found is not None and {*found.get_vocab()} <= {*found.all_special_tokens, "▁"}
     return None if made_up else found
 
 
