@@ -60,6 +60,11 @@ def fault(error: BaseException) -> str:
     return f"it lacks {error}" if isinstance(error, KeyError) else str(error)
 
 
+def number_of(count: int, what: str) -> str:
+    """`1 argument`, `2 arguments`."""
+    return f"{count} {what}" + "s" * (count != 1)
+
+
 def suggest(word: str, candidates: Iterable[str]) -> str:
     """`did you mean 'shape'?` for the nearest candidate, or nothing."""
     found = difflib.get_close_matches(word, list(candidates), 1)

@@ -144,7 +144,8 @@ def _spec(plan: Plan, paths: list[str]) -> Spec:
     for path in paths:
         if path not in owners:
             raise PruneError(
-                f"'{path}' is the weight of no linear, norm or embedding alone; prune deltas that leave it"
+                f"'{path}' is the weight of no linear, convolution, norm or embedding alone; prune deltas that "
+                "leave it as it is"
             )
         site, port = owners[path]
         places.setdefault((site.at, port), []).append(site.scope)

@@ -342,9 +342,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--accept", action="store_true", help="write the goldens anew")
     parser.addoption("--laws-seed", help="the seed of the long run of the laws; else a random one")
     parser.addoption("--matrix", help="write the table of methods x families to this file")
-    parser.addoption(
-        "--messages", action="store_true", help="remember an example of each message"
-    )
+    parser.addoption("--messages", action="store_true", help="remember an example of each message")
 
 
 def pytest_configure(config: pytest.Config) -> None:

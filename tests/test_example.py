@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import batch, logits, stir, tiny, wide
-from transformers import ASTConfig, ASTForAudioClassification, PreTrainedModel
+from transformers import (
+    ASTConfig,
+    ASTForAudioClassification,
+    PatchTSTConfig,
+    PatchTSTForRegression,
+    PreTrainedModel,
+)
 
 import peftc
 from peftc.errors import PeftcError
@@ -44,6 +50,16 @@ def specs() -> list[peftc.Spec]:
 def test_without_it_the_fix_is_said() -> None:
     with pytest.raises(PeftcError):
         peftc.compile(sound(), "lora")
+
+
+def test_an_input_that_nothing_is_known_of_is_named() -> None:
+    series = PatchTSTForRegression(PatchTSTConfig(d_model=16, num_hidden_layers=1, ffn_dim=16))
+    with pytest.raises(PeftcError) as error:
+        peftc.plan(series, "lora")
+    assert str(error.value) == (
+        "PatchTSTForRegression: no example input is known for 'past_values'; "
+        "pass example={...} with one batch of it"
+    )
 
 
 def test_every_verb_takes_it_or_remembers_it(

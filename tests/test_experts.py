@@ -235,6 +235,16 @@ def test_peft_has_no_layout_of_ours(tmp_path: Path) -> None:
     assert not (tmp_path / "adapter").exists()
 
 
+def test_what_is_kept_of_experts_has_no_place_of_its_own() -> None:
+    compiled = stir(peftc.compile(tiny("mixtral"), load_spec("lora_experts", r=2))).eval()
+    with pytest.raises(PeftcError) as error:
+        peftc.prune(compiled)
+    assert str(error.value) == (
+        "'model.layers.0.mlp.experts.gate_up_proj' is the weight of no linear, convolution, norm or embedding alone; "
+        "prune deltas that leave it as it is"
+    )
+
+
 FAMILIES = [
     "Qwen2MoeForTokenClassification",
     "OlmoeForCausalLM",

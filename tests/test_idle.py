@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from conftest import batch, tiny
+from torch._library.opaque_object import OpaqueBase, register_opaque_type
 from transformers import BertModel, PreTrainedModel
 
 import peftc
@@ -127,6 +128,47 @@ def test_a_range_of_activations() -> None:
         torch.manual_seed(0)
         logits.append(one(**batch(backbone)).logits)
     assert torch.allclose(*logits, atol=1e-6)
+
+
+def test_what_one_call_leaves_for_the_next_is_refused() -> None:
+    def counts(model: Any, h: torch.Tensor) -> torch.Tensor:
+        model.seen = model.seen + 1
+        return h * model.seen
+
+    with pytest.raises(PeftcError) as error:
+        peftc.plan(asking(counts), LORA)
+    assert str(error.value) == (
+        "Asking cannot be traced (forward): it reads its buffer 'seen' and sets it to other values, which no graph keeps "
+        "from call to call; pass it as an input"
+    )
+
+    def moves(model: Any, h: torch.Tensor) -> torch.Tensor:
+        model.seen = model.seen.to(h)  # it is there already
+        return h + model.seen
+
+    assert peftc.plan(asking(moves), LORA).edits
+
+
+class Half(OpaqueBase):
+    """What an op may take and no graph does: an object."""
+
+
+def test_an_object_that_is_no_tensor_is_refused() -> None:
+    register_opaque_type(Half, typ="reference")
+
+    @torch.library.custom_op("peftc_test::halved", mutates_args=())
+    def halved(x: torch.Tensor, by: Half) -> torch.Tensor:
+        return x / 2
+
+    halved.register_fake(lambda x, by: torch.empty_like(x))
+    backbone = asking(lambda model, h: halved(h, model.by))
+    backbone.by = Half()
+    with pytest.raises(PeftcError) as error:
+        peftc.plan(backbone, LORA)
+    assert str(error.value) == (
+        "Asking cannot be traced (forward): it reads a Half, and a graph takes tensors alone; compute what it is for "
+        "outside of forward"
+    )
 
 
 def test_data_is_recorded() -> None:

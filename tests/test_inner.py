@@ -93,6 +93,17 @@ def test_a_cache_is_refused_in_words() -> None:
         model.model(**batch(model), use_cache=True)
 
 
+def test_what_is_no_tensor_is_refused_by_name() -> None:
+    model = peftc.compile(tiny("bert"), "lora")
+    inputs = batch(model)
+    for one in (model, model.bert):
+        with pytest.raises(PeftcError) as error:
+            one(**inputs, token_type_ids=inputs["input_ids"].tolist())
+        assert str(error.value) == (
+            "argument 'token_type_ids' is a list; a compiled model takes tensors, numbers and switches"
+        )
+
+
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_a_copy_has_its_own(how: str) -> None:
     model = stir(peftc.compile(tiny("llama"), "lora"))

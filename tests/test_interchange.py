@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -238,7 +239,27 @@ def test_what_is_refused(tmp_path: Path) -> None:
         import_peft(tmp_path / "a", tiny("roberta"))
     with pytest.raises(PeftcError, match="is not LoRA-like"):
         export_peft(peftc.compile(tiny("bert"), "ia3"), tmp_path / "out")
+    with pytest.raises(PeftcError, match=r"^there are no deltas that PEFT could hold$"):
+        export_peft(peftc.compile(tiny("bert"), "bitfit"), tmp_path / "out")
+    rates = (
+        f"{{at: attention.{side}, params: {{A: {{shape: [in, 2], init: normal}}, B: {{shape: [2, out], init: zeros}}}},"
+        f" delta: 'dropout(x, {rate}) @ A @ B'}}"
+        for side, rate in (("q", 0.1), ("v", 0.2))
+    )
+    dropped = peftc.compile(tiny("bert"), parse_spec(f"deltas: [{', '.join(rates)}]", "s"))
+    last = "bert.encoder.layer.1.attention.self:attention"
+    with pytest.raises(PeftcError) as error:
+        export_peft(dropped, tmp_path / "out")
+    assert str(error.value) == (
+        "PEFT drops inputs at one rate, and these deltas at several: "
+        f"0.1 at {last}.q:s, 0.2 at {last}.v:s"
+    )
     assert not (tmp_path / "out").exists()
+    with pytest.raises(PeftcError) as error:
+        export_peft(peftc.compile(tiny("bert"), "lora"), tmp_path / "a")
+    assert str(error.value) == (
+        f"{tmp_path / 'a'} exists and is not empty; choose another directory"
+    )
 
 
 def settled(path: Path, **changes: object) -> Path:
@@ -272,6 +293,7 @@ REFUSED = {
     "lora_alpha": (float("nan"), "no usable alpha"),
     "modules_to_save": ("head", "not a list of names"),
     "alpha_pattern": ({"(": 3}, r"the pattern '\(' cannot be used"),
+    "rank_pattern": ([1], r"adapter_config\.json: 'rank_pattern' is \[1\], not a table"),
     "peft_type": ("XLORA", "XLORA has no form here; LORA"),
     "use_dora": (True, "does not fit the tensors"),
 }
@@ -286,6 +308,134 @@ def test_a_setting_is_used_or_refused_by_name(key: str, tmp_path: Path) -> None:
     with pytest.raises(PeftcError, match=reason):
         import_peft(settled(tmp_path, **{key: value}), backbone)
     assert [one.requires_grad for one in backbone.parameters()] == flags
+
+
+QUERY = "roberta.encoder.layer.0.attention.self.query"
+KEY = f"base_model.model.{QUERY}"
+Damage = Callable[[dict[str, torch.Tensor]], object]
+# Tensors that do not go with their configuration, or with the backbone: the change, settings, what is said.
+STRANGE: dict[str, tuple[str, Damage, dict[str, object], str]] = {
+    "none": ("lora", lambda one: one.clear(), {}, "{file} holds no tensor"),
+    "half a pair": (
+        "lora",
+        lambda one: one.pop(f"{KEY}.lora_B.weight"),
+        {},
+        f"'{QUERY}' has the tensors lora_A.weight: no known form",
+    ),
+    "a head of five classes": (
+        "lora",
+        lambda one: one.update({"base_model.model.classifier.out_proj.weight": torch.ones(5, 32)}),
+        {"modules_to_save": ["classifier"]},
+        "'classifier.out_proj.weight' is [5, 32], and the backbone's [3, 32]; load the backbone with the sizes that the "
+        "adapter was trained with, such as num_labels",
+    ),
+    "a head of two layers": (
+        "lora",
+        lambda one: one.update({"base_model.model.classifier.more.weight": torch.ones(3, 32)}),
+        {"modules_to_save": ["classifier"]},
+        "the backbone has no parameter 'classifier.more.weight'",
+    ),
+    "no projections": (
+        "vera",
+        lambda one: [one.pop(f"base_model.vera_{name}") for name in "AB"],
+        {},
+        "the adapter was saved without its random projections; save it with save_projection=True",
+    ),
+    "another width": (
+        "vera",
+        lambda one: one.update({f"{KEY}.vera_lambda_b": torch.ones(7)}),
+        {},
+        f"'{QUERY}' is [32, 32], and its scale is of 7",
+    ),
+    "rows beside": (
+        "lora",
+        lambda one: one.update({"prompt_embeddings": torch.ones(5, 32)}),
+        {},
+        "'prompt_embeddings' of a LORA adapter has no form here",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", STRANGE)
+def test_tensors_that_do_not_fit(case: str, tmp_path: Path) -> None:
+    kind, damage, changes, message = STRANGE[case]
+    adapter(kind, "roberta", tmp_path)
+    assert refusal(tmp_path, "roberta", damage, changes) == message.format(
+        file=tmp_path / "adapter_model.safetensors"
+    )
+
+
+def refusal(path: Path, family: str, damage: Damage, changes: dict[str, object]) -> str:
+    """What reading says once the tensors and settings of an adapter were changed; the backbone stays free."""
+    file = settled(path, **changes) / "adapter_model.safetensors"
+    tensors = {name: value.clone() for name, value in load_file(file).items()}
+    damage(tensors)
+    save_file(tensors, file)
+    backbone = tiny(family)
+    with pytest.raises(PeftcError) as error:
+        import_peft(path, backbone)
+    assert all(one.requires_grad for one in backbone.parameters())
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "fact"),
+    [("[1]", "is not a PEFT configuration"), (" " * (4 << 20) + "{}", "is larger than 4 MiB")],
+    ids=("a list", "large"),
+)
+def test_a_configuration_that_is_none(text: str, fact: str, tmp_path: Path) -> None:
+    file = tmp_path / "adapter_config.json"
+    file.write_text(text)
+    with pytest.raises(PeftcError) as error:
+        import_peft(tmp_path, tiny("roberta"))
+    assert str(error.value) == f"{file} {fact}"
+
+
+def put(table: torch.Tensor) -> Damage:
+    return lambda one: one.update({"prompt_embeddings": table})
+
+
+MISPLACED: dict[str, tuple[str, Damage, dict[str, object], str]] = {
+    "fewer rows": (
+        "prompt",
+        put(torch.ones(5, 32)),
+        {"num_virtual_tokens": 9},
+        "'num_virtual_tokens' is 9, and 'prompt_embeddings' has 5 rows",
+    ),
+    "narrower": (
+        "prompt",
+        put(torch.ones(5, 16)),
+        {},
+        "'prompt_embeddings' has rows [5, 16], and this backbone takes [5, 32]",
+    ),
+    "fewer layers": (
+        "prefix",
+        put(torch.ones(5, 64)),
+        {},
+        "'prompt_embeddings' has the shape [5, 64]; 2 layers of 4 heads of 8 need [5, 128]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MISPLACED)
+def test_rows_that_do_not_fit(case: str, tmp_path: Path) -> None:
+    kind, damage, changes, message = MISPLACED[case]
+    rows(kind, "gpt2", tmp_path)
+    assert refusal(tmp_path, "gpt2", damage, changes) == message
+
+
+def test_a_linear_that_never_runs(tmp_path: Path) -> None:
+    """BERT's attention to an encoder's states, when it is given none."""
+
+    def backbone() -> PreTrainedModel:
+        return tiny("bert", is_decoder=True, add_cross_attention=True)
+
+    made = peft.LoraConfig(r=4, target_modules=["query"])
+    peft.get_peft_model(backbone(), made).save_pretrained(tmp_path)
+    with pytest.raises(PeftcError) as error:
+        import_peft(tmp_path, backbone())
+    path = "bert.encoder.layer.0.crossattention.self.query"
+    assert str(error.value) == f"'{path}' cannot have a delta here: no site is there"
 
 
 @pytest.mark.parametrize(

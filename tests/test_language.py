@@ -171,6 +171,8 @@ def test_budget() -> None:
         within(model, [load_spec("lora")], "lots")
     with pytest.raises(PeftcError, match="more than 1 "):
         within(model, [load_spec("lora")], "1")
+    with pytest.raises(PeftcError, match=r"^bitfit has no argument that sets its size$"):
+        within(model, [load_spec("bitfit")], "5%")
 
 
 def waiting(path: Path, name: str = "lora", argument: str = "r") -> Path:

@@ -55,6 +55,7 @@ def test_no_pattern_takes_long(pattern: str) -> None:
         ("a" * 501, "longer than"),
         ("(" * 13 + "a" + ")" * 13, "nested deeper"),
         ("a{5000}", "more than 1000"),
+        ("a++", "'a\\+\\+' cannot be used: a possessive repeat; name the modules instead"),
     ],
 )
 def test_what_is_refused(pattern: str, reason: str) -> None:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 
 import peftc
+from peftc.errors import PeftcError
 from peftc.training.trainer import Trainer
 
 ADALORA = peftc.load_spec("adalora", r=2)
@@ -131,6 +132,20 @@ def test_once_a_step(family: str, case: str, parts: int, tmp_path: Path) -> None
         torch.testing.assert_close(
             got[name] - without[name], slope.expand_as(got[name]), rtol=1e-4, atol=1e-5
         )
+
+
+def test_a_loss_that_says_no_share_of_a_step() -> None:
+    """A part of a step has a part of the penalty, which is told from a sum of cross entropies over all its tokens."""
+    model = started("llama", ADALORA).train()
+    model.loss_function = lambda logits, *_, num_items_in_batch, **__: (
+        logits.square().sum() / num_items_in_batch
+    )
+    with pytest.raises(PeftcError) as error:
+        model(**inputs_of(model), num_items_in_batch=torch.tensor(9))
+    assert str(error.value) == (
+        "the loss of this model reads 'num_items_in_batch' in a way that says no share of a batch, and a method's "
+        "penalty is added by that; leave the argument out, or compute the loss yourself and add model.penalty()"
+    )
 
 
 @pytest.mark.parametrize("family", ["bert", "bart"])

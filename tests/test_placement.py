@@ -111,3 +111,17 @@ def test_a_merge_needs_the_weights() -> None:
     model = peftc.compile(backbone, "lora")
     with pytest.raises(peftc.PeftcError, match="its weights are elsewhere until a module runs"):
         peftc.merge(model)
+
+
+def test_sets_that_train_weights_need_them() -> None:
+    backbone = tiny("llama")
+    cpu_offload(backbone, torch.device("cpu"))
+    model = peftc.compile(backbone, "lora")
+    model.add("norm_tuning", "more")
+    with pytest.raises(peftc.PeftcError) as error:
+        model.use("more")
+    assert str(error.value) == (
+        "LlamaForCausalLM: sets that train its weights cannot be switched while these are elsewhere "
+        "until a module runs; load it without a device_map"
+    )
+    assert model.in_use == ("default",)

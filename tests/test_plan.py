@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import peftc
 from peftc.errors import PeftcError
 from peftc.language import resolved
+from peftc.language.expr import parse
 from peftc.language.reader import parse_spec
 from peftc.language.spec import Spec
 from peftc.model import backbones
@@ -67,6 +68,49 @@ def test_what_does_not_fit_is_said() -> None:
     assert "unknown size 'heads'" in bad_spec(wrong)
     square = "deltas: [{at: ffn.up, params: {a: {shape: [in, d], init: zeros}}, delta: x @ a}]"
     assert "'h + x @ a': [..., 64] and [..., 32] differ: '64' is not '32'" in bad(square)
+
+
+HEADS = "deltas: [{at: attention.heads, params: {P: {shape: [heads, 2, head_dim], init: zeros}}, rewrite: {%s}}]"
+# Specs that read well, and what the numbers of a model say of them at its first site.
+UNFIT = {
+    "deltas: [{at: ffn.up, rewrite: {h: x}}]": "'h' is [..., 64] but is assigned [..., 32]",
+    "deltas: [{at: ffn.up, params: {a: {shape: [in, out], init: W}}, delta: x @ a}]": "'a' is [32, 64] but starts as [64, 32]",
+    "deltas: [{at: ffn.up, params: {a: {shape: [in / 3, out], init: zeros}}, delta: x @ a}]": "'a' has a size of 10.666666666666666 (in / 3)",
+    HEADS
+    % 'q: "prepend(P, q)"': "'q' of attention.heads is prepended to; rows go in front of k, v",
+    HEADS % 'k: "prepend(P, k)"': "k gets 2 rows and v 0; put as many in front of both",
+    "deltas: [{at: ffn, params: {P: {shape: [1, d], init: zeros}, Q: {shape: [2, 3, d], init: zeros}},"
+    " delta: 'h * sum(sum(sum(prepend(P, Q))))'}]": "'h' of ffn is prepended to; this site has no rows",
+}
+
+
+@pytest.mark.parametrize("text", UNFIT, ids=range(len(UNFIT)))
+def test_what_the_numbers_of_a_model_say(text: str) -> None:
+    at = text.partition("at: ")[2].partition(",")[0]
+    first = "model.encoder.layers.0" + ".self_attn" * (at == "attention.heads")
+    assert bad(text) == f"s.yaml:1:10: at {first}:{at}: {UNFIT[text]}"
+
+
+def test_a_spec_that_was_made_in_python_is_checked_too() -> None:
+    made = parse_spec("deltas: [{at: ffn, delta: h}]", "s.yaml")
+    entry = replace(made.entries[0], assign=(("h", parse("h + residul")),))
+    with pytest.raises(PeftcError) as error:
+        peftc.plan(tiny("bart"), replace(made, entries=(entry,)))
+    fact = "unknown name 'residul'"
+    assert str(error.value) == f"s.yaml:1:10: at model.encoder.layers.0:ffn: {fact}"
+
+
+def test_positions_that_a_model_is_not_told_cannot_move() -> None:
+    text = HEADS % 'k: "prepend(P, k)", v: "prepend(P, v)"'
+    assert bad(text.replace("params", "positions: shift, params")) == (
+        "BartForConditionalGeneration takes no position_ids, so 'positions: shift' moves nothing; "
+        "leave it out, or use a decoder that takes them"
+    )
+
+
+def test_no_spec_is_none() -> None:
+    with pytest.raises(PeftcError, match=r"^no spec is given; give one, such as 'lora'$"):
+        peftc.plan(tiny("bart"), [])
 
 
 def bad_spec(text: str) -> str:

@@ -11,8 +11,10 @@ from conftest import batch, logits, stir, tiny, wide
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.bert.modeling_bert import BertSelfOutput
 
 import peftc
+from peftc.language.reader import parse_spec
 
 
 def gated_attention(
@@ -200,6 +202,41 @@ def test_values_narrower_than_keys() -> None:
             real = inputs["attention_mask"].bool()
             assert (got - want)[real].abs().max() < 1e-6  # its norms compute in float32
         peftc.detach(model)
+
+
+def floored(module, q, k, v, mask, scaling=1.0, **_):  # type: ignore[no-untyped-def]
+    """Attention whose scores are no less than the distance of the keys."""
+    scores = torch.maximum(q @ k.transpose(-1, -2) * scaling, -torch.arange(k.shape[-2]).float())
+    return (torch.softmax(scores, -1) @ v).transpose(1, 2).contiguous(), None
+
+
+def test_scores_that_no_value_leaves_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "floored", floored)
+    with pytest.raises(peftc.PeftcError) as error:
+        peftc.compile(tiny("bert", "floored"), peftc.load_spec("prefix_direct", l=2))
+    assert str(error.value) == (
+        "'maximum' masks the scores in bert.encoder.layer.0.attention.self, and no value of its mask leaves one as it "
+        "is: no rows can go in front of its keys"
+    )
+
+
+class Twice(BertSelfOutput):
+    """An output projection that runs again on what it gave."""
+
+    def forward(self, hidden_states: torch.Tensor, input_tensor: torch.Tensor) -> torch.Tensor:
+        return self.LayerNorm(self.dense(self.dense(hidden_states)) + input_tensor)
+
+
+def test_an_output_without_its_query() -> None:
+    backbone = tiny("bert")
+    for layer in backbone.bert.encoder.layer:
+        layer.attention.output.__class__ = Twice
+    with pytest.raises(peftc.PeftcError) as error:
+        peftc.compile(backbone, parse_spec("deltas: [{at: attention, delta: h}]", "s"))
+    name = "bert.encoder.layer.0.attention"
+    assert str(error.value) == (
+        f"entry 'forward': '{name}.self.query.weight' does not run before linear_4 of {name}.self:attention"
+    )
 
 
 def test_hand_example() -> None:

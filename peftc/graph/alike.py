@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from operator import getitem
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from peftc.graph.aten import operand, shares, writes
-from peftc.graph.program import Program
+from peftc.graph.program import Program, is_call
 
 
 def alike(program: Program, other: Program, past: Mapping[fx.Node, fx.Node]) -> bool:
     """Whether both give the same, where each node of `program` in `past` is the one that goes past it."""
-    known: dict[object, int] = {}
+    known: dict[object, str] = {}
     mine, theirs = dict(_axes(program)), dict(_axes(other))
     same = {theirs[axis]: size for axis, size in mine.items()}
-    return _named(program, past, {}, known) == _named(other, {}, same, known)
+    one, two = _Names(known, past, {}).of(program), _Names(known, {}, same).of(other)
+    return bool(one == two)
 
 
 def _axes(program: Program) -> Iterator[tuple[tuple[str, int], Any]]:
@@ -30,30 +33,67 @@ def _axes(program: Program) -> Iterator[tuple[tuple[str, int], Any]]:
                     yield (slot.name, axis), size.node.expr
 
 
-def _named(
-    program: Program,
-    past: Mapping[fx.Node, fx.Node],
-    sizes: Mapping[Any, Any],
-    known: dict[object, int],
-) -> str:
-    """The number of what a graph gives: nodes that compute the same have the same one, in any graph."""
-    numbers: dict[fx.Node, str] = {}
-    for node in program.graph.nodes:
-        if node in past:
-            numbers[node] = numbers[past[node]]
-            continue
-        value = node.meta.get("val")
+@dataclass(frozen=True)
+class _Names:
+    """Names for what nodes compute: nodes of any graph that compute the same have one name in `known`."""
+
+    known: dict[object, str]
+    past: Mapping[fx.Node, fx.Node]
+    sizes: Mapping[Any, Any]
+
+    def of(self, program: Program) -> Any:
+        """What a program gives."""
+        inputs = program.graph.find_nodes(op="placeholder")
+        names = {node: self._name(program.slots[node.name]) for node in inputs}
+        return self._given(program.root, program.graph, names, ())
+
+    def _name(self, key: object) -> str:
+        return self.known.setdefault(key, f"%{len(self.known)}")
+
+    def _given(
+        self, root: nn.Module, graph: fx.Graph, names: dict[fx.Node, Any], within: Any
+    ) -> Any:
+        """What a graph gives of inputs with these names, `within` the settings of the graphs around it."""
+        for node in graph.nodes:
+            if node.op == "output":
+                return fx.map_arg(node.args[0], names.__getitem__)
+            if node in self.past:
+                names[node] = names[self.past[node]]
+            elif node.op != "placeholder":
+                names[node] = self._made(root, node, names, within)
+                if writes(node):
+                    names |= dict.fromkeys(_written(node), names[node])
+        raise AssertionError("a graph has an output")
+
+    def _made(
+        self, root: nn.Module, node: fx.Node, names: Mapping[fx.Node, Any], within: Any
+    ) -> Any:
+        value, args = node.meta.get("val"), node.args
         if isinstance(value, torch.SymInt):
-            key: object = str(value.node.expr.xreplace(sizes))
-        elif node.op == "placeholder":
-            key = program.slots[node.name]
-        else:
-            given = fx.map_arg((node.args, node.kwargs), numbers.__getitem__)
-            key = node.op, str(node.target), repr(given)
-        numbers[node] = f"%{known.setdefault(key, len(known))}"
-        if writes(node):
-            numbers |= dict.fromkeys(_written(node), numbers[node])
-    return numbers[node]
+            return self._name(str(value.node.expr.xreplace(self.sizes)))
+        if node.op == "get_attr":
+            return self._name((node.op, node.target))
+        parts = [i for i, one in enumerate(args) if _part(root, one) is not None]
+        if len(parts) == 1:  # a region: without gradients, or in another precision
+            (at,) = parts
+            inner: Any = _part(root, args[at])
+            inputs = inner.graph.find_nodes(op="placeholder")
+            given = (names[one] if isinstance(one, fx.Node) else one for one in args[at + 1 :])
+            settings = (*within, str(node.target), *args[:at])
+            return self._given(inner, inner.graph, dict(zip(inputs, given, strict=True)), settings)
+        of = names.get(args[0]) if is_call(node, getitem) else None  # type: ignore[arg-type]
+        if isinstance(of, tuple):
+            return of[args[1]]  # type: ignore[index]
+        read = repr(fx.map_arg((args, node.kwargs), names.__getitem__))
+        return self._name((node.op, str(node.target), read, within))
+
+
+def _part(root: nn.Module, one: object) -> fx.GraphModule | None:
+    """The graph that an argument is."""
+    if not isinstance(one, fx.Node) or one.op != "get_attr":
+        return None
+    part = getattr(root, str(one.target), None)
+    return part if isinstance(part, fx.GraphModule) else None
 
 
 def _written(node: fx.Node) -> Iterator[fx.Node]:

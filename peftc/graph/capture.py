@@ -21,7 +21,7 @@ from typing import Any, ParamSpec, TypeVar
 import numpy as np
 import torch
 from torch import fx, nn
-from torch.export.graph_signature import InputKind, OutputKind
+from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode
@@ -38,8 +38,9 @@ from peftc.graph.entries import ENTRIES, Tensors
 from peftc.graph.finite import Finite, selected
 from peftc.graph.functions import kept, write_calls
 from peftc.graph.idle import Idle, undecided
+from peftc.graph.loops import Loops, rows_join
 from peftc.graph.masks import deciding, proven
-from peftc.graph.program import Bound, Program, Slot
+from peftc.graph.program import Bound, Program, Slot, behind
 from peftc.graph.quantized import readers, require_open
 from peftc.graph.rows import NONE, Room
 from peftc.graph.state import Fingerprint, fingerprint, note, noting, undisturbed
@@ -195,13 +196,16 @@ def _traced(
     auto = torch.export.Dim.AUTO
     shapes = {k: {i: auto for i, a in enumerate(labels[k]) if a} for k in tensors}
     output_types: list[Callable[..., Any]] = []
-    answers, draws = Finite(finite), Dropped(dropped)
+    states: set[str] = set()
+    answers, draws, loops = Finite(finite), Dropped(dropped), Loops()
     others = idle or contextlib.nullcontext()
 
     def run(arguments: Tensors) -> dict[str, Any]:
         wide = room.widened(model, entry, arguments)
-        with _Detached(), others, answers, draws, room.kept_from_decoder(model, wide):
+        before = dict(model.named_buffers(remove_duplicate=False))
+        with _Detached(), others, answers, draws, loops, room.kept_from_decoder(model, wide):
             output_type, fields = ENTRIES[entry].call(model, wide, flags)
+        states.update(_replaced(before, dict(model.named_buffers(remove_duplicate=False))))
         output_types.append(output_type)
         return room.cut(model, entry, wide, fields)
 
@@ -221,7 +225,12 @@ def _traced(
             traced.forget()
     wide = room.wide(entry, seq2seq)
     program = _program(exported, entry, model, labels, wide, output_types[-1])
+    _require_stateless(program, model, states)
     write_calls(program, exported.graph_module, calls)
+    if loops.met and not rows_join(program):
+        raise CaptureError(
+            f"{type(model).__name__} cannot be traced ({entry}): a loop over chosen experts does more than add their rows"
+        )
     if finite or dropped:
         return program
     if draws.asked:
@@ -371,8 +380,10 @@ def _program(
     for spec in exported.graph_signature.input_specs:
         kind = _KINDS.get(spec.kind)
         if kind is None:
+            one = exported.constants.get(spec.target)
             raise CaptureError(
-                f"{type(model).__name__}.{entry}: {spec.kind} inputs are not supported"
+                f"{type(model).__name__} cannot be traced ({entry}): it reads a {type(getattr(one, 'real_obj', one)).__name__}, "
+                "and a graph takes tensors alone; compute what it is for outside of forward"
             )
         name = next(users) if kind == "input" else spec.target
         if kind == "constant":
@@ -384,9 +395,6 @@ def _program(
     for node in exported.graph_module.graph.find_nodes(op="placeholder"):
         if slots[node.name].kind == "constant":
             node.meta["constant"] = constants[slots[node.name].name]
-    for out in exported.graph_signature.output_specs:
-        if out.kind is not OutputKind.USER_OUTPUT:
-            raise CaptureError(f"{type(model).__name__}.{entry} changes its state: '{out.target}'")
     return Program(
         entry=entry,
         graph=exported.graph_module.graph,
@@ -399,6 +407,29 @@ def _program(
         wide=wide,
         bounds=tuple(_bounds(exported, slots, labels)),
     )
+
+
+def _replaced(before: Tensors, after: Tensors) -> Iterator[str]:
+    """The buffers that have other values now: not those that were moved or made another type."""
+    for path, new in after.items():
+        old = before.get(path)
+        if old is None or old is new or old.dtype != new.dtype:
+            continue
+        if old.untyped_storage()._cdata != new.untyped_storage()._cdata:
+            yield path
+
+
+def _require_stateless(program: Program, model: PreTrainedModel, states: set[str]) -> None:
+    """Raise CaptureError where what a call gives hangs on a buffer that the call before set: a graph sets none."""
+    (output,) = program.graph.find_nodes(op="output")
+    before = behind(output)
+    for node in program.graph.find_nodes(op="placeholder"):
+        slot = program.slots[node.name]
+        if slot.kind == "buffer" and slot.name in states and node in before:
+            raise CaptureError(
+                f"{type(model).__name__} cannot be traced ({program.entry}): it reads its buffer '{slot.name}' and sets it to "
+                "other values, which no graph keeps from call to call; pass it as an input"
+            )
 
 
 def _parts(traced: fx.GraphModule) -> nn.Module:

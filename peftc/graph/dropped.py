@@ -45,12 +45,15 @@ class Dropped(TorchFunctionMode):
         super().__init__()
         self.all, self.asked = all_, 0
         self._known: Any = WeakTensorKeyDictionary()
+        self._marked: Any = WeakTensorKeyDictionary()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.__bool__ and isinstance(self._known.get(args[0]), bool):
-            self.asked += 1
             kept: bool = self._known[args[0]]
-            _MARK(args[0], _SAYS[kept])
+            if args[0] not in self._marked:  # code may ask before a layer and after it
+                self.asked += 1
+                self._marked[args[0]] = True
+                _MARK(args[0], _SAYS[kept])
             return kept is not self.all
         result = func(*args, **(kwargs or {}))
         if func is torch.rand and result.ndim == 0:

@@ -27,6 +27,15 @@ class Quiet:
         return self.output_type(**{k: v for k, v in fields.items() if k not in CACHES})
 
 
+@dataclass
+class Encoded(BaseModelOutput):
+    """What an encoder gave, of which the last hidden state is kept: its other fields, whatever their names, are None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
 @dataclass(frozen=True)
 class Entry:
     """A way into a model: `call(model, tensors, flags)` gives its output class and output tensors.
@@ -45,9 +54,7 @@ class Entry:
 def _forward(model: PreTrainedModel, tensors: Tensors, flags: Mapping[str, Any]) -> Outputs:
     tensors = dict(tensors)
     hidden = tensors.pop("encoder_hidden_states", None)
-    encoded = (
-        {} if hidden is None else {"encoder_outputs": BaseModelOutput(last_hidden_state=hidden)}
-    )
+    encoded = {} if hidden is None else {"encoder_outputs": Encoded(last_hidden_state=hidden)}
     return _plain(model(**tensors, **encoded, **flags, return_dict=True))
 
 
@@ -71,7 +78,7 @@ def _cached(model: PreTrainedModel, tensors: Tensors, flags: Mapping[str, Any]) 
         if hidden is None:  # cross keys are cached, so the encoder's output is not read
             past = tensors[CacheSlot("cross", 0, "key").name]
             hidden = past.new_zeros(past.shape[0], past.shape[2], 1)
-        inputs["encoder_outputs"] = BaseModelOutput(last_hidden_state=hidden)  # type: ignore[assignment]
+        inputs["encoder_outputs"] = Encoded(last_hidden_state=hidden)  # type: ignore[assignment]
     out = model(**inputs, **flags, **{facts.cache: cache}, use_cache=True, return_dict=True)
     output_type, fields = _plain(out)
     fields.pop("encoder_last_hidden_state", None)

@@ -7,6 +7,7 @@ from the model's own code; the pass `insert` then fills the rows at the embeddin
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,7 @@ from peftc.graph.arguments import FIRST, CaptureError, argument, axes
 from peftc.graph.cache import FILLED, CacheSlot, keys_of
 from peftc.graph.entries import ENTRIES, Tensors
 from peftc.graph.facts import ModelFacts
+from peftc.graph.program import aten
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ class Room:
                 if not tensor or CacheSlot.read(name) is not None:
                     continue
                 if any(statically_known_true(value.shape[1] == length) for length in lengths):
-                    cut[name] = value[:, self.rows[ids] :]
+                    cut[name] = aten.slice.Tensor(value, 1, self.rows[ids], sys.maxsize)
         return cut
 
 

@@ -143,9 +143,12 @@ def _modules(
         if name is not None:
             found.setdefault(path.removesuffix(f".{name}"), {})[name] = value
         elif _is_whole(path, saved, config, backbone):
-            if path not in weights or weights[path].shape != value.shape:
+            if path not in weights:
+                raise InterchangeError(f"the backbone has no parameter '{path}'")
+            if weights[path].shape != value.shape:
                 raise InterchangeError(
-                    f"the backbone has no parameter '{path}' {list(value.shape)}"
+                    f"'{path}' is {list(value.shape)}, and the backbone's {list(weights[path].shape)}; load the backbone "
+                    "with the sizes that the adapter was trained with, such as num_labels"
                 )
             if not _is_its_own(path, value, weights):
                 whole[path] = value

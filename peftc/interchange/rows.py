@@ -16,6 +16,7 @@ from peftc.language.spec import Spec
 from peftc.model.compiled import CompiledModel
 
 ROWS = "prompt_embeddings"
+_PROMPTS = ("PROMPT_TUNING", "P_TUNING")
 
 
 class RowsError(PeftcError):
@@ -29,12 +30,12 @@ def spec(config: Mapping[str, Any], table: torch.Tensor, backbone: PreTrainedMod
     tuning: [l, layers * 2 * kv_heads * head_dim], each layer's keys before its values.
     """
     kind, length = config.get("peft_type"), config.get("num_virtual_tokens")
-    if not isinstance(length, int) or not 0 < length <= len(table):
-        raise RowsError(f"num_virtual_tokens is {length}, and there are {len(table)} rows")
-    if kind in ("PROMPT_TUNING", "P_TUNING"):
-        return load_spec("prompt_tuning", l=length)
-    if kind != "PREFIX_TUNING":
+    if kind not in (*_PROMPTS, "PREFIX_TUNING"):
         raise RowsError(f"'{ROWS}' of a {kind} adapter has no form here")
+    if not isinstance(length, int) or not 0 < length <= len(table):
+        raise RowsError(f"'num_virtual_tokens' is {length}, and '{ROWS}' has {len(table)} rows")
+    if kind in _PROMPTS:
+        return load_spec("prompt_tuning", l=length)
     if ModelFacts.read(backbone).encoder_decoder:
         raise RowsError(
             "PEFT's prefix of an encoder-decoder is the decoder's self-attention alone, with positions "
@@ -72,5 +73,7 @@ def fill(model: CompiledModel, table: torch.Tensor) -> None:
     with torch.no_grad():
         for (_, slot), value in zip(places, values, strict=True):
             if value.shape != slot.shape:
-                raise RowsError(f"the rows are {list(value.shape)}, the model's {list(slot.shape)}")
+                raise RowsError(
+                    f"'{ROWS}' has rows {list(value.shape)}, and this backbone takes {list(slot.shape)}"
+                )
             slot.copy_(value)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import yaml
 
-from peftc.errors import suggest
+from peftc.errors import number_of, suggest
 from peftc.language import expr as ex
 from peftc.language.ops import OPS, infer
 from peftc.language.ports import SITES
@@ -162,5 +162,5 @@ class Formulas:
             return
         row = INITS[init.name]
         if not row.least <= len(init.args) <= row.most:
-            fact = f"init '{init.name}' takes {row.most} arguments, not {len(init.args)}"
-            self.source.fail(node, fact)
+            takes = number_of(row.most, "argument")
+            self.source.fail(node, f"init '{init.name}' takes {takes}, not {len(init.args)}")

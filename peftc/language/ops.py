@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from peftc.errors import suggest
+from peftc.errors import number_of, suggest
 from peftc.language import shapes
 from peftc.language.expr import (
     ARITHMETIC,
@@ -255,8 +255,8 @@ def infer(expr: Expr, known: Mapping[str, Shape]) -> Shape:
         raise ExprError(expr.column, f"unknown op '{expr.op}'", suggest(expr.op, OPS))
     row = OPS[expr.op]
     if len(expr.args) != row.arity:
-        fact = f"'{expr.op}' takes {row.arity} arguments, not {len(expr.args)}"
-        raise ExprError(expr.column, fact)
+        takes = number_of(row.arity, "argument")
+        raise ExprError(expr.column, f"'{expr.op}' takes {takes}, not {len(expr.args)}")
     args = tuple(infer(arg, known) for arg in expr.args)
     try:
         shape = row.shape(args, expr.args)

@@ -124,7 +124,7 @@ def combine(specs: Sequence[Spec]) -> Spec:
     if len(specs) == 1:
         return specs[0]
     if not specs:
-        raise PeftcError("no spec is given")
+        raise PeftcError("no spec is given; give one, such as 'lora'")
     for spec in specs:
         if spec.auto is not None:
             raise PeftcError(f"'{spec.auto}' of {spec.name} is auto: decide it before combining")

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
@@ -34,7 +35,15 @@ TASKS = {
     "translation": "AutoModelForSeq2SeqLM",
     "language-modeling": "AutoModelForCausalLM",
 }
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,  # a setting of a configuration that is of another type
+)
 
 
 class BackboneError(PeftcError):
@@ -243,22 +252,23 @@ def _seeded() -> Iterator[None]:
 
 
 def _line(error: BaseException) -> str:
-    """The first line of a message, without the period."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    """The first line of a message, and the next where it ends in a colon, without the period."""
+    lines = [one.strip() for one in str(error).strip().splitlines()]
+    said = " ".join(lines[:2]) if lines and lines[0].endswith(":") else "".join(lines[:1])
+    return said.rstrip(".") or type(error).__name__
 
 
-def made(cls: str, settings: Mapping[str, Any]) -> PreTrainedModel:
-    """A model of a class of transformers with the configuration that `settings` are, on the meta device. Raises
-    BackboneError."""
+def made(name: str, cls: str, settings: Mapping[str, Any]) -> PreTrainedModel:
+    """A model of a class of transformers with the configuration that `settings` are, on the meta device; `name` says where
+    both are from. Raises BackboneError."""
     kind: Any = getattr(transformers, cls, None)
     if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
-        raise BackboneError(f"transformers has no {cls}")
+        raise BackboneError(f"'{name}' is a {cls}, which transformers does not have")
     try:
         known: Any = kind.config_class
         config = known.from_dict(dict(settings))
     except _UNREADABLE as error:
-        raise BackboneError(f"no configuration of a {cls}: {_line(error)}") from error
+        raise BackboneError(f"'{name}' has no configuration of a {cls}: {_line(error)}") from error
     with torch.device("meta"):
         model = kind._from_config(config, dtype=torch.float32)
     return _evaluating(model)

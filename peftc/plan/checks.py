@@ -29,9 +29,7 @@ def check(edit: Edit) -> None:
     for port, expression in entry.assign:
         got, want = shape_of(expression, edit, lets), ports[port]
         if got[-1:] != want[-1:] and got != ():
-            raise ex.ExprError(
-                0, f"'{port}' has the shape {_text(want)} but is assigned {_text(got)}", ""
-            )
+            raise ex.ExprError(0, f"'{port}' is {_text(want)} but is assigned {_text(got)}")
 
 
 def _check_growth(edit: Edit) -> None:
@@ -43,9 +41,10 @@ def _check_growth(edit: Edit) -> None:
             fix = f"rows go in front of {', '.join(grows)}" if grows else "this site has no rows"
             raise ex.ExprError(0, f"'{port}' of {edit.site.at} is prepended to; {fix}")
     counts = {port: grown(expression, edit) for port, expression in assigned.items()}
-    if edit.site.at == "attention.heads" and counts.get("k", 0) != counts.get("v", 0):
-        raise ex.ExprError(0, f"k gets {counts.get('k', 0)} rows and v {counts.get('v', 0)}")
-    if edit.entry.positions == "shift" and not counts.get("k"):
+    k, v = counts.get("k", 0), counts.get("v", 0)
+    if edit.site.at == "attention.heads" and k != v:
+        raise ex.ExprError(0, f"k gets {k} rows and v {v}; put as many in front of both")
+    if edit.entry.positions == "shift" and not k:
         raise ex.ExprError(0, "'positions: shift' goes with keys that are prepended")
 
 

@@ -125,7 +125,7 @@ def of_bundle(directory: Path) -> Subject:
         ) from error
     checks = _checks(directory) or tuple(parity)
     said = record.read(directory)
-    bare = backbones.made(said.cls, said.config)
+    bare = backbones.made(str(directory), said.cls, said.config)
     subject = of_specs(bare, [_written(said.spec)])
     return replace(
         subject,

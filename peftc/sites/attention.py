@@ -287,7 +287,8 @@ def _padded(program: Program, one: Mask, call: Callable[..., Any], rows: int) ->
     if neutral is None:
         op = one.read.user
         raise SiteError(
-            f"'{op_name(op)}' masks the scores in {scope_of(op)}, and no value of its mask leaves one as it is"
+            f"'{op_name(op)}' masks the scores in {scope_of(op)}, and no value of its mask leaves one as it is: "
+            "no rows can go in front of its keys"
         )
     for user in mask.users:
         if user.meta.get("extends") == (rows, neutral):
