@@ -55,6 +55,11 @@ def no_room(error: BaseException) -> bool:
     return any(words in str(error) for words in _NO_ROOM)
 
 
+def fault(error: BaseException) -> str:
+    """What was wrong with data that could not be read, for a message."""
+    return f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+
+
 def number_of(count: int, what: str) -> str:
     """`1 argument`, `2 arguments`."""
     return f"{count} {what}" + "s" * (count != 1)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Run
 
 from peftc import cli
 from peftc.store.directory import MANIFEST
@@ -116,10 +117,10 @@ def confined(given: list[str], limit: int) -> tuple[int, str]:
 
 
 def test_deltas_and_their_report_are_written_together(
-    made: Path, body: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, body: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = ["train", "lora", "-m", body, "--data", rows, "--steps", 1, "-o", tmp_path / "d"]
-    assert cli.main([str(one) for one in given]) == 0
+    assert run(*given)[0] == 0
     before = tree(tmp_path)
 
     def full(*_: object) -> str:
@@ -127,5 +128,9 @@ def test_deltas_and_their_report_are_written_together(
 
     monkeypatch.setattr("peftc.training.report.curve", full)
     given[given.index(1)] = 2
-    assert cli.main([str(one) for one in given]) == 1
+    code, _, err = run(*given)
+    said = (
+        f"error: {tmp_path / 'd'} is not written: no room on the disk; make some and run it again\n"
+    )
+    assert code == 1 and said in err
     assert tree(tmp_path) == before

@@ -16,6 +16,7 @@ from conftest import Run, stir, tiny
 
 import peftc
 from peftc.errors import PeftcError
+from peftc.export.bundle import verified
 from peftc.store import directory
 from peftc.store.deltas import WEIGHTS
 from peftc.store.directory import (
@@ -274,6 +275,12 @@ def test_a_bundles_manifest_of_other_things_is_damaged(
     file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
     code, _, err = run("verify", tmp_path / "b")
     assert code in (0, 1) and "Traceback" not in err
+
+
+def test_a_bundle_of_a_model_with_other_shapes(bundle: Path) -> None:
+    said = r"^model: 'logits' is \[\d+, 3\], in torch \[\d+, 4\], at a batch of \d × \d+ tokens"
+    with pytest.raises(PeftcError, match=said):
+        list(verified(tiny("bert", num_labels=4), bundle))
 
 
 @pytest.fixture(scope="module")

@@ -277,6 +277,14 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         "{body} holds no training.json, so no checkpoints of 'peftc train'; choose another directory",
     ),
     "new, both": (["-o", "{new}", "--checkpoints", "{new}"], "are both {new}; choose two"),
+    "torn": (
+        ["--checkpoints", "{torn}"],
+        "error: {torn}/training.json is damaged; choose another directory",
+    ),
+    "deltas alone": (
+        ["-r", "{alone}"],
+        "error: 'train.save_only_model' leaves out what --checkpoints go on from; remove it",
+    ),
 }
 
 
@@ -288,6 +296,10 @@ def test_another_training_is_refused(
     places = {"c": tmp_path / "c", "new": tmp_path / "new", "body": body}
     places |= {"fewer": tmp_path / "fewer.jsonl", "other": tmp_path / "other"}
     places["fewer"].write_text("".join(rows.read_text().splitlines(keepends=True)[:32]))
+    places |= {"torn": tmp_path / "torn", "alone": tmp_path / "alone.yaml"}
+    places["torn"].mkdir()
+    (places["torn"] / "training.json").write_text("{")
+    places["alone"].write_text("train: {save_only_model: true}")
     shutil.copytree(body, places["other"])
     tiny("bert", seed=5).base_model.save_pretrained(places["other"])
     more, message = REFUSED[case]

@@ -9,6 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -108,6 +109,13 @@ def test_numbers_as_yaml_reads_them(tmp_path: Path) -> None:
         load_recipe("sst3")
 
 
+def test_what_trainers_do_not_take(tokenizer: BertTokenizerFast) -> None:
+    recipe = PLAIN.using(lr_scheduler_type="wavy")
+    said = "^recipe 'classification', 'train': wavy is not a valid SchedulerType"
+    with pytest.raises(PeftcError, match=said):
+        run.train(classifier(), tokenizer, Dataset.from_list(ROWS), None, recipe)
+
+
 ROWS = [
     {"text": ("ab"[i % 2] + " ") * (2 + i % 7), "label": ("even", "odd")[i % 2]} for i in range(24)
 ]
@@ -177,11 +185,19 @@ def test_rows_are_encoded_once(
         data.encode(rows, PLAIN.using(max_length=5), tokenizer, classes, "rows")
 
 
+CLASSES = {"even": 0, "odd": 1}
 BAD: dict[str, tuple[list[dict[str, Any]], str]] = {
     "a column": ([{"txt": "a", "label": "x"}], "no column 'text' (text); there are txt, label (did"),
     "a value": ([*ROWS[:2], {"text": "a", "label": None}], "row 3: no column 'label'"),
     "one class": ([{"text": "a", "label": "x"}], "column 'label' holds one class alone: x"),
     "a class": ([*ROWS[:2], {"text": "a", "label": "new"}], "row 3: class 'new' is not one that"),
+    "regression: a number": (
+        [{"text": "a", "label": "1.5"}, {"text": "b", "label": "much"}], "row 2: 'much' is no number",
+    ),
+    "token-classification: a tag": (
+        [{"tokens": ["a", "b"], "tags": tags} for tags in (["even", "odd"], ["odd"])],
+        "row 2: 1 tag for 2 words",
+    ),
 }  # fmt: skip
 
 
@@ -190,11 +206,31 @@ def test_bad_data_is_one_message(case: str, tokenizer: BertTokenizerFast, tmp_pa
     rows, message = BAD[case]
     file = tmp_path / "bad.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = case.rpartition(":")[0] or "classification"
+    recipe = PLAIN.using(task=task, metrics=())
     with pytest.raises(PeftcError) as caught:
-        read = data.read(str(file), PLAIN, "train")
-        data.class_names(read, PLAIN, str(file))
-        data.encode(read, PLAIN, tokenizer, {"even": 0, "odd": 1}, str(file))
+        read = data.read(str(file), recipe, "train")
+        data.class_names(read, recipe, str(file))
+        data.encode(read, recipe, tokenizer, CLASSES, str(file))
     assert message in str(caught.value)
+
+
+def test_data_that_is_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A split that is not there, and a hub that does not answer."""
+    source, recipe = stored("splits", tmp_path), PLAIN.using(splits={"train": "trian"})
+    with pytest.raises(PeftcError) as caught:
+        data.read(source, recipe, "train")
+    said = "has no split 'trian', only train, validation (did you mean 'train'?)"
+    assert str(caught.value) == f"{source} {said}"
+
+    def silent(*_: Any, **__: Any) -> None:
+        raise ConnectionError("Couldn't reach 'glue' on the Hub.\nTry again.")
+
+    monkeypatch.setattr(datasets, "load_dataset", silent)
+    with pytest.raises(PeftcError) as caught:
+        data.read("glue", PLAIN, "train")
+    said = "is no local file and cannot be had from the hub: Couldn't reach 'glue' on the Hub"
+    assert str(caught.value) == f"data 'glue' {said}"
 
 
 def test_files_that_are_no_data(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from dataclasses import replace
@@ -336,17 +337,40 @@ WRONG = {
         ("{old}", "-o", "{out}"),
         "{old} holds no report.json: it was exported without deltas, or by an older peftc; export it again",
     ),
+    "no backbone": (
+        ("{nameless}", "-o", "{out}"),
+        "{nameless} names no backbone (BertForSequenceClassification); say --model",
+    ),
+    "damaged record": (
+        ("{record}", "-o", "{out}"),
+        "{record}/report.json is damaged: it lacks 'spec'; export it again",
+    ),
+    "damaged manifest": (
+        ("{manifest}", "-o", "{out}"),
+        "{manifest}/peftc.json is damaged: it lacks 'graph'; export it again",
+    ),
+    "damaged certificate": (
+        ("{certificate}", "-o", "{out}"),
+        "{certificate}/certificate.json is damaged: it lacks 'rows'; run peftc verify again",
+    ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_input(run: Run, case: str, folder: Path, lora: Path, tmp_path: Path) -> None:
-    old = tmp_path / "old"
-    old.mkdir()
+    places = {"model": folder, "lora": lora, "out": tmp_path / "out"}
     said = {"format": 2, "kind": "x", "graphs": {}, "parity": [], "data_bytes": 0}
-    (old / "peftc.json").write_text(json.dumps(said))
-    (old / "model.onnx").write_text("")
-    places = {"model": folder, "lora": lora, "out": tmp_path / "out", "old": old}
+    for name, more in (("old", {}), ("record", {}), ("manifest", {"parity": [{}]}), ("certificate", {})):  # fmt: skip
+        places[name] = tmp_path / name
+        places[name].mkdir()
+        (places[name] / "peftc.json").write_text(json.dumps({**said, **more}))
+        (places[name] / "model.onnx").write_text("")
+    (places["record"] / "report.json").write_text("{}")
+    (places["certificate"] / "certificate.json").write_text("{}")
+    places["nameless"] = shutil.copytree(lora, tmp_path / "nameless")
+    named = json.loads((lora / "peftc.json").read_text())
+    named["backbone"]["name"] = ""
+    (places["nameless"] / "peftc.json").write_text(json.dumps(named))
     given, message = WRONG[case]
     code, _, err = run("report", *(one.format(**places) for one in given))
     assert code == 1

@@ -232,6 +232,9 @@ def test_vectors_are_pooled_as_the_model_says(
         states = model(**words(text, return_tensors="pt")).last_hidden_state[0]
         want = torch.nn.functional.normalize(states.mean(0), dim=0)
         assert (vector - want).abs().max() <= 1e-5
+    (folder / "1" / "config.json").write_text(json.dumps({"pooling_mode_lasttoken": True}))
+    with pytest.raises(PeftcError, match="model pools by 'pooling_mode_lasttoken'; known are pool"):
+        peftc.export(transformers.AutoModel.from_pretrained(folder), tmp_path / "c")
     (folder / "modules.json").write_text(json.dumps([{"type": "a.Dense", "path": ""}]))
     with pytest.raises(PeftcError, match=r"a 'Dense' in its modules\.json has no ONNX graph here"):
         peftc.export(transformers.AutoModel.from_pretrained(folder), tmp_path / "c")

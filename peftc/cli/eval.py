@@ -55,7 +55,9 @@ def evaluate(
     loaded = directories.model_of(directory, model)
     tokenizer = directories.tokenizer(directory, loaded)
     if tokenizer is None:
-        raise options.OptionError(f"there is no tokenizer with {directory}")
+        raise options.OptionError(
+            f"there is no tokenizer with {directory}; save one beside its weights"
+        )
     with step("evaluating"):
         metrics, predictions = run.evaluate(loaded, tokenizer, rows, chosen)
     if as_json:

@@ -107,7 +107,7 @@ def specs(names: list[str], sets: list[str] | None, words: str | None = None) ->
         return tuple(loaded)
     worded = [any(entry.words is not None for entry in one.entries) for one in loaded]
     if not any(worded):
-        raise OptionError(f"{name_of(loaded)} starts from no words")
+        raise OptionError(f"{name_of(loaded)} starts from no words; leave --words out")
     pairs = zip(loaded, worded, strict=True)
     return tuple(with_words(one, words) if has else one for one, has in pairs)
 

@@ -67,11 +67,15 @@ def plan(
         raise options.OptionError(
             "--batch counts what one step with a spec saves: name a spec, no --budget"
         )
+    if budget is not None and (not specs or sets):
+        raise options.OptionError(
+            "--budget sizes specs one by one, as they are: name a spec, no --set"
+        )
     loaded = options.specs(specs, sets) if specs and not budget else None
     built = options.backbone(model, random_weights, meta=True, task=task, num_labels=num_labels)
 
     if budget is not None:
-        return _budgets(built, specs or [], sets, budget, as_json)
+        return _budgets(built, specs or [], budget, as_json)
     if loaded is None:
         with step("tracing"):
             places = driver.survey(built)
@@ -97,13 +101,8 @@ def plan(
         say(steps.render(step_of))
 
 
-def _budgets(
-    model: PreTrainedModel, names: list[str], sets: list[str] | None, budget: str, as_json: bool
-) -> None:
+def _budgets(model: PreTrainedModel, names: list[str], budget: str, as_json: bool) -> None:
     """What each method gets for the budget: one line each."""
-
-    if not names or sets:
-        raise options.OptionError("--budget sizes specs one by one, as they are: no --set")
     with step(f"fitting {len(names)} specs to {budget}"):
         found = driver.within(model, [load_spec(name) for name in names], budget)
     rows = listing.budget_rows(found)

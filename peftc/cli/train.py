@@ -23,6 +23,7 @@ from peftc.cli.progress import Shown
 from peftc.errors import PeftcError
 from peftc.language.ports import SITES
 from peftc.language.reader import load_spec
+from peftc.model import backbones
 from peftc.model.compiled import CompiledModel
 from peftc.store.directory import require_ours
 from peftc.training import data as tables
@@ -142,7 +143,10 @@ def train(
         compiled = _started(specs, (sets, words), model, random_weights, rows, no_head, chosen)
     tokenizer = directories.tokenizer(Path(specs[0]), compiled)
     if tokenizer is None:
-        raise options.OptionError(f"there is no tokenizer with {compiled.config.name_or_path}")
+        place = (compiled.config.name_or_path or "").removeprefix(backbones.RANDOM)
+        raise options.OptionError(
+            f"there is no tokenizer with {place}; save one beside its weights"
+        )
     say(table.render(compiled.plan, console().width))
     if dry:
         return _tried(compiled, tokenizer, rows, chosen)

@@ -15,7 +15,7 @@ from peftc.certificate import Row, number
 from peftc.cli import directories, options
 from peftc.cli.console import say, step
 from peftc.cli.merge import REPORT
-from peftc.errors import PeftcError
+from peftc.errors import PeftcError, fault
 from peftc.export import bundle
 from peftc.export.parity import Parity
 from peftc.graph.arguments import seeded_inputs
@@ -106,7 +106,7 @@ def _merged(directory: Path, model: str | None, full: bool) -> tuple[Mapping[str
         about = {k: report[k] for k in ("versions", "specs", "backbone", "error", "folded", "kept")}
         source = Path(model or report["deltas"])
     except (ValueError, KeyError, TypeError) as error:
-        raise DeltaError(f"{directory / REPORT} is damaged: {error}") from error
+        raise DeltaError(f"{directory / REPORT} is damaged: {fault(error)}; merge again") from error
 
     def rows() -> Rows:
         with step(f"loading {directory}"):
@@ -142,7 +142,7 @@ def _bundle(directory: Path, model: str | None, full: bool) -> tuple[Mapping[str
         if model is None:
             return
         torch_model = directories.model_of(Path(model))
-        precision = bundle.certified(manifest)
+        precision = bundle.certified(manifest, directory)
         with step("comparing on a grid") as progress:
             for parity, fault in bundle.verified(
                 torch_model, directory, full=full, progress=progress
@@ -158,7 +158,7 @@ def _bundle(directory: Path, model: str | None, full: bool) -> tuple[Mapping[str
 
 def _exported(directory: Path, manifest: Mapping[str, Any]) -> Rows:
     """What the manifest certifies."""
-    why = bundle.certified(manifest).why
+    why = bundle.certified(manifest, directory).why
     try:
         found = [Parity(**one) for one in manifest["parity"]]
         for one in found:
@@ -167,7 +167,7 @@ def _exported(directory: Path, manifest: Mapping[str, Any]) -> Rows:
             )
     except TypeError as error:
         raise DeltaError(
-            f"{directory / MANIFEST} is damaged: 'parity' is not what it must be"
+            f"{directory / MANIFEST} is damaged: 'parity' is not what it must be; export it again"
         ) from error
     if not found:
         raise DeltaError(f"{directory / MANIFEST} certifies nothing; export it again")

@@ -196,7 +196,7 @@ def verified(
     path = Path(bundle_dir)
     manifest = read_manifest(path, KEYS)
     say, mode = progress or (lambda _: None), model.training
-    kind, precision = kind_of(manifest), certified(manifest)
+    kind, precision = kind_of(manifest), certified(manifest, path)
     files = layout_of(str(manifest.get("layout", "peftc")))
     try:
         one = Subject.of(model, example, say)
@@ -210,12 +210,14 @@ def verified(
         model.train(mode)
 
 
-def certified(manifest: Mapping[str, Any]) -> Precision:
-    """The precision that a bundle was certified in. Raises ExportError for one that is not known here."""
+def certified(manifest: Mapping[str, Any], path: Path) -> Precision:
+    """The precision that the bundle at `path` was certified in. Raises ExportError for one that is not known here."""
     said = str(manifest.get("precision", "fp32"))
     known = {**PRECISIONS, **QUANTIZED}
     if said not in known:
-        raise ExportError(f"a bundle in {said} is not known here; known are {', '.join(known)}")
+        raise ExportError(
+            f"{path / MANIFEST} has precision {said}; this peftc reads {', '.join(known)}"
+        )
     return known[said]
 
 

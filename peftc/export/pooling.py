@@ -73,7 +73,8 @@ class Pooling:
                 raise ExportError(f"{name}: a '{kind}' in its {_FILE} has no ONNX graph here")
         odd = [mode for mode in modes if mode not in _MODES]
         if odd or not modes:
-            raise ExportError(f"{name}: no pooling of '{(*odd, 'nothing')[0]}' is known")
+            said = f"by '{odd[0]}'" if odd else "by nothing"
+            raise ExportError(f"{name} pools {said}; known are {', '.join(_MODES)}")
         return Pooling(modes, normalized)
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from peftc.errors import PeftcError
+from peftc.errors import PeftcError, fault
 from peftc.export.graph import ExportError
 from peftc.export.origins import Row
 from peftc.language import resolved
@@ -71,7 +71,7 @@ def read(directory: Path) -> Record:
             },
         )
     except (PeftcError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ExportError(f"{file} is damaged: {error}") from error
+        raise ExportError(f"{file} is damaged: {fault(error)}; export it again") from error
 
 
 def _outcome(said: Mapping[str, Any]) -> Outcome:

@@ -27,6 +27,12 @@ class Case:
     query: int
     padding: str
 
+    def __str__(self) -> str:
+        tokens = f" × {self.length} tokens" if self.length else ""
+        step = f", {self.past} past and {self.query} new" if self.past or self.query else ""
+        padded = "" if self.padding == "none" else f", padded {self.padding}"
+        return f"a batch of {self.rows}{tokens}{step}{padded}"
+
 
 def cases(sizes: Iterable[tuple[int, int, int]], most: int, full: bool = True) -> list[Case]:
     """Each (length, past, query) with each padding and number of rows; a single token has nothing to pad. Of these, if

@@ -89,8 +89,11 @@ def _evaluating(model: Any) -> PreTrainedModel:
 
 
 def tokenizer(name: str) -> Any | None:
-    """The tokenizer that lies with a model, or None where there is none."""
-    return _beside(name, transformers.AutoTokenizer)
+    """The tokenizer that lies with a model, or None where there is none; there transformers makes one up, which knows
+    special tokens alone and, of some kinds, the one for a space."""
+    found = _beside(name, transformers.AutoTokenizer)
+    made_up = found is not None and {*found.get_vocab()} <= {*found.all_special_tokens, "▁"}
+    return None if made_up else found
 
 
 def processor(name: str) -> Any | None:

@@ -13,7 +13,7 @@ import yaml
 from transformers import PreTrainedModel
 
 from peftc import driver
-from peftc.errors import PeftcError
+from peftc.errors import PeftcError, fault
 from peftc.export import record
 from peftc.export.origins import Row
 from peftc.graph.arguments import dummy_inputs
@@ -113,9 +113,6 @@ def of_deltas(directory: Path, model: str | None = None) -> Subject:
 def of_bundle(directory: Path) -> Subject:
     """An ONNX bundle, by its record and its manifest. Raises ExportError, DeltaError."""
     manifest = read_manifest(directory, ("kind", "graphs", "parity", "data_bytes"))
-    said = record.read(directory)
-    bare = backbones.made(str(directory), said.cls, said.config)
-    subject = of_specs(bare, [_written(said.spec)])
     try:
         parity = [
             Check(f"{one['graph']} against torch, at export", one["error"], one["tolerance"], one["error"] <= one["tolerance"])
@@ -123,12 +120,18 @@ def of_bundle(directory: Path) -> Subject:
         ]  # fmt: skip
         size = int(manifest["data_bytes"])
     except (KeyError, TypeError, ValueError) as error:
-        raise ReportError(f"{directory / MANIFEST} is damaged: {error}") from error
+        raise ReportError(
+            f"{directory / MANIFEST} is damaged: {fault(error)}; export it again"
+        ) from error
+    checks = _checks(directory) or tuple(parity)
+    said = record.read(directory)
+    bare = backbones.made(str(directory), said.cls, said.config)
+    subject = of_specs(bare, [_written(said.spec)])
     return replace(
         subject,
         outcomes={one.key: one for one in said.outcomes},
         bundle=Bundle(said.nodes, size),
-        checks=_checks(directory) or tuple(parity),
+        checks=checks,
     )
 
 
@@ -198,4 +201,4 @@ def _checks(directory: Path) -> tuple[Check, ...]:
             for one in rows
         )
     except (ValueError, KeyError, TypeError) as error:
-        raise ReportError(f"{file} is damaged: {error}; run peftc verify again") from error
+        raise ReportError(f"{file} is damaged: {fault(error)}; run peftc verify again") from error

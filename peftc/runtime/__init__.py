@@ -81,7 +81,7 @@ def load(
         ) from error
     for file in files:
         if not file.is_file():
-            raise RuntimeFault(f"{directory} lacks {file.name}")
+            raise RuntimeFault(f"{directory} lacks {file.name}; export it again")
     check_files(directory, manifest, content=check)
     small = [name for name in manifest.get(FILES, {}) if not name.endswith(WEIGHTS)]
     if small and not check:

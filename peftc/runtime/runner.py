@@ -60,7 +60,9 @@ class Runner:
 
     def _saved(self, name: str, kind: Any, what: str) -> Any:
         if not (self.directory / name).is_file():
-            raise RuntimeFault(f"{self.directory} holds no {what}; pass tensors instead")
+            raise RuntimeFault(
+                f"{self.directory} holds no {what}; export it with one, or pass tensors"
+            )
         return kind.from_pretrained(self.directory, local_files_only=True)
 
     @cached_property
@@ -134,7 +136,7 @@ def _signed(kind: Any, cls: Any) -> Any:
 def settings(kind: Any, directory: Path, name: str) -> Any:
     """`config.json` or `generation_config.json`, never from the hub."""
     if not (directory / name).is_file():
-        raise RuntimeFault(f"{directory} lacks {name}")
+        raise RuntimeFault(f"{directory} lacks {name}; export it again")
     try:
         return kind.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, TypeError) as error:

@@ -55,7 +55,9 @@ class Session:
             raise RuntimeFault(f"{path} cannot be loaded: {str(error)[:300]}") from error
         silent = [p for p in providers if p not in session.get_providers()]
         if silent and not allow_cpu_fallback:
-            raise RuntimeFault(f"{silent[0]} did not start; ONNX Runtime would run on the CPU")
+            raise RuntimeFault(
+                f"{silent[0]} did not start, and ONNX Runtime would run on the CPU; see peftc doctor"
+            )
         device = "cuda" if CUDA in session.get_providers() else "cpu"
         names = tuple(one.name for one in session.get_inputs())
         return Session(session, names, tuple(one.name for one in session.get_outputs()), device)
@@ -78,7 +80,8 @@ class Session:
         unknown = [name for name in feeds if name not in self.inputs]
         missing = [name for name in self.inputs if name not in feeds]
         if unknown or missing:
-            raise RuntimeFault(f"inputs differ: unknown {unknown}, missing {missing}")
+            wrong = f"takes no '{unknown[0]}'" if unknown else f"needs '{missing[0]}'"
+            raise RuntimeFault(f"the graph {wrong}; it takes {', '.join(self.inputs)}")
         odd = [f"{name}: {one.dtype}" for name, one in feeds.items() if one.dtype not in _KINDS]
         if odd:
             raise RuntimeFault(f"token ids and masks are int64, not {odd[0]}")

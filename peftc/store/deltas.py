@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from peftc.errors import PeftcError
+from peftc.errors import PeftcError, fault
 from peftc.language import resolved
 from peftc.language.spec import Spec
 from peftc.store import format1, sparse
@@ -86,7 +86,7 @@ def spec_of(manifest: Mapping[str, Any], path: Path) -> Spec:
         said = manifest["spec"] if manifest["format"] > 1 else format1.converted(manifest["spec"])
         return resolved.read(said)
     except (PeftcError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DeltaError(f"{path / MANIFEST} is damaged: {error}") from error
+        raise DeltaError(f"{path / MANIFEST} is damaged: {fault(error)}") from error
 
 
 def read_tensors(
@@ -109,7 +109,7 @@ def read_tensors(
     except sparse.SparseError as error:
         raise DeltaError(f"{file} is damaged: {error}; save the deltas again") from error
     except (SafetensorError, OSError) as error:
-        raise DeltaError(f"{file} cannot be read: {error}") from error
+        raise DeltaError(f"{file} cannot be read: {error}; save the deltas again") from error
 
 
 def _check_names(

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from peftc.errors import PeftcError, no_room
+from peftc.errors import PeftcError, fault, no_room
 
 try:
     import fcntl
@@ -240,7 +240,7 @@ def check_files(
         }
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DeltaError(
-            f"{path / MANIFEST} is damaged: '{FILES}' is not what it must be: {error}"
+            f"{path / MANIFEST} is damaged: '{FILES}' is not what it must be: {fault(error)}"
         ) from error
     for name, (size, digest) in wanted.items():
         file = path / Path(name).name
@@ -277,14 +277,14 @@ def read_manifest(
     if not file.is_file():
         raise DeltaError(f"{path} holds no {MANIFEST}: peftc did not write it")
     if file.stat().st_size > MAX_MANIFEST_BYTES:
-        raise DeltaError(f"{file} is larger than {MAX_MANIFEST_BYTES} bytes")
+        raise DeltaError(f"{file} is larger than {MAX_MANIFEST_BYTES >> 20} MiB")
     try:
         manifest = json.loads(file.read_text())
         unfinished = manifest.get(UNFINISHED)
         fits = manifest["format"] in READS
         lacks = [key for key in keys if key not in manifest]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DeltaError(f"{file} is damaged: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DeltaError(f"{file} is damaged: {fault(error)}") from error
     if unfinished:
         raise DeltaError(f"{path} is incomplete: its write was interrupted; write it again")
     if not fits:

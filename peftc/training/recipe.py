@@ -93,7 +93,10 @@ def load_recipe(name: str | Path) -> Recipe:
     try:
         data = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{file}: not YAML: {' '.join(str(error).split())}") from error
+        mark = getattr(error, "problem_mark", None)
+        place = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else str(file)
+        fact = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise RecipeError(f"{place}: not YAML: {fact}") from error
     return recipe_of(data, str(file), default=file.stem)
 
 

@@ -359,7 +359,7 @@ def _trainer(
         try:
             args = wanted(**settings, label_names=list(task.labels))
         except (TypeError, ValueError) as error:
-            raise PeftcError(f"the recipe's 'train': {error}") from error
+            raise PeftcError(f"recipe '{recipe.name}', 'train': {error}") from error
         ours = kind(
             model=model,
             args=args,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import transformers
 
-from peftc.errors import PeftcError
+from peftc.errors import PeftcError, number_of
 
 Batch = Mapping[str, list[Any]]
 IGNORED = -100  # a label that no loss counts
@@ -127,7 +127,7 @@ def _tags(one: Encoder, rows: Batch, at: Sequence[int]) -> dict[str, list[Any]]:
     for i, (tags, row) in enumerate(zip(one.values(rows, "label", at), at, strict=True)):
         if len(tags) != len(words[i]):
             raise RowError(
-                f"{one.place}, row {row + 1}: {len(tags)} tags for {len(words[i])} words"
+                f"{one.place}, row {row + 1}: {number_of(len(tags), 'tag')} for {number_of(len(words[i]), 'word')}"
             )
         of, own = encoded.word_ids(i), [one.index(tag, row) for tag in tags]
         first = [word is not None and word != before for word, before in zip(of, [None, *of])]
