@@ -20,22 +20,13 @@ from peftc.graph.alike import alike
 from peftc.graph.aten import operand
 from peftc.graph.program import Program, aten, is_call
 
-# What is known of a value: it counts a mask's rows, says which there are, names them; or it is the mask of one.
+# What is known of a value: how many rows of a mask are chosen for each of its places, for which places there are any, the
+# numbers of these; or the mask of one.
 _COUNT, _CHOSEN, _PLACES, _ROW = "count", "chosen", "places", "row"
-# (what makes a value, what its first argument is, or "" for the mask itself): what that is then
-_MADE = {
-    (torch.sum, ""): _COUNT,
-    (torch.Tensor.sum, ""): _COUNT,
-    (torch.gt, _COUNT): _CHOSEN,
-    (torch.greater, _COUNT): _CHOSEN,
-    (torch.Tensor.gt, _COUNT): _CHOSEN,
-    (torch.Tensor.__gt__, _COUNT): _CHOSEN,
-    (torch.nonzero, _CHOSEN): _PLACES,
-    (torch.Tensor.nonzero, _CHOSEN): _PLACES,
-    (torch.Tensor.__getitem__, ""): _ROW,
-    (torch.Tensor.squeeze, _ROW): _ROW,
-}
-_FOUND = (torch.where, torch.nonzero, torch.Tensor.nonzero)
+_SUM = (torch.sum, torch.Tensor.sum)
+_GREATER = (torch.gt, torch.greater, torch.Tensor.gt, torch.Tensor.greater, torch.Tensor.__gt__)
+_NONZERO = (torch.nonzero, torch.Tensor.nonzero)
+_FOUND = (torch.where, *_NONZERO)
 _JOINS = (
     aten.index_add.default,
     aten.index_add_.default,
@@ -52,6 +43,7 @@ class Loops(TorchFunctionMode):
         super().__init__()
         self.all, self.met, self.other = all_, False, False
         self._mask: torch.Tensor | None = None  # of the loop that runs
+        self._place = 0  # where it is
         self._known: Any = WeakTensorKeyDictionary()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -65,16 +57,33 @@ class Loops(TorchFunctionMode):
         if func in _FOUND and isinstance(result, tuple) and self._mask is not None:
             self.other |= what != _ROW or mask is not self._mask
             torch._check(result[0].shape[0] > 0)  # type: ignore[no-untyped-call]  # in eager code
-        elif isinstance(result, torch.Tensor) and (func, what) in _MADE:
-            self._known[result] = _MADE[func, what], mask
-        elif isinstance(result, torch.Tensor) and (func, "") in _MADE:
-            self._known[result] = _MADE[func, ""], first
+        elif isinstance(result, torch.Tensor):
+            made = self._made(func, what, args, kwargs or {})
+            if made:
+                self._known[result] = made, mask
         return result
+
+    def _made(self, func: Any, what: str, args: Any, kwargs: Any) -> str:
+        """What the result of a call is, of a value that is `what`."""
+        given = kwargs.get("dim", args[1] if len(args) > 1 else None)
+        if func in _SUM and not what:
+            axes = {given} if isinstance(given, int) else {*(given or ())}
+            whole = args[0].ndim
+            return _COUNT if {axis % whole for axis in axes} == {*range(1, whole)} else ""
+        if func in _GREATER and what == _COUNT:
+            return _CHOSEN if given == 0 else ""
+        if func in _NONZERO and what == _CHOSEN:
+            return _PLACES
+        if func is torch.Tensor.__getitem__ and not what and args[0] is self._mask:
+            one = isinstance(given, int | torch.Tensor)
+            return _ROW if one and int(given) == self._place else ""
+        return _ROW if func is torch.Tensor.squeeze and what == _ROW else ""
 
     def _each(self, places: torch.Tensor, mask: torch.Tensor) -> Iterator[torch.Tensor]:
         self.met, self._mask = True, mask
         try:
             for place in range(mask.shape[0] if self.all else 0):
+                self._place = place
                 yield torch.tensor([place], device=places.device)
         finally:
             self._mask = None
