@@ -71,7 +71,7 @@ WRITES: dict[str, tuple[Sequence[str], Sequence[int]]] = {
 CASES = [(name, limit) for name, (_, limits) in WRITES.items() for limit in limits]
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("name", "limit"), CASES)
 def test_a_full_disk_is_one_message(
     name: str, limit: int, made: Path, folder: Path, rows: Path, tmp_path: Path

@@ -304,6 +304,7 @@ def test_export_run_and_verify_a_writer(run: Run, folder: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("writes", [True, False])
+@pytest.mark.sampled(2)
 def test_bench_measures_beside_torch(
     writes: bool, run: Run, folder: Path, lora: Path, tmp_path: Path
 ) -> None:

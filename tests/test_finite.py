@@ -35,7 +35,7 @@ def inputs_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("overflows", [False, True])
-@pytest.mark.parametrize("family", ["bart", "mbart"])
+@pytest.mark.parametrize("family", ["bart", pytest.param("mbart", marks=pytest.mark.slow)])
 def test_as_eager_code_does(family: str, overflows: bool) -> None:
     """Bit for bit, and the same gradients; the pre-norm encoder of mBART bounds its stream."""
     backbone = halved(family, overflows and family == "bart")

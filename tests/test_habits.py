@@ -188,7 +188,7 @@ def history(model: PreTrainedModel, out: Path, more: dict[str, object]) -> list[
 
 
 @pytest.mark.habit("training: keys of TrainingArguments, below", "the backbone trained as it is")
-@pytest.mark.sampled(12)
+@pytest.mark.sampled(24)
 @pytest.mark.parametrize("key", KEYS)
 @pytest.mark.parametrize(
     "family", ["llama", *(pytest.param(one, marks=pytest.mark.slow) for one in ("bert", "bart"))]

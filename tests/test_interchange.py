@@ -194,6 +194,7 @@ def test_rows_in_front(kind: str, family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.sampled(2)
 def test_prefix_of_peft_token_by_token(family: str, tmp_path: Path) -> None:
     """The cache holds the tokens alone; their positions are behind the prefix all the same."""
     theirs = rows("prefix", family, tmp_path)

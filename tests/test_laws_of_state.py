@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 import peftc
 
 FAMILIES = ("bert", "gpt2", "llama", "bart")
-WALKS, MANY = 4, 300
+WALKS, MANY = 2, 300
 
 Action = tuple[str, Any]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)

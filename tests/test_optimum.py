@@ -38,7 +38,7 @@ KINDS = {
 }
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.slow
 @pytest.mark.parametrize("family", KINDS)
 def test_graphs_and_names(family: str, tmp_path: Path) -> None:
     model = stir(peftc.compile(tiny(family), "houlsby_adapter"))

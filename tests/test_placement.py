@@ -53,7 +53,7 @@ def step(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> list[torch.
 @pytest.mark.habit(
     "processes: device_map and offloading (accelerate)", "the model in memory, to the bit"
 )
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize(("method", "family"), CELLS)
 def test_the_same_from_elsewhere(method: str, family: str, place: str, tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def step(
 
 
 @pytest.mark.habit("models: torchao's int8 and int4", "the dequantised model, values and gradients")
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 @formats
 @pytest.mark.parametrize(("method", "family"), CELLS)
 def test_as_what_it_stands_for(method: str, family: str, kind: str) -> None:
@@ -347,7 +347,7 @@ def test_the_graph_is_the_one_for_the_weights_of_now() -> None:
     assert near(logits(model, inputs), logits(there, inputs), before)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @formats
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_torch_compile_and_layers_computed_twice(method: str, kind: str) -> None:

@@ -188,7 +188,8 @@ def test_a_layer_is_one_region() -> None:
 
 
 @pytest.mark.habit("processes: fully_shard by layer", "one process, to the bit")
-@pytest.mark.parametrize("method", [pytest.param("lora", marks=pytest.mark.slow), "mam"])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "mam"])
 def test_sharded_layer_by_layer(method: str, tmp_path: Path) -> None:
     """Two processes: the losses of one process to the bit, and never more of the layers whole than one."""
     script = Path(__file__).parent / "sharded.py"

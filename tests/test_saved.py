@@ -89,7 +89,7 @@ def test_in_half_the_bits(method: str, family: str) -> None:
     assert predicted.bytes == counted(model, spec(method), real(model))
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize(("rows", "length"), [(1, 1), (1, 30), (4, 1), (5, 20)])
 @pytest.mark.parametrize(
     ("method", "family"), [("lora", "llama"), ("mam", "bart"), ("dora", "gpt2")]

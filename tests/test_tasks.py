@@ -130,7 +130,7 @@ def test_outputs_are_those_of_torch(one: str, tmp_path: Path) -> None:
 ANSWERS = ("one label", "several labels", "a number", "tokens", "words")
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("one", ANSWERS)
 def test_answers_are_those_of_transformers(
     one: str, tmp_path: Path, words: PreTrainedTokenizerFast
@@ -311,7 +311,7 @@ WRITERS = [
 ]
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize(("family", "method"), WRITERS)
 def test_tokens_are_those_of_torch(family: str, method: str, tmp_path: Path) -> None:
     model = stir(peftc.compile(tiny(family), peftc.load_spec(method, **SMALL.get(method, {}))))
