@@ -16,6 +16,7 @@ from nature import Nature
 from transformers import PreTrainedModel
 
 import peftc
+from peftc import merging
 from peftc.driver import survey
 from peftc.graph.arguments import CaptureError
 from peftc.language.reader import load_spec
@@ -128,7 +129,9 @@ def _steps(method: str, bare: PreTrainedModel, inputs: Mapping[str, torch.Tensor
     del again
     yield "fold"
     folded, report = peftc.merge(model, example=inputs)
-    _same(outputs(folded.eval(), inputs), changed, "folded is another function")
+    after = outputs(folded.eval(), inputs)
+    if not _distance(after, changed) <= CLOSE:  # a model may round more; both do
+        _same(after, changed, "folded is another function", 2 * _rounding(folded, inputs, after))
     if bare.can_generate():
         yield "generate"
         _generates(bare, model, None if report.kept else folded, inputs)
@@ -275,6 +278,14 @@ def _distance(ours: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tenso
             scale = max(float(value[finite].abs().max()), 1e-6)
             found = max(found, float((one - value)[finite].abs().max()) / scale)
     return found
+
+
+def _rounding(
+    model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]
+) -> float:
+    """How far float32 takes a model from what it computes."""
+    full = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+    return _distance(outputs(merging.wide(model), full), found)
 
 
 def _stir(model: PreTrainedModel, seed: int = 2) -> None:

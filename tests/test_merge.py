@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Run, batch, logits, stir, tiny
+from transformers import PreTrainedModel
 
 import peftc
 from peftc import merging
@@ -77,6 +78,26 @@ def test_other_types_merge_within_their_own_roundings(family: str, dtype: torch.
     merged, report = peftc.merge(model)
     assert merged.dtype == dtype
     assert report.changed > 0 and report.error <= SHARES[dtype] * report.scale
+
+
+def rough(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with a last step that makes one rounding of its input, 1e-7, a tenth."""
+    model.classifier.register_forward_hook(lambda module, args, result: (1e6 * result).sin())
+    return model
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_fold_moves_outputs_by_what_float32_does_to_the_model(
+    wrong: bool, request: pytest.FixtureRequest
+) -> None:
+    model = stir(peftc.compile(rough(tiny("bert")), peftc.load_spec("lora", r=4)), 0.1)
+    if wrong:
+        request.getfixturevalue("doctored")
+        with pytest.raises(merging.MergeError, match="folding moved the outputs by"):
+            peftc.merge(model)
+        return
+    _, report = peftc.merge(model)
+    assert SHARES[torch.float32] * report.scale < report.error < 0.1 * report.changed
 
 
 def test_deltas_that_are_no_numbers_are_the_users_to_mend(lora: Path) -> None:
