@@ -106,7 +106,8 @@ def _steps(method: str, bare: PreTrainedModel, inputs: Mapping[str, torch.Tensor
         _same(outputs(model, inputs), eager, "without deltas it is not the bare model")
     _stir(model)
     changed = outputs(model, inputs)
-    if not _distance(changed, eager) > CLOSE:
+    moved = _distance(changed, eager)
+    if not moved > CLOSE and not moved > 8 * _rounding(bare, inputs, eager):
         raise _Wrong("deltas change nothing")
     yield "gradient"
     without = _unreached(model, bare, inputs)
@@ -197,6 +198,8 @@ def _generates(
         return
     ours = [_written(model, given, cached) for cached in (True, False)]
     if folded is not None:
+        # Granite Speech writes without its adapters where it hears nothing.
+        folded = folded if model.active_adapters() else bare
         for cached, mine in zip((True, False), ours, strict=True):
             if not torch.equal(mine.sequences, _written(folded, given, cached).sequences):
                 raise _Wrong(f"tokens are not those of the folded model (cache: {cached})")
