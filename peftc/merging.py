@@ -102,8 +102,9 @@ def merge(
         report = _report(in_full, wide(merged), folding, inputs, held)
         once = outputs(model, sample(model, example))
         own = verify.difference(outputs(in_full, inputs), once)
-        if limit < report.error <= own:  # what its own float32 does to it, folded weights do that are rounded once
-            merge(in_full, example=example, dequantize=dequantize)  # and they are right before that
+        if limit < report.error <= own:
+            # Folded weights, rounded once, do to it what its own float32 does; before that they are right.
+            merge(in_full, example=example, dequantize=dequantize)
             limit = own
     _require_equal(report, limit)
     return merged, report

@@ -24,7 +24,7 @@ class Mixture:
     router: fx.Node
     x: Read
     h: fx.Node
-    residual: Read
+    residual: Read | None  # None where there are several
 
     @property
     def scope(self) -> str:
@@ -54,7 +54,9 @@ def _mixture(index: Index, scores: fx.Node) -> Mixture | None:
                 h: fx.Node = node.args[1 - past]  # type: ignore[assignment]
                 while is_call(h, *DROPOUT):
                     h = h.args[0]  # type: ignore[assignment]
-                return Mixture(scores, _as_long(Read(scores, 0), h), h, Read(node, past))
+                x = _as_long(Read(scores, 0), h)
+                one = _before_streams(h, x, behind)
+                return Mixture(scores, x, one, Read(node, past) if one is h else None)
         behind.add(node)
     return None
 
@@ -89,6 +91,14 @@ def _as_long(x: Read, h: fx.Node) -> Read:
     return x
 
 
+def _before_streams(h: fx.Node, x: Read, behind: set[fx.Node]) -> fx.Node:
+    """What is spread over several residual streams, where hyper-connections do that."""
+    one = h
+    while one.meta["val"].ndim > x.node.meta["val"].ndim and is_call(one, *MOVE, *MUL, *VIEW):
+        one = next(read for read in one.all_input_nodes if read in behind)
+    return one if one.meta["val"].ndim == x.node.meta["val"].ndim else h
+
+
 def find(index: Index, stacks: Stacks) -> Iterator[Site | NoSite]:
     """Found by the router, whose weight stands for the first projection's."""
     for one in index.once(mixtures):
@@ -99,13 +109,17 @@ def find(index: Index, stacks: Stacks) -> Iterator[Site | NoSite]:
         size = int(one.h.meta["val"].shape[-1])
         dims = {"in": int(one.x.node.meta["val"].shape[-1]), "out": size, "d": size}
         stack, layer = stacks.of(one.scope), layer_of(one.scope)
-        yield Site("ffn", one.scope, stack, "", layer, dims, {"up": replace(weight, also="")})
+        absent = {} if one.residual else {"residual": "it is added to several residual streams"}
+        weights = {"up": replace(weight, also="")}
+        yield Site("ffn", one.scope, stack, "", layer, dims, weights, absent=absent)
 
 
 def locate(index: Index, site: Site) -> tuple[Place, ...]:
     """Each time that the router runs."""
     return tuple(
-        Place({"x": one.x, "h": Value(one.h), "residual": one.residual})
+        Place(
+            {"x": one.x, "h": Value(one.h), **({"residual": one.residual} if one.residual else {})}
+        )
         for one in index.once(mixtures)
         if one.router in index.multiplying(site.weights["up"].path)
     )
