@@ -188,6 +188,7 @@ def test_a_damaged_bundle_says_so(written, tmp_path: Path) -> None:  # type: ign
             "broken was made of a Bart5, which transformers does not have",
         ),
         ("config.json", "{", "", r"/config\.json is damaged"),
+        ("config.json", '"d_model": 32', '"d_model": "x"', "'d_model' expected int, got str"),
         ("generation_config.json", "{", "", r"generation_config\.json is damaged"),
     ):
         broken = tmp_path / "broken"

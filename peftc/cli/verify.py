@@ -75,7 +75,9 @@ def verify(
     certificate.write(directory, about, found)
     failed = [one.what for one in found if not one.holds]
     if failed:
-        raise PeftcError(f"{directory}: {len(failed)} of {len(found)} checks failed: {', '.join(failed)}")
+        raise PeftcError(
+            f"{directory}: {len(failed)} of {len(found)} checks failed: {', '.join(failed)}"
+        )
 
 
 def _deltas(directory: Path, model: str | None, full: bool) -> tuple[Mapping[str, Any], Rows]:

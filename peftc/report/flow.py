@@ -16,8 +16,8 @@ ADD = "+"
 
 @dataclass(frozen=True)
 class Element:
-    """What stands in the column of a layer: a sub-layer, a sum, or what is between these. `other` is the element (-1: what the layer
-    reads) that a sum adds to what comes from below."""
+    """What stands in the column of a layer: a sub-layer, a sum, or what is between these. `other` is the element (-1:
+    what the layer reads) that a sum adds to what comes from below."""
 
     what: str
     part: Part | None = None

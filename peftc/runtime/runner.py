@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedModel
 
 from peftc.runtime.session import RuntimeFault, Session
@@ -139,5 +140,6 @@ def settings(kind: Any, directory: Path, name: str) -> Any:
         raise RuntimeFault(f"{directory} lacks {name}; export it again")
     try:
         return kind.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, TypeError) as error:
-        raise RuntimeFault(f"{directory / name} is damaged: {str(error)[:200]}") from error
+    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise RuntimeFault(f"{directory / name} is damaged: {said}; export it again") from error
