@@ -8,8 +8,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -103,15 +104,54 @@ def build(one: Registered) -> Built:
                 continue
             torch.manual_seed(0)
             model = _wide(one.cls(config))
-            inputs = seeded_inputs(model)
-            with torch.no_grad():
-                model(**inputs, **({} if bare else forward_flags(model)))
+            inputs = _inputs(model, {} if bare else forward_flags(model))
             return Built(model, inputs, shrink.widths)
         except Exception as found:  # whatever code of any model raises
             error = found
     if error is None:
         raise Skipped(f"has more than {LARGEST:,} parameters")
     raise Skipped(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+
+
+def _inputs(model: PreTrainedModel, flags: Mapping[str, bool]) -> Mapping[str, torch.Tensor]:
+    """A batch that a model runs on in eager code: the seeded one, or else spectrograms, patches or tokens as what its
+    class reads first, of the first sizes, among those that its configuration has, with which it runs."""
+    error: Exception | None = None
+    for one in _batches(model):
+        try:
+            inputs = one()
+            with torch.no_grad():
+                model(**inputs, **flags)
+            return inputs
+        except Exception as found:  # whatever code of any model raises
+            error = error or found
+    assert error is not None
+    raise error
+
+
+def _batches(model: PreTrainedModel) -> Iterator[Callable[[], Mapping[str, torch.Tensor]]]:
+    yield partial(seeded_inputs, model)
+    name, made = model.main_input_name, torch.Generator().manual_seed(0)
+    if name in ("input_ids", "pixel_values"):
+        return
+    output = {}
+    if model.config.is_encoder_decoder:
+        output = {"decoder_input_ids": torch.randint(10, 100, (3, 7), generator=made)}
+    numbers = dict.fromkeys(_numbers(model.config.to_dict()))
+    for number, long in itertools.product(numbers, (64, *numbers)):
+        for shape in {(3, long, number), (3, number, long)}:
+            given = torch.randn(shape, generator=made)
+            yield lambda given=given: {name: given, **output}
+    yield lambda: {name: torch.randint(10, 100, (3, 12), generator=made), **output}
+
+
+def _numbers(data: Mapping[str, Any]) -> Iterator[int]:
+    """What is counted of sounds and patches."""
+    for name, value in data.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value)
+        elif _is_number(value) and re.search(r"_bins$|^max_length$|feature|feat_|patch_", name):
+            yield value
 
 
 def _count(cls: type[PreTrainedModel], config: PretrainedConfig) -> int:
@@ -183,7 +223,11 @@ def _data(config: PretrainedConfig) -> dict[str, Any]:
             data[field.name] = declared
     for name in ("id2label", "label2id", "transformers_version"):
         data.pop(name, None)
-    return data | ({} if data.get("pad_token_id", 0) is not None else {"pad_token_id": 0})
+    if data.get("pad_token_id", 0) is None:
+        data["pad_token_id"] = 0
+    if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
+        data["decoder_start_token_id"] = 0
+    return data
 
 
 _COUNTS = r"layers?$|^depth$|_blocks$"  # of layers, or of stages, by which there are lists
