@@ -28,6 +28,7 @@ from peftc.report import report
 from peftc.report.changes import FOLDED, INSERTED, REMOVED, steps
 from peftc.report.costs import costs
 from peftc.report.layers import Block, tree
+from peftc.report.sketch import sketches
 from peftc.report.source import sheets
 from peftc.report.subject import Subject, of_bundle, of_deltas, of_specs
 
@@ -272,6 +273,25 @@ def test_pictures_are_drawn_of_every_method(case: str) -> None:
         assert root.attrib["aria-label"]
     marked = {edit.entry.method for edit in one.plan.edits}
     assert all(any(name in said for said in drawings) for name in marked)
+
+
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [("llama", "lora_ffn"), ("gpt2", "lora"), ("bart", "mam"), ("mixtral", "lora_experts")],
+)
+def test_a_delta_reads_what_the_picture_shows(family: str, method: str) -> None:
+    """Its first matrix is as wide as the projection that it is drawn at, or as the sub-layer."""
+    seen = 0
+    for layer in sketches(of_specs(tiny(family), [load_spec(method)]).plan):
+        for part in layer.parts:
+            sizes = dict(part.pieces)
+            for mark in (one for one in part.marks if one.insertion == "parallel"):
+                first = next(one.sizes for one in mark.stages if one.sizes)
+                assert {first[0]} == {sizes[one][0] for one in mark.pieces} or (
+                    not mark.pieces and first[0] == part.sizes[0]
+                )
+                seen += 1
+    assert seen
 
 
 def small(case: str, plain: bool) -> str:

@@ -204,7 +204,9 @@ class _Figure:
         for i, mark in enumerate(before):
             self._mark(mark, x - half - 30 - (i + 0.5) * (_SIDE + 16) + 8, foot, high, -1)
         for i, mark in enumerate(beside):
-            self._mark(mark, x + half + 22 + (i + 0.5) * (_SIDE + 16), foot, high, 1)
+            self._mark(
+                mark, x + half + 22 + (i + 0.5) * (_SIDE + 16), foot, high, 1, _is_inner(mark, part)
+            )
         if any(joins(one) and not one.pieces for one in beside):
             self.canvas.line((x, top), (x, top + 14))
             self.canvas.sum(x, top + 22)
@@ -234,15 +236,23 @@ class _Figure:
             self.canvas.line((x, y + 8), (x, top))
             self.canvas.text(x, y, part.core, 9.5)
 
-    def _mark(self, mark: Mark, x: float, foot: float, high: float, side: int) -> None:
-        """A delta as a stack of its ops, with what it reads below and what it becomes part of above."""
+    def _mark(
+        self, mark: Mark, x: float, foot: float, high: float, side: int, inner: bool = False
+    ) -> None:
+        """A delta as a stack of its ops, with what it reads below and what it becomes part of above; `inner`: it reads
+        what the last projection does."""
         gone = mark.group in self.folded
         if gone:
             self.canvas.shapes.append('<g opacity="0.45" stroke-dasharray="3 2">')
         ink, y = colour(mark.group), foot + 2
         edge = self.x + side * _BOX / 2
         whole = joins(mark) and not mark.pieces
-        if reads(mark) == "x":
+        if reads(mark) == "x" and inner:
+            start, out = foot + high - 58, x - side * (_SIDE / 2 + 4)
+            self.canvas.arrow(
+                (self.x, start), (out, start), (out, foot - 6), (x, foot - 6), (x, y), ink=ink
+            )
+        elif reads(mark) == "x":
             self.canvas.arrow((self.x, foot - 12), (x, foot - 12), (x, y), ink=ink)
         elif reads(mark) == "h":
             start = foot + high + 7
@@ -277,9 +287,15 @@ class _Figure:
 
 
 def _beside(part: Part) -> list[Mark]:
-    """The deltas at its right, each once."""
+    """The deltas at its right, each once, those that read what is inside it first."""
     kinds = ("prepended", "in place")
-    return list(dict.fromkeys(one for one in part.marks if one.insertion not in kinds))
+    found = dict.fromkeys(one for one in part.marks if one.insertion not in kinds)
+    return sorted(found, key=lambda one: not _is_inner(one, part))
+
+
+def _is_inner(mark: Mark, part: Part) -> bool:
+    """Whether a delta is at the last projection alone, behind the others."""
+    return mark.pieces == (part.last,) and len(part.pieces) > 1
 
 
 def _before(part: Part) -> list[Mark]:

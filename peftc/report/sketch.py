@@ -140,9 +140,16 @@ def _joined(parts: Sequence[Part]) -> Iterator[Part]:
         if part not in inner.get(-1, ()):
             continue
         mine = inner.get(i, [])
-        pieces = [(one.title, one.sizes) for one in mine]
+        titles = [one.title for one in mine]
+        names = {
+            one.scope: one.scope.rpartition(".")[2] if titles.count(one.title) > 1 else one.title
+            for one in mine
+        }
+        pieces = [(names[one.scope], one.sizes) for one in mine]
         marks = [
-            replace(mark, pieces=mark.pieces or (one.title,)) for one in mine for mark in one.marks
+            replace(mark, pieces=mark.pieces or (names[one.scope],))
+            for one in mine
+            for mark in one.marks
         ]
         paths = [path for one in mine for path in one.paths]
         yield replace(
@@ -150,6 +157,7 @@ def _joined(parts: Sequence[Part]) -> Iterator[Part]:
             pieces=(*part.pieces, *pieces),
             marks=(*part.marks, *marks),
             paths=(*part.paths, *paths),
+            last=part.last or (pieces[-1][0] if len(pieces) > 1 else ""),
         )
 
 
@@ -174,7 +182,7 @@ def _part(key: tuple[str, str, str], sites: Sequence[Site], plan: Plan) -> Part:
     paths = tuple(dict.fromkeys(w.path for one in sites for w in one.weights.values()))
     names = {one.name for one in sites}
     edits = [one for one in plan.edits if one.site.name in names]
-    marks = [*_alike(_edited(edits)), *_trained(plan, paths)]
+    marks = [*_alike(_edited(edits, _named(sites))), *_trained(plan, paths)]
     sizes = whole.dims.get("in", 0), whole.dims.get("out", 0)
     return Part(
         title,
@@ -216,10 +224,24 @@ def _alike(marks: Iterable[Mark]) -> Iterator[Mark]:
         yield replace(one, pieces=tuple(pieces))
 
 
-def _edited(edits: Sequence[Edit]) -> Iterator[Mark]:
+def _named(sites: Sequence[Site]) -> dict[str, tuple[str, ...]]:
+    """The projections that are of each weight: of a fused one several."""
+    found: dict[str, list[str]] = {}
+    for one in sites:
+        piece = one.at.partition(".")[2]
+        if piece and piece not in _NO_PIECES and "W" in one.weights:
+            found.setdefault(one.weights["W"].path, []).append(piece)
+    return {path: tuple(pieces) for path, pieces in found.items()}
+
+
+def _edited(edits: Sequence[Edit], named: Mapping[str, tuple[str, ...]]) -> Iterator[Mark]:
+    """What each edit does; one that is at a projection by another name is at that, as `ffn.linear` is."""
     for edit in {edit.key: edit for edit in edits}.values():
         entry = edit.entry
         piece = edit.site.at.partition(".")[2]
+        pieces: tuple[str, ...] = (piece,) if piece and piece not in _NO_PIECES else ()
+        if piece in _NO_PIECES and "W" in edit.site.weights:
+            pieces = named.get(edit.site.weights["W"].path, ())
         assigned = inlined(edit)[1]
         lets = inlined(edit)[0]
         main = next(iter(assigned.values())) if entry.delta is None else entry.delta
@@ -230,7 +252,7 @@ def _edited(edits: Sequence[Edit]) -> Iterator[Mark]:
             entry.group,
             entry.method,
             insertion(entry),
-            (piece,) if piece and piece not in _NO_PIECES else (),
+            pieces,
             tuple(assigned),
             tuple(_stages(main, edit)),
             _scale(edit),
