@@ -31,6 +31,7 @@ from transformers import (
 import peftc
 from peftc.graph.layers import layers_of
 from peftc.graph.quantized import (
+    QuantizedError,
     backbone_bytes,
     dequantized,
     held_bytes,
@@ -38,6 +39,7 @@ from peftc.graph.quantized import (
     open_up,
     quantized,
     readers,
+    require_straight,
 )
 from peftc.rewrite.tolerance import tolerance
 
@@ -407,3 +409,13 @@ def test_what_stands_for_no_matrix_is_refused(name: str, reason: str) -> None:
         peftc.PeftcError, match=rf"up_proj\.weight' of .* by bitsandbytes \({name}\) .*{reason}"
     ):
         peftc.plan(backbone, "lora")
+
+
+def test_what_was_turned_is_merged_into_no_checkpoint() -> None:
+    """As bitsandbytes leaves a Conv1D, with the class that it was (tests/four_bits.py merges real ones)."""
+    model, path = tiny("gpt2"), "transformer.h.0.attn.c_attn.weight"
+    require_straight(model, [path])
+    module = model.get_submodule(path.rpartition(".")[0])
+    module.source_cls = type(module)
+    with pytest.raises(QuantizedError, match=r"c_attn\.weight' .* is that of a Conv1D"):
+        require_straight(model, [path])
