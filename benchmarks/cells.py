@@ -108,6 +108,10 @@ def _steps(method: str, bare: PreTrainedModel, inputs: Mapping[str, torch.Tensor
     changed = outputs(model, inputs)
     moved = _distance(changed, eager)
     if not moved > CLOSE and not moved > 8 * _rounding(bare, inputs, eager):
+        if model.plan.room and not _mixes(bare, inputs):
+            raise _Absent("in eager code no token sees another")
+        if not model.plan.room and not _hangs(model, bare, inputs):
+            raise _Absent("in eager code nothing hangs on these places")
         raise _Wrong("deltas change nothing")
     yield "gradient"
     without = _unreached(model, bare, inputs)
@@ -166,6 +170,18 @@ def _unreached(
         for one in edit.parameters
     }
     return [path for path in left if path not in unused]
+
+
+def _hangs(
+    model: PreTrainedModel, bare: PreTrainedModel, inputs: Mapping[str, torch.Tensor]
+) -> bool:
+    """Whether what the bare model gives changes with the weights at the places of the deltas."""
+    other = copy.deepcopy(bare)
+    paths = {one.path for edit in model.plan.edits for one in edit.site.weights.values()}
+    with torch.no_grad():
+        for path in paths:
+            other.get_parameter(path).mul_(-1.5)
+    return _distance(outputs(other, inputs), outputs(bare, inputs)) != 0
 
 
 def _mixes(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> bool:
