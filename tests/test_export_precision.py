@@ -89,6 +89,7 @@ def test_what_is_refused(asked: dict[str, str], message: str, tmp_path: Path) ->
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.slow
 def test_what_is_too_far_off_is_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -47,7 +47,7 @@ SHAPES = {
 }
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", WEIGHTS)
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "neox"])
 def test_every_weight_is_what_it_was(family: str, name: str) -> None:

@@ -114,6 +114,7 @@ def gradients(model: PreTrainedModel, run: Any, inputs: dict[str, torch.Tensor])
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("case", CALLS)
+@pytest.mark.sampled(2)
 def test_gradients_are_those_of_eager_code(case: str, training: bool) -> None:
     """Of biases that a spec adds to those of the model, as of these themselves; whole, and by torch.compile."""
     backbone = model_with(CALLS[case])

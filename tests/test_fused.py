@@ -24,7 +24,7 @@ def told(bundle: Path) -> dict[str, str]:
     return found
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "method"),
     [("bart", "lora"), ("llama", "mam"), ("gpt2", "mam"), ("t5", "lora"), ("whisper", "lora")],

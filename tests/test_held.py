@@ -139,6 +139,7 @@ def trained(model: PreTrainedModel, cache: Any) -> None:
     "change", [written, switched, away_and_back, cut, turned, copied, in_place, trained]
 )
 @pytest.mark.parametrize("family", ["gpt2", "bart"])
+@pytest.mark.sampled(3)
 def test_whatever_happens_between_steps(family: str, change: Any) -> None:
     found = []
     for without in ((), ("held",)):

@@ -48,6 +48,7 @@ def masked(one: Program) -> list[bool]:
 
 
 @pytest.mark.parametrize("family", FUSED)
+@pytest.mark.sampled(2)
 def test_padded_and_full_batches_take_turns(family: str) -> None:
     """Whatever came before, a batch gives what the backbone gives for it."""
     backbone = tiny(family)
@@ -61,6 +62,7 @@ def test_padded_and_full_batches_take_turns(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["bert", "bart", "gpt2", "llama"])
+@pytest.mark.sampled(2)
 def test_a_full_batch_has_no_masks(family: str) -> None:
     model = peftc.compile(tiny(family, "sdpa"), "lora")
     logits(model, batch(model))
@@ -116,6 +118,7 @@ def test_grouped_keys_are_left_to_the_kernel() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 @pytest.mark.parametrize("method", ["multi_head_parallel_adapter", "prefix_direct"])
+@pytest.mark.sampled(2)
 def test_padded_steps_of_grouped_heads(family: str, method: str) -> None:
     """One query's heads are packed as tokens there: sites see them as heads."""
     model = stir(peftc.compile(tiny(family, "sdpa"), spec(method)))

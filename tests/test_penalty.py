@@ -121,7 +121,7 @@ def cells() -> Iterator[tuple[str, str, int]]:
     "training: a method's penalty, gradients accumulated, label smoothing, evaluation",
     "the formula",
 )
-@pytest.mark.sampled(10)
+@pytest.mark.sampled(20)
 @pytest.mark.parametrize(("family", "case", "parts"), cells())
 def test_once_a_step(family: str, case: str, parts: int, tmp_path: Path) -> None:
     kind, more = CASES[case]
@@ -149,6 +149,7 @@ def test_a_loss_that_says_no_share_of_a_step() -> None:
 
 
 @pytest.mark.parametrize("family", ["bert", "bart"])
+@pytest.mark.sampled(2)
 def test_as_often_as_the_loss(family: str, tmp_path: Path) -> None:
     """Where transformers adds up means, it adds up those of the penalty too: their balance stays."""
     got = step(family, ADALORA, transformers.Trainer, tmp_path, 2)

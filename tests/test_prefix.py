@@ -124,6 +124,7 @@ def test_prefix_is_the_gated_form(family: str, attention: str, padding: str) -> 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("family", ["bart", "gpt2", "llama"])
+@pytest.mark.sampled(2)
 def test_without_a_mask(family: str, attention: str) -> None:
     """No mask at all: a causal model then relies on `is_causal`, which the prefix must replace."""
     backbone, model = compiled(family, attention)
@@ -134,7 +135,7 @@ def test_without_a_mask(family: str, attention: str) -> None:
     assert (logits(model, inputs) - want).abs().max() < bound(family, attention)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("family", ["bart", "gpt2", "llama"])
 def test_token_by_token_through_the_cache(family: str, attention: str) -> None:

@@ -52,7 +52,7 @@ def rows(model: PreTrainedModel) -> torch.Tensor:
     return prompt.detach()
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize(
     ("family", "attention", "padding"),
     [(family, "eager", "right" if family in EAGER else "none") for family in TOKENS]
@@ -83,7 +83,7 @@ def test_left_padding_and_given_positions(family: str) -> None:
     assert (got - want)[mask > 0].abs().max() <= 1e-5 * want.abs().max().clamp(min=1)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("family", ["bart", "t5", "gpt2", "llama", "bloom"])
 def test_greedy_tokens(family: str) -> None:
     """Through the cache, which holds the rows once, and step by step by hand."""
@@ -118,6 +118,7 @@ def test_beams_with_and_without_a_cache(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["bart", "gpt2"])
+@pytest.mark.sampled(2)
 def test_the_loss_counts_the_tokens_alone(family: str) -> None:
     backbone, model = pair(family)
     inputs = batch(backbone)

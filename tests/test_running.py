@@ -93,6 +93,7 @@ def unseen(model: PreTrainedModel) -> None:
 @pytest.mark.parametrize("write", [fused, unseen])
 @pytest.mark.parametrize("spec", ["dora", "lora", "mam"])
 @pytest.mark.parametrize("family", ["bart", "llama"])
+@pytest.mark.sampled(2)
 def test_what_was_learned_is_what_is_evaluated(
     family: str, spec: str, write: Callable[[PreTrainedModel], None]
 ) -> None:

@@ -78,7 +78,7 @@ def test_predicted_is_counted(method: str, family: str) -> None:
     assert sum(count * size for _, count, size in lines(predicted.rows)) == predicted.bytes
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("method", "family"), [("lora", "llama"), ("mam", "bart"), ("ia3", "bert")]
 )
@@ -122,6 +122,7 @@ def test_a_site_saves_what_its_formula_reads() -> None:
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+@pytest.mark.sampled(3)
 def test_nothing_is_saved_below_the_lowest_delta(family: str) -> None:
     """No gradient flows there: it is for the last layer's delta and what stands above it that values are kept."""
     text = "name: last\ndeltas:\n  - at: attention.q\n    where: {layers: 1}\n    params: {p: {shape: [in, out], init: zeros}}\n    delta: x @ p\n"
@@ -190,6 +191,7 @@ LABELS = {
 
 
 @pytest.mark.parametrize("kind", LABELS)
+@pytest.mark.sampled(2)
 def test_labels_are_what_the_loss_reads(kind: str) -> None:
     cls, settings, labels = LABELS[kind]
     model = cls(BertConfig(**{**ENCODER, **settings})).eval()
@@ -294,6 +296,7 @@ WRONG: dict[str, tuple[Callable[[], Saved], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("case", WRONG)
+@pytest.mark.sampled(2)
 def test_wrong_input(case: str) -> None:
     call, kind, message = WRONG[case]
     with pytest.raises(kind) as caught:

@@ -734,6 +734,7 @@ def test_hooks_inside_are_named_and_do_not_run() -> None:
 
 @pytest.mark.habit("training: NEFTune", "the backbone's losses")
 @pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.sampled(2)
 def test_noise_on_embeddings(family: str, tmp_path: Path) -> None:
     """NEFTune hooks the embedding: the losses are those of the backbone trained as it is, noise for noise."""
     losses = []

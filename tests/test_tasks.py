@@ -156,6 +156,7 @@ def test_images(tmp_path: Path) -> None:
     assert near(got, pipe([image] * 2))
 
 
+@pytest.mark.slow
 def test_sounds(tmp_path: Path) -> None:
     letters = [chr(97 + i % 26) + str(i // 26 or "") for i in range(116)]
     names = ["<|pad|>", "<|unk|>", "<|endoftext|>", "<|startoftranscript|>"]

@@ -103,6 +103,7 @@ def test_generates_the_same() -> None:
     ],
 )
 @pytest.mark.parametrize("first", [True, False])
+@pytest.mark.sampled(2)
 def test_beside_others_at_the_same_feed_forward(more: object, first: bool) -> None:
     specs = [adapter("gelu"), more()]  # type: ignore[operator]
     model = compiled(tiny("bert"), *(specs if first else reversed(specs)))
