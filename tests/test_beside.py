@@ -94,7 +94,7 @@ def test_what_folded_is_as_light_as_bare(family: str, method: str, tmp_path: Pat
         assert nodes(tmp_path / "with" / file.name) == nodes(file)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "bart"])
 def test_in_a_bundle(family: str, tmp_path: Path) -> None:
     model = stir(peftc.compile(tiny(family), [adapter("relu")]))

@@ -304,7 +304,7 @@ def test_export_run_and_verify_a_writer(run: Run, folder: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("writes", [True, False])
-@pytest.mark.sampled(2)
+@pytest.mark.slow
 def test_bench_measures_beside_torch(
     writes: bool, run: Run, folder: Path, lora: Path, tmp_path: Path
 ) -> None:
@@ -384,6 +384,7 @@ def test_our_fault_is_exit_2_with_a_traceback(
     assert "Traceback" in err and "please report" in err
 
 
+@pytest.mark.slow
 def test_a_pipe_gets_plain_text(folder: Path) -> None:
     """In its own process: no colour, nothing wider than 80, no noise from the libraries."""
     environment = {**os.environ, "TERM": "xterm-256color", "HF_HUB_OFFLINE": "1"}

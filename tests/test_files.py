@@ -79,7 +79,7 @@ def require_exchange() -> None:
     [*((True, one) for one in EXCHANGED), *((False, one) for one in ONE_BY_ONE)],
 )
 @pytest.mark.parametrize("after", [False, True])
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_a_killed_write_is_never_a_mix(
     whole: bool, call: str, after: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

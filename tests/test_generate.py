@@ -155,7 +155,7 @@ def _after(_: int, ids: torch.Tensor) -> list[int]:
 )
 @pytest.mark.parametrize("way", ["lookup", "assisted", "constrained", "streamed"])
 @pytest.mark.parametrize("family", ["bart", "llama"])
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_ways_of_generating(family: str, way: str) -> None:
     """Without values, the backbone's own tokens; with some, those that it gives greedily without a cache."""
     kept = tiny(family)

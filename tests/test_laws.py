@@ -36,7 +36,7 @@ from peftc.rewrite.folding import Report
 
 # float64; some norms (Llama, T5) round to float32 on the way.
 TOLERANCE = 1e-5
-EXAMPLES, MANY = 100, 5000
+EXAMPLES, MANY = 80, 5000
 RARELY = (
     0.1  # how often a model runs in the odd modes that it came with: each takes a graph of its own
 )

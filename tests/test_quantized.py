@@ -349,7 +349,7 @@ def test_the_graph_is_the_one_for_the_weights_of_now() -> None:
     assert near(logits(model, inputs), logits(there, inputs), before)
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.slow
 @formats
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_torch_compile_and_layers_computed_twice(method: str, kind: str) -> None:

@@ -343,7 +343,7 @@ def test_what_runs_a_model_follows() -> None:
 @pytest.mark.habit("several delta sets: generation with each", "each alone")
 @pytest.mark.parametrize("family", ["llama", "bart"])
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_generation_with_each(family: str, cache: str) -> None:
     model = two(family, "lora", "prompt_tuning").eval()
     inputs = batch(model, "left") if family == "llama" else batch(model, "right")

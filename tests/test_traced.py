@@ -121,7 +121,7 @@ def test_another_image_size() -> None:
 
 @pytest.mark.habit("models: torch.compile of decoding with a static cache", "the model as it is")
 @pytest.mark.parametrize(("family", "method"), [("llama", "prompt_tuning"), ("bart", "mam")])
-@pytest.mark.sampled(2)
+@pytest.mark.slow
 def test_decoding_from_a_static_cache(family: str, method: str) -> None:
     """One graph for all steps of a generation and for the next one; `generate` compiles as on a GPU."""
     model = stir(peftc.compile(tiny(family), spec(method)), 0.1)
