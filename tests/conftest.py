@@ -179,8 +179,9 @@ class Variant:
 
 
 def _sample(seed: int) -> tuple[tuple[str, str], ...]:
-    """Cells in which each method and each family is, each family with each number of beams, and each padding with each
-    number of beams and kind of attention; taken greedily, those first that show most."""
+    """Cells in which each method meets each number of beams and each kind of attention that it has, each family each
+    padding and number of beams, and each padding each number of beams with each kind of attention; taken greedily,
+    those first that show most."""
     cells = [(m, f) for m in shipped() for f in FAMILIES if not lacks(m, f)]
     random.Random(seed).shuffle(cells)
     shown = {cell: _shown(*cell) for cell in cells}
@@ -197,7 +198,9 @@ def _shown(method: str, family: str) -> frozenset[object]:
     one = Variant.of(method, family)
     return frozenset(
         {
-            method,
+            (method, one.beams),
+            (method, one.attention),
+            (family, one.padding),
             (family, one.beams),
             (one.padding, one.beams, one.attention),
         }
