@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 import peftc
 from peftc import merging
 from peftc.driver import survey
-from peftc.graph.arguments import CaptureError
+from peftc.errors import CaptureError
 from peftc.language.reader import load_spec
 from peftc.language.spec import Spec
 from peftc.plan.plan import PlanError

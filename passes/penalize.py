@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from peftc.graph.arguments import CaptureError
+from peftc.errors import CaptureError
 from peftc.graph.program import Program, aten, behind
 from peftc.plan.algebra import penalty_of
 from peftc.plan.edit import Edit

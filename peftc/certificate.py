@@ -15,6 +15,7 @@ from torch import fx
 from transformers import PreTrainedModel
 
 from peftc.driver import outputs, program_of, sample
+from peftc.errors import UncachedError
 from peftc.graph.arguments import argument
 from peftc.graph.facts import ModelFacts
 from peftc.graph.grid import LENGTHS, Case, cases, fed, real
@@ -203,7 +204,10 @@ def _caches(model: PreTrainedModel) -> bool:
     if not facts.generates or facts.main_input not in inputs:
         return False
     with torch.no_grad():
-        return model(**inputs, use_cache=True).get(facts.cache) is not None
+        try:
+            return model(**inputs, use_cache=True).get(facts.cache) is not None
+        except UncachedError:
+            return False
 
 
 def _both_ways(model: PreTrainedModel) -> tuple[Compute, Compute]:

@@ -12,6 +12,14 @@ class PeftcError(Exception):
     """The input is wrong. The message says where, what and how to mend it; no traceback is shown."""
 
 
+class CaptureError(PeftcError):
+    """A model that cannot be traced to one graph."""
+
+
+class UncachedError(CaptureError):
+    """A model that keeps more from step to step than a cache holds, and runs without one."""
+
+
 @dataclass(frozen=True, order=True)
 class Place:
     """A position in a file; lines and columns count from 1."""

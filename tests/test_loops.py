@@ -14,7 +14,7 @@ from transformers import BertModel, PreTrainedModel, SwitchTransformersConfig
 from transformers import SwitchTransformersForConditionalGeneration as Switch
 
 import peftc
-from peftc.graph.arguments import CaptureError
+from peftc.errors import CaptureError
 from peftc.language.reader import parse_spec
 
 LORA = peftc.load_spec("lora", r=2)

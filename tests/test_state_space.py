@@ -15,6 +15,7 @@ from methods import spec
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import peftc
+from peftc.errors import UncachedError
 from peftc.graph.cache import flatten_cache
 from peftc.model.caches import prepared
 
@@ -288,3 +289,21 @@ def test_as_many_chunks_as_a_sequence_has(name: str, lengths: tuple[int, ...]) -
         # fp32: export writes the solution of triangular systems out
         assert (logits(model, inputs) - want).abs().max() <= 1e-5 * want.abs().max()
     assert len(model._programs) == {"bamba": 2, "qwen3_5": 3}[name]
+
+
+def test_states_outside_of_a_cache() -> None:
+    """What keeps its states in its modules is read whole at each step."""
+    torch.manual_seed(0)
+    sizes = {**GROUPED, "num_key_value_heads": 1, "num_hidden_layers": 3}
+    config = transformers.RecurrentGemmaConfig(**sizes, lru_width=32, attention_window_size=16)
+    backbone = wide(transformers.RecurrentGemmaForCausalLM(config))
+    inputs = batch(backbone, size=2, length=4)
+    settings = dict(max_new_tokens=2, do_sample=False)
+    want = backbone.generate(**inputs, **settings)
+    model = peftc.compile(backbone, spec("norm_tuning"))
+    with pytest.warns(UserWarning, match="generated without a cache: RecurrentGemmaForCausalLM"):
+        assert torch.equal(model.generate(**inputs, **settings), want)
+    with pytest.raises(UncachedError, match="keeps its states elsewhere than in a cache"):
+        model(**inputs, use_cache=True)
+    bare = backbone.generate(**inputs, **settings, use_cache=False)
+    assert torch.equal(model.generate(**inputs, **settings, use_cache=False), bare)

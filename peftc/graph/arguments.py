@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from peftc.errors import PeftcError
+from peftc.errors import CaptureError
 from peftc.graph.cache import FILLED, STATES
 from peftc.graph.entries import ENTRIES
 from peftc.graph.facts import ModelFacts
@@ -27,10 +27,6 @@ SIZES = {"batch": 3, "seq": 11, "target": 7, "past": 5, "query": 2, "total": 7}
 FIRST = "first"
 # Labels that no loss counts, as torch's cross entropy has it.
 IGNORED = -100
-
-
-class CaptureError(PeftcError):
-    """A model that cannot be traced to one graph."""
 
 
 @dataclass(frozen=True)

@@ -133,6 +133,12 @@ def fresh(config: PreTrainedConfig) -> DynamicCache:
     return cache
 
 
+def holds_states(cache: Any) -> bool:
+    """Whether a cache holds states of a layer."""
+    slots = map(CacheSlot.read, flatten_cache(cache))
+    return any(slot is not None and slot.side in STATES for slot in slots)
+
+
 def whole(layer: Any) -> Any:
     """A layer like one that drops what is behind a window, which keeps every token; any other as it is."""
     if type(layer) is DynamicSlidingWindowLayer:

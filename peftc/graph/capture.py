@@ -29,7 +29,8 @@ from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 from transformers import PreTrainedModel
 
-from peftc.graph.arguments import SIZES, CaptureError, Labels, resized
+from peftc.errors import CaptureError
+from peftc.graph.arguments import SIZES, Labels, resized
 from peftc.graph.cache import keys_of
 from peftc.graph.call import Call
 from peftc.graph.captures import CAPTURES

@@ -10,7 +10,15 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from peftc.graph.cache import CACHES, FILLED, CacheSlot, flatten_cache, unflatten_cache
+from peftc.errors import UncachedError
+from peftc.graph.cache import (
+    CACHES,
+    FILLED,
+    CacheSlot,
+    flatten_cache,
+    holds_states,
+    unflatten_cache,
+)
 from peftc.graph.facts import ModelFacts
 
 Outputs = tuple[Callable[..., Any], dict[str, Any]]
@@ -86,6 +94,10 @@ def _cached(model: PreTrainedModel, tensors: Tensors, flags: Mapping[str, Any]) 
     given = out.get(facts.cache)
     if given is None:  # an encoder fills the one that it was given
         given, output_type = cache, Quiet(output_type)
+    if model._is_stateful and not holds_states(given):
+        raise UncachedError(
+            f"{facts.name} keeps its states elsewhere than in a cache, which no graph sees; call it with use_cache=False"
+        )
     present = flatten_cache(given)
     return output_type, fields | {k: v for k, v in present.items() if not _is_fixed(k, tensors)}
 

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.overrides import TorchFunctionMode
 
+from peftc.errors import CaptureError
 from peftc.graph.alike import alike
-from peftc.graph.arguments import CaptureError
 from peftc.graph.program import Program
 
 # More answers than any forward asks for, but one that asks until it is told no.

@@ -18,7 +18,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from peftc.graph.arguments import FIRST, CaptureError, argument, axes
+from peftc.errors import CaptureError
+from peftc.graph.arguments import FIRST, argument, axes
 from peftc.graph.cache import FILLED, CacheSlot, keys_of
 from peftc.graph.entries import ENTRIES, Tensors
 from peftc.graph.facts import ModelFacts

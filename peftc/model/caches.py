@@ -24,7 +24,8 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
-from peftc.graph.arguments import OWN_MASK, CaptureError
+from peftc.errors import CaptureError
+from peftc.graph.arguments import OWN_MASK
 from peftc.graph.cache import FILLED, by_layer, flatten_cache, fresh, hold, pair, parts_of, whole
 
 # Layers that are used as they are: of a dynamic cache, and of a static one.

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 
+from peftc.errors import UncachedError
 from peftc.graph.capture import TRACING
 from peftc.graph.layers import lend, take_back
 from peftc.graph.program import Program
@@ -251,6 +252,15 @@ class CompiledModel(Sharing):
         """What `generate` asks before it encodes images: a graph takes them with the tokens."""
         bare: Any = super()
         return not self._sets.names and bool(bare._supports_mm_encoder_outputs())
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As the backbone's own; without a cache where that would not hold all that it keeps from step to step."""
+        bare: Any = super()
+        try:
+            return bare.generate(*args, **kwargs)
+        except UncachedError as error:
+            warnings.warn(f"generated without a cache: {error}", stacklevel=2)
+            return bare.generate(*args, **{**kwargs, "use_cache": False})
 
     def get_encoder(self, modality: str | None = None) -> nn.Module:
         """The encoder with its deltas, as `generate` wants it."""

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from peftc.graph.arguments import CaptureError
+from peftc.errors import CaptureError
 from peftc.graph.cache import CACHES
 from peftc.graph.facts import ModelFacts
 from peftc.model.sharing import SHARED, Sharing

@@ -10,8 +10,7 @@ from weakref import WeakKeyDictionary, ref
 from torch import nn
 from transformers import PreTrainedModel
 
-from peftc.errors import PeftcError
-from peftc.graph.arguments import CaptureError
+from peftc.errors import CaptureError, PeftcError
 from peftc.graph.layers import submodule
 from peftc.graph.placement import is_added
 
