@@ -49,6 +49,8 @@ SITES = {
     "XLNetForTokenClassification": {"attention": 2, "attention.q": 2, "attention.o": 2},
     # a convolution of the values beside the heads
     "NystromformerForTokenClassification": {"attention": 2},
+    # a core that is not known beside one that is
+    "ProphetNetForConditionalGeneration": {"attention": 4, "attention.heads": 4, "attention.q": 6},
     # a convolution over neighbours between the linears
     "SegformerForImageClassification": {"attention": 4, "ffn": 4},
 }
@@ -72,6 +74,7 @@ SHOWN = {
     "DeepseekV3ForCausalLM": "two projections one after another",
     "DiffLlamaForCausalLM": "two cores in a module",
     "FuyuForCausalLM": "an empty dict as an argument",
+    "ProphetNetForConditionalGeneration": "two streams of queries",
     "Qwen3VLForConditionalGeneration": "positions of three kinds",
     "T5Gemma2ForTokenClassification": "masks that are made for one place at a time",
     "XLMForTokenClassification": "scores filled in place",

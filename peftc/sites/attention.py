@@ -68,6 +68,12 @@ def attentions(index: Index) -> tuple[Attention | NoSite, ...]:
     return (*(one if isinstance(one, NoSite) else _united(one, found) for one in found), *none)
 
 
+def halves(index: Index) -> frozenset[str]:
+    """Sub-layers with a core that is not known beside one that is (ProphetNet's two streams): their projections are
+    sites, and the whole is none."""
+    return frozenset(scope for scope, _ in missed(index))
+
+
 def _united(one: Attention, all_: Sequence[Attention | NoSite]) -> Attention:
     """An attention whose columns are those of all cores of its module: some split the heads of one value over two."""
     same = [
@@ -140,6 +146,7 @@ def find(index: Index, stacks: Stacks) -> Iterator[Site | NoSite]:
     for one in index.once(attentions):
         if isinstance(one, NoSite):
             yield one
+        if isinstance(one, NoSite) or one.core.scope in index.once(halves):
             continue
         first, last = index.weights(one.first("q")), index.weights(one.linears["o"])
         if not (first and last):
@@ -152,7 +159,7 @@ def find(index: Index, stacks: Stacks) -> Iterator[Site | NoSite]:
 def find_heads(index: Index, stacks: Stacks) -> Iterator[Site | NoSite]:
     """Cores, found by their module's path."""
     for one in index.once(attentions):
-        if isinstance(one, Attention):
+        if isinstance(one, Attention) and one.core.scope not in index.once(halves):
             yield _site("attention.heads", one, stacks)
 
 
