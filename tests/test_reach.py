@@ -10,7 +10,7 @@ import torch
 from conftest import logits, stir
 
 import peftc
-from peftc.driver import survey
+from peftc.driver import outputs, survey
 from peftc.interchange.settings import InterchangeError
 from peftc.interchange.write import export_peft
 from peftc.language.reader import parse_spec
@@ -126,3 +126,12 @@ deltas:
     params: {down: {shape: [in, r], init: normal}, up: {shape: [r, out], init: zeros}}
     delta: x @ down @ up
 """
+
+
+def test_rows_in_front_are_cut_from_whatever_axis() -> None:
+    """Of what a second stream predicts, [batch, streams, length, vocabulary], too."""
+    one = built("ProphetNetForCausalLM")
+    want = {name: value.shape for name, value in outputs(one.model, dict(one.inputs)).items()}
+    model = peftc.compile(one.model, METHODS["prompt_tuning"], example=dict(one.inputs))
+    assert {k: v.shape for k, v in outputs(model, dict(one.inputs)).items()} == want
+    assert want["logits_ngram"][2] == one.inputs["input_ids"].shape[1]
