@@ -307,6 +307,13 @@ CAPTURES.bound = None
 gc.set_threshold(20_000, 20, 50)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _settled() -> None:
+    """What stays is not looked through again: Trainer collects garbage several times in each training, and that was a
+    twentieth of the time."""
+    gc.freeze()
+
+
 def roomy(item: pytest.Function) -> None:
     """Run a test, with 320 kB for the frames of what it calls."""
     item.obj(**{name: item.funcargs[name] for name in item._fixtureinfo.argnames})
