@@ -56,6 +56,19 @@ def writes(model: Any, h: torch.Tensor) -> torch.Tensor:
     return h
 
 
+def fills(model: Any, h: torch.Tensor) -> torch.Tensor:
+    """Its mask has a place in some calls."""
+    mask = h[..., 0] > model.seen
+    if not mask.any():
+        mask = None
+    return h if mask is None else h.masked_fill(mask.unsqueeze(-1), 0.5)
+
+
+def fills_the_rest(model: Any, h: torch.Tensor) -> torch.Tensor:
+    mask = h[..., 0] > model.seen
+    return h.masked_fill(~mask.unsqueeze(-1), 0.5) if mask.any() else h
+
+
 def waits(model: Any, h: torch.Tensor) -> torch.Tensor:
     while h.mean() > 0:
         h = h - 1
@@ -101,6 +114,7 @@ def test_what_nothing_is_computed_with(asks: Any) -> None:
     [
         uses,
         writes,
+        fills_the_rest,
         pytest.param(waits, marks=pytest.mark.slow),
         pytest.param(raises_elsewhere, marks=pytest.mark.slow),
     ],
@@ -108,6 +122,17 @@ def test_what_nothing_is_computed_with(asks: Any) -> None:
 def test_what_something_is_computed_with(asks: Any) -> None:
     with pytest.raises(PeftcError, match=r"cannot be traced(?s:.*)no branch on tensor values"):
         peftc.plan(asking(asks), LORA)
+
+
+def test_a_mask_that_is_left_out_where_it_is_empty() -> None:
+    backbone = asking(fills)
+    inputs = batch(backbone)
+    model = peftc.compile(backbone, LORA)
+    for least in (0.0, 1e6):
+        backbone.seen.fill_(least)
+        want, found = (one(**inputs).last_hidden_state for one in (backbone, model))
+        assert torch.allclose(found, want, atol=1e-5 * float(want.abs().max()))
+        assert bool((want == 0.5).any()) is (least == 0)
 
 
 @pytest.mark.slow

@@ -2,25 +2,32 @@
 
 Assertions (`assert not h.isnan().any()`) and the statistics of a run (I-BERT's range of each activation) ask for values,
 which a trace has not. They are told yes, and in a second trace no, each but where that raises: where both graphs are
-alike, what they compute does not hang on the answers.
+alike, what they compute does not hang on the answers. Nor does it where a mask is left out of which no place is true
+(`if not mask.any(): mask = None`, FSMT): what is filled by such a mask is as it was.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
+from torch import fx
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from peftc.errors import CaptureError
 from peftc.graph.alike import alike
-from peftc.graph.program import Program
+from peftc.graph.aten import MOVE
+from peftc.graph.program import Program, aten, is_call
 
 # More answers than any forward asks for, but one that asks until it is told no.
 _MOST = 10_000
+_ANY = (torch.any, torch.Tensor.any)
+_FILL = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
+_MARK, _SAYS = aten._assert_async.msg, "a mask is used"
 
 
 class Place(NamedTuple):
@@ -38,10 +45,16 @@ class Idle(TorchFunctionMode):
         super().__init__()
         self.answer, self.needed = answer, dict(needed)
         self.asked, self.last = 0, Place("", 0)
+        self._any: Any = WeakTensorKeyDictionary()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not torch.Tensor.__bool__:
-            return func(*args, **(kwargs or {}))
+            result = func(*args, **(kwargs or {}))
+            if func in _ANY and len(args) == 1 and not kwargs and args[0].dtype == torch.bool:
+                self._any[result] = True
+            return result
+        if args[0] in self._any:
+            _MARK(args[0], _SAYS)
         self.asked += 1
         if self.asked > _MOST:
             raise RuntimeError("its code asks for values again and again")
@@ -67,7 +80,30 @@ def undecided(trace: Callable[[Idle], Program]) -> Program | None:
     needed: dict[Place, bool] = {}
     program = _traced(trace, True, needed)
     other = program and _traced(trace, False, needed)
-    return program if program and other and alike(program, other, {}) else None
+    if program is None or other is None:
+        return None
+    past = {node: before for mark in _marks(program) for node, before in _filled(mark)}
+    for graph in (program, other):
+        for mark in _marks(graph):
+            graph.graph.erase_node(mark)
+    return program if alike(program, other, past) else None
+
+
+def _marks(program: Program) -> list[fx.Node]:
+    found = program.graph.find_nodes(op="call_function", target=_MARK)
+    return [node for node in found if node.args[1] == _SAYS]
+
+
+def _filled(mark: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """What is filled by the mask that was asked for, and what it was before."""
+    whole: Any = mark.args[0]
+    masks = [whole.args[0]]
+    for mask in masks:
+        for user in mask.users:
+            if is_call(user, *MOVE) and user not in masks:
+                masks.append(user)
+            elif is_call(user, *_FILL) and user.args[1] is mask and user.args[0] is not mask:
+                yield user, user.args[0]
 
 
 def _traced(
