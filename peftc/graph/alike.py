@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from peftc.graph.aten import operand, shares, writes
+from peftc.graph.aten import VIEW, operand, shares, writes
 from peftc.graph.program import Program, is_call
 
 
@@ -19,7 +19,7 @@ def alike(program: Program, other: Program, past: Mapping[fx.Node, fx.Node]) -> 
     known: dict[object, str] = {}
     mine, theirs = dict(_axes(program)), dict(_axes(other))
     same = {theirs[axis]: size for axis, size in mine.items()}
-    one, two = _Names(known, past, {}).of(program), _Names(known, {}, same).of(other)
+    one, two = _Names(known, past, {}, {}).of(program), _Names(known, {}, same, {}).of(other)
     return bool(one == two)
 
 
@@ -40,6 +40,9 @@ class _Names:
     known: dict[object, str]
     past: Mapping[fx.Node, fx.Node]
     sizes: Mapping[Any, Any]
+    first: dict[
+        str, tuple[str, str]
+    ]  # of what views are named, what they are views of, and its shape
 
     def of(self, program: Program) -> Any:
         """What a program gives."""
@@ -81,11 +84,28 @@ class _Names:
             given = (names[one] if isinstance(one, fx.Node) else one for one in args[at + 1 :])
             settings = (*within, str(node.target), *args[:at])
             return self._given(inner, inner.graph, dict(zip(inputs, given, strict=True)), settings)
+        if is_call(node, *VIEW) and isinstance(args[0], fx.Node):
+            return self._viewed(names[args[0]], args[0], node)
         of = names.get(args[0]) if is_call(node, getitem) else None  # type: ignore[arg-type]
         if isinstance(of, tuple):
             return of[args[1]]  # type: ignore[index]
         read = repr(fx.map_arg((args, node.kwargs), names.__getitem__))
         return self._name((node.op, str(node.target), read, within))
+
+    def _viewed(self, of: Any, source: fx.Node, view: fx.Node) -> Any:
+        """A value in another shape, which is itself again in its own."""
+        first, own = self.first.get(of, (of, self._shape(source)))
+        shape = self._shape(view)
+        name = first if shape == own else self._name(("view", first, shape))
+        self.first[name] = first, own
+        return name
+
+    def _shape(self, node: fx.Node) -> str:
+        sizes = (
+            s.node.expr.xreplace(self.sizes) if isinstance(s, torch.SymInt) else s
+            for s in node.meta["val"].shape
+        )
+        return str([*sizes])
 
 
 def _part(root: nn.Module, one: object) -> fx.GraphModule | None:
