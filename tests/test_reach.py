@@ -73,6 +73,7 @@ SHOWN = {
     "BertLMHeadModel": "a cache that is filled and not given",
     "DeepseekV3ForCausalLM": "two projections one after another",
     "DiffLlamaForCausalLM": "two cores in a module",
+    "FSMTForConditionalGeneration": "a mask that is left out where it is empty",
     "FuyuForCausalLM": "an empty dict as an argument",
     "ProphetNetForConditionalGeneration": "two streams of queries",
     "Qwen3VLForConditionalGeneration": "positions of three kinds",

@@ -85,7 +85,8 @@ def _cached(model: PreTrainedModel, tensors: Tensors, flags: Mapping[str, Any]) 
     if facts.encoder_decoder:
         if hidden is None:  # cross keys are cached, so the encoder's output is not read
             past = tensors[CacheSlot("cross", 0, "key").name]
-            width = getattr(model.get_encoder().config, "hidden_size", 1)
+            config = getattr(model.get_encoder(), "config", model.config)
+            width = getattr(config, "hidden_size", 1)
             hidden = past.new_zeros(past.shape[0], past.shape[2], width)
         inputs["encoder_outputs"] = Encoded(last_hidden_state=hidden)  # type: ignore[assignment]
     out = model(**inputs, **flags, **{facts.cache: cache}, use_cache=True, return_dict=True)
