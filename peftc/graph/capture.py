@@ -34,12 +34,10 @@ from peftc.graph.arguments import SIZES, Labels, resized
 from peftc.graph.cache import keys_of
 from peftc.graph.call import Call
 from peftc.graph.captures import CAPTURES
-from peftc.graph.dropped import Dropped, left_out
+from peftc.graph.doubts import DOUBTS, Doubt
 from peftc.graph.entries import ENTRIES, Tensors
-from peftc.graph.finite import Finite, selected
 from peftc.graph.functions import kept, write_calls
 from peftc.graph.idle import Idle, undecided
-from peftc.graph.loops import Loops, rows_join
 from peftc.graph.masks import deciding, proven
 from peftc.graph.program import Bound, Program, Slot, behind
 from peftc.graph.quantized import readers, require_open
@@ -178,10 +176,9 @@ def _traced(
     drop: bool,
     exact: frozenset[str],
     idle: Idle | None = None,
-    finite: bool = False,
-    dropped: bool = False,
-    unchosen: bool = False,
+    no: Doubt | None = None,
 ) -> Program:
+    """The graph of a call. Of what its code asks of values, `no` is told no, and all else yes."""
     entry, inputs, labels = call.entry, call.inputs, call.labels
     if _get_current_dispatch_mode() is not None:
         raise CaptureError(
@@ -199,13 +196,15 @@ def _traced(
     shapes = {k: {i: auto for i, a in enumerate(labels[k]) if a} for k in tensors}
     output_types: list[Callable[..., Any]] = []
     states: set[str] = set()
-    answers, draws, loops = Finite(finite), Dropped(dropped), Loops(not unchosen)
-    others = idle or contextlib.nullcontext()
+    answers = {doubt: doubt.answers(doubt is not no) for doubt in DOUBTS}
 
     def run(arguments: Tensors) -> dict[str, Any]:
         wide = room.widened(model, entry, arguments)
         before = dict(model.named_buffers(remove_duplicate=False))
-        with _Detached(), others, answers, draws, loops, room.kept_from_decoder(model, wide):
+        with contextlib.ExitStack() as stack:
+            modes = (_Detached(), *([idle] if idle else []), *answers.values())
+            for context in (*modes, room.kept_from_decoder(model, wide)):
+                stack.enter_context(context)
             output_type, fields = ENTRIES[entry].call(model, wide, flags)
         states.update(_replaced(before, dict(model.named_buffers(remove_duplicate=False))))
         output_types.append(output_type)
@@ -229,28 +228,14 @@ def _traced(
     program = _program(exported, entry, model, labels, wide, output_types[-1])
     _require_stateless(program, model, states)
     write_calls(program, exported.graph_module, calls)
-    if finite or dropped or unchosen:
+    if no is not None:
         return program
-    if loops.met:
-        other = _traced(model, call, flags, room, drop, exact, idle, unchosen=True)
-        if loops.other or not rows_join(program, other):
-            raise CaptureError(
-                f"{type(model).__name__} cannot be traced ({entry}): a loop over what was chosen does more than add rows"
-            )
-    if draws.asked:
-        other = _traced(model, call, flags, room, drop, exact, idle, dropped=True)
-        if not left_out(program, other):
-            raise CaptureError(
-                f"{type(model).__name__} cannot be traced ({entry}): a random number decides more than whether a layer is "
-                "left out"
-            )
-    if answers.asked:
-        other = _traced(model, call, flags, room, drop, exact, idle, finite=True)
-        if not selected(program, other):
-            raise CaptureError(
-                f"{type(model).__name__} cannot be traced ({entry}): whether values are finite decides more than whether "
-                "they are bounded"
-            )
+    for doubt, mode in reversed(answers.items()):
+        if not mode.asked:
+            continue
+        other = _traced(model, call, flags, room, drop, exact, idle, doubt)
+        if mode.odd or not doubt.settled(program, other):
+            raise CaptureError(f"{type(model).__name__} cannot be traced ({entry}): {doubt.else_}")
     program.quantized = readers(model)
     if not proven(program):
         explicit = _traced(model, call, flags, room, False, exact, idle)

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from peftc.graph.alike import alike
+from peftc.graph.answers import Answers
 from peftc.graph.code import LEFT_OUT
 from peftc.graph.program import Program, aten
 
@@ -38,12 +38,11 @@ _MARK = aten._assert_async.msg
 _SAYS = {False: "a layer is left out", True: "a layer is kept"}
 
 
-class Dropped(TorchFunctionMode):
-    """Answers while a model is traced: no draw leaves anything out, or `all_` do; `asked` counts."""
+class Dropped(Answers):
+    """Says that no draw leaves anything out; in the other trace, that all do."""
 
-    def __init__(self, all_: bool) -> None:
-        super().__init__()
-        self.all, self.asked = all_, 0
+    def __init__(self, yes: bool) -> None:
+        super().__init__(yes)
         self._known: Any = WeakTensorKeyDictionary()
         self._marked: Any = WeakTensorKeyDictionary()
 
@@ -54,7 +53,7 @@ class Dropped(TorchFunctionMode):
                 self.asked += 1
                 self._marked[args[0]] = True
                 _MARK(args[0], _SAYS[kept])
-            return kept is not self.all
+            return kept is self.yes
         result = func(*args, **(kwargs or {}))
         if func is torch.rand and result.ndim == 0:
             self._known[result] = "a draw"

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from peftc.graph.alike import alike
+from peftc.graph.answers import Answers
 from peftc.graph.program import Program, aten, is_call
 
 # What asks of each value, what asks of all, and the answer where all are finite.
@@ -29,13 +29,11 @@ _ASKED = {True: "all values are finite", False: "some value is not finite"}
 _BOUND = (aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default)
 
 
-class Finite(TorchFunctionMode):
-    """Answers while a model is traced: all values are `finite`, or some of all that are asked for are not; `asked`
-    counts."""
+class Finite(Answers):
+    """Says that some of all values that are asked for are not finite; in the other trace, that all are."""
 
-    def __init__(self, finite: bool) -> None:
-        super().__init__()
-        self.finite, self.asked = finite, 0
+    def __init__(self, yes: bool) -> None:
+        super().__init__(yes)
         self._known: Any = WeakTensorKeyDictionary()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -43,7 +41,7 @@ class Finite(TorchFunctionMode):
             self.asked += 1
             answer: bool = self._known[args[0]]
             aten._assert_async.msg(args[0], _ASKED[answer])
-            return answer is self.finite
+            return answer is not self.yes
         result = func(*args, **(kwargs or {}))
         if func in _EACH:
             self._known[result] = _EACH[func]

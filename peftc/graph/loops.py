@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
-from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from peftc.graph.alike import alike
+from peftc.graph.answers import Answers
 from peftc.graph.aten import operand
 from peftc.graph.program import Program, aten, is_call
 
@@ -35,13 +35,11 @@ _JOINS = (
 )
 
 
-class Loops(TorchFunctionMode):
-    """While a model is traced, it goes through `all_` experts, or none. `met` says whether there was such a loop, and
-    `other` whether one found rows by more than its mask."""
+class Loops(Answers):
+    """Goes through all experts; in the other trace, through none. A loop that finds rows by more than its mask is odd."""
 
-    def __init__(self, all_: bool) -> None:
-        super().__init__()
-        self.all, self.met, self.other = all_, False, False
+    def __init__(self, yes: bool) -> None:
+        super().__init__(yes)
         self._mask: torch.Tensor | None = None  # of the loop that runs
         self._place = 0  # where it is
         self._known: Any = WeakTensorKeyDictionary()
@@ -55,7 +53,7 @@ class Loops(TorchFunctionMode):
             return format(args[0].item(), *args[1:])
         result = func(*args, **(kwargs or {}))
         if func in _FOUND and isinstance(result, tuple) and self._mask is not None:
-            self.other |= what != _ROW or mask is not self._mask
+            self.odd |= what != _ROW or mask is not self._mask
             torch._check(result[0].shape[0] > 0)  # type: ignore[no-untyped-call]  # in eager code
         elif isinstance(result, torch.Tensor):
             made = self._made(func, what, args, kwargs or {})
@@ -80,9 +78,9 @@ class Loops(TorchFunctionMode):
         return _ROW if func is torch.Tensor.squeeze and what == _ROW else ""
 
     def _each(self, places: torch.Tensor, mask: torch.Tensor) -> Iterator[torch.Tensor]:
-        self.met, self._mask = True, mask
+        self.asked, self._mask = self.asked + 1, mask
         try:
-            for place in range(mask.shape[0] if self.all else 0):
+            for place in range(mask.shape[0] if self.yes else 0):
                 self._place = place
                 yield torch.tensor([place], device=places.device)
         finally:
