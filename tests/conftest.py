@@ -307,10 +307,8 @@ CAPTURES.bound = None
 gc.set_threshold(20_000, 20, 50)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _settled() -> None:
-    """What stays is not looked through again: Trainer collects garbage several times in each training, and that was a
-    twentieth of the time."""
+def pytest_collection_finish() -> None:
+    """Modules stay, and are not looked through again: Trainer collects garbage several times in each training."""
     gc.freeze()
 
 

@@ -887,10 +887,10 @@ def test_a_trace_keeps_nothing_from_the_collector() -> None:
         def __init__(self) -> None:
             self.own = self
 
-    before = gc.get_threshold()
+    before, frozen = gc.get_threshold(), gc.get_freeze_count()
     gone = weakref.ref(Ring())
     model = peftc.compile(tiny("bert"), "lora")
     model(**batch(model))
     gc.collect(1)
     assert gone() is None
-    assert (gc.get_threshold(), gc.get_freeze_count()) == (before, 0)
+    assert gc.get_threshold() == before and gc.get_freeze_count() <= frozen
