@@ -60,7 +60,7 @@ CELLS = [(f, s) for f in HELD for s in ("prefix_direct", "mam", KEYS)]
 CELLS += [(f, SHIFTED) for f in ("gpt2", "llama")]
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize(("family", "spec"), CELLS, ids=lambda one: one.partition("\ndeltas")[0])
 def test_a_step_has_a_kernel_less_for_each_and_the_same_logits(family: str, spec: str) -> None:
     one = parse_spec(spec) if "\n" in spec else spec

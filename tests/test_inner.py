@@ -21,7 +21,7 @@ def last(output: object) -> torch.Tensor:
 
 
 @pytest.mark.habit("models: hidden states, inner models called by themselves", "the whole model's")
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("method", ["lora", "prefix_direct", "head"])
 @pytest.mark.parametrize("family", ["bart", "bert", "gpt2", "llama", "gemma2", "distilbert"])
 def test_its_states_are_those_that_the_head_reads(family: str, method: str) -> None:

@@ -171,7 +171,7 @@ def rows(kind: str, family: str, path: Path) -> PreTrainedModel:
     return model
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("kind", "family"),
     [
@@ -490,6 +490,7 @@ def test_a_start_that_moves_the_backbone_is_refused_and_its_conversion_read(
     assert (logits(mine, inputs) - logits(model.eval(), inputs)).abs().max() <= 1e-5
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", ["lora", "vera", "lora bias"])
 def test_dropout_acts_in_training_alone(kind: str, tmp_path: Path) -> None:
     """The mean over draws and its spread are PEFT's; in evaluation nothing is dropped."""

@@ -89,7 +89,7 @@ def test_every_product_is_what_it_was(name: str) -> None:
     assert worst <= 1e-9 and joined == 2 * count
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("family", ["bart", "bert", "gpt2", "neox", "phi3", "t5"])
 @pytest.mark.parametrize("seed", range(2))
 def test_every_family(seed: int, family: str) -> None:

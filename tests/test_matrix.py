@@ -159,7 +159,7 @@ def _half_cell(method: str) -> object:
     return pytest.param(method, family, id=f"{method}-{family}", marks=mark)
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize(("method", "family"), [_half_cell(method) for method in shipped()])
 def test_bfloat16(method: str, family: str, tmp_path: Path) -> None:
     """In half precision: exact where exact, trains, comes back, and folds to what float64 says, rounded."""

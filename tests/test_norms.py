@@ -41,7 +41,7 @@ FOUND = {
 }
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("family", FOUND)
 @pytest.mark.parametrize("turn", [0, 1], ids=["float32", "bfloat16"])
 def test_every_norm_is_what_it_was(family: str, turn: int) -> None:

@@ -64,6 +64,7 @@ def test_graphs_and_names(family: str, tmp_path: Path) -> None:
     assert again == dict.fromkeys(names, "")
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("family", "method"), [("bart", "mam"), ("gpt2", "prefix_tuning"), ("llama", "prompt_tuning")]
 )

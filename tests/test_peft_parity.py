@@ -59,6 +59,7 @@ def peft_model(backbone: PreTrainedModel, family: str, model: PreTrainedModel) -
     return other
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("family", sorted(TARGETS))

@@ -606,6 +606,7 @@ def test_labels_of_other_heads(kind: str) -> None:
         assert torch.allclose(got, output(model.backbone, **short, labels=labels).loss, atol=1e-5)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.habit("models: masks of four axes", "the backbone's values")
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_masks_of_four_axes(family: str) -> None:
