@@ -17,7 +17,7 @@ import passes
 from peftc.export.graph import Graph, Tensors
 from peftc.export.source import Source, masked, plain
 from peftc.graph.arguments import argument
-from peftc.graph.cache import STATES, CacheSlot, flatten_cache
+from peftc.graph.cache import CacheSlot, flatten_cache, holds_states
 from peftc.graph.grid import LENGTHS, Case, drawn, fed, mask_of
 from peftc.graph.program import Program
 from peftc.model.compiled import run_program
@@ -103,7 +103,7 @@ def _states(one: Source, inputs: Tensors) -> str:
         return f"it does not run on a batch: {str(error).splitlines()[0][:200]}"
     if not found:
         return "it keeps no cache"
-    if any(slot.side in STATES for slot in map(_slot, found) if slot is not None):
+    if holds_states(found):
         return "its cache holds states, which no graph here goes on from"
     return ""
 

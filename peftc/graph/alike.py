@@ -35,14 +35,13 @@ def _axes(program: Program) -> Iterator[tuple[tuple[str, int], Any]]:
 
 @dataclass(frozen=True)
 class _Names:
-    """Names for what nodes compute: nodes of any graph that compute the same have one name in `known`."""
+    """Names for what nodes compute: nodes of any graph that compute the same have one name in `known`. `first` has what
+    views are views of, and its shape."""
 
     known: dict[object, str]
     past: Mapping[fx.Node, fx.Node]
     sizes: Mapping[Any, Any]
-    first: dict[
-        str, tuple[str, str]
-    ]  # of what views are named, what they are views of, and its shape
+    first: dict[str, tuple[str, str]]
 
     def of(self, program: Program) -> Any:
         """What a program gives."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,9 +133,9 @@ def fresh(config: PreTrainedConfig) -> DynamicCache:
     return cache
 
 
-def holds_states(cache: Any) -> bool:
-    """Whether a cache holds states of a layer."""
-    slots = map(CacheSlot.read, flatten_cache(cache))
+def holds_states(tensors: Iterable[str]) -> bool:
+    """Whether tensors of these names hold states of a layer."""
+    slots = map(CacheSlot.read, tensors)
     return any(slot is not None and slot.side in STATES for slot in slots)
 
 

@@ -235,7 +235,9 @@ def _traced(
             continue
         other = _traced(model, call, flags, room, drop, exact, idle, doubt)
         if mode.odd or not doubt.settled(program, other):
-            raise CaptureError(f"{type(model).__name__} cannot be traced ({entry}): {doubt.else_}")
+            raise CaptureError(
+                f"{type(model).__name__} cannot be traced ({entry}): {doubt.refusal}"
+            )
     program.quantized = readers(model)
     if not proven(program):
         explicit = _traced(model, call, flags, room, False, exact, idle)

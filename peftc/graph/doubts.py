@@ -15,11 +15,11 @@ from peftc.graph.program import Program
 @dataclass(frozen=True)
 class Doubt:
     """`answers` in both traces; `settled` makes the first graph one for either answer, where the second, which was told
-    no, is otherwise alike. `else_` is said where it is not."""
+    no, is otherwise alike. `refusal` is said where it is not."""
 
     answers: Callable[[bool], Answers]
     settled: Callable[[Program, Program], bool]
-    else_: str
+    refusal: str
 
 
 # The last is asked first.

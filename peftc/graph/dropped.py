@@ -15,7 +15,7 @@ from torch import fx
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from peftc.graph.alike import alike
-from peftc.graph.answers import Answers
+from peftc.graph.answers import Answers, mark, marks
 from peftc.graph.code import LEFT_OUT
 from peftc.graph.program import Program, aten
 
@@ -34,7 +34,6 @@ _COMPARED = {
     torch.Tensor.ge: True,
     torch.ge: True,
 }
-_MARK = aten._assert_async.msg
 _SAYS = {False: "a layer is left out", True: "a layer is kept"}
 
 
@@ -52,7 +51,7 @@ class Dropped(Answers):
             if args[0] not in self._marked:  # code may ask before a layer and after it
                 self.asked += 1
                 self._marked[args[0]] = True
-                _MARK(args[0], _SAYS[kept])
+                mark(args[0], _SAYS[kept])
             return kept is self.yes
         result = func(*args, **(kwargs or {}))
         if func is torch.rand and result.ndim == 0:
@@ -65,30 +64,25 @@ class Dropped(Answers):
 def left_out(program: Program, other: Program) -> bool:
     """Make what was traced as if no layer were left out select. `other` was traced as if all were. False where more than
     the values of layers hangs on the draws."""
-    marks = [
-        node
-        for node in program.graph.find_nodes(op="call_function", target=_MARK)
-        if node.args[1] in _SAYS.values()
-    ]
+    asked = marks(program, _SAYS.values())
     chosen: dict[fx.Node, fx.Node] = {}
-    for mark, end in zip(marks, [*marks[1:], None]):
-        found = _through(mark, end)
+    for draw, end in zip(asked, [*asked[1:], None]):
+        found = _through(draw, end)
         if found is None:
             return False
         before, after = found
         with program.graph.inserting_after(after):
-            kept = mark.args[1] == _SAYS[True]
+            kept = draw.args[1] == _SAYS[True]
             sides = (after, before) if kept else (before, after)
-            one = program.graph.call_function(aten.where.self, (mark.args[0], *sides))
+            one = program.graph.call_function(aten.where.self, (draw.args[0], *sides))
         one.meta = {**after.meta, LEFT_OUT: sides.index(after) + 1}
         for user in [*after.users]:
             if user is not one:
                 user.replace_input_with(after, one)
         chosen[one] = before
-    for graph in (program.graph, other.graph):
-        for node in graph.find_nodes(op="call_function", target=_MARK):
-            if node.args[1] in _SAYS.values():
-                graph.erase_node(node)
+    for traced in (program, other):
+        for one in marks(traced, _SAYS.values()):
+            traced.graph.erase_node(one)
     return alike(program, other, chosen)
 
 

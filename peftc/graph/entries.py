@@ -95,11 +95,11 @@ def _cached(model: PreTrainedModel, tensors: Tensors, flags: Mapping[str, Any]) 
     given = out.get(facts.cache)
     if given is None:  # an encoder fills the one that it was given
         given, output_type = cache, Quiet(output_type)
-    if model._is_stateful and not holds_states(given):
+    present = flatten_cache(given)
+    if model._is_stateful and not holds_states(present):
         raise UncachedError(
             f"{facts.name} keeps its states elsewhere than in a cache, which no graph sees; call it with use_cache=False"
         )
-    present = flatten_cache(given)
     return output_type, fields | {k: v for k, v in present.items() if not _is_fixed(k, tensors)}
 
 

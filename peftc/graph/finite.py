@@ -14,7 +14,7 @@ from torch import fx
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from peftc.graph.alike import alike
-from peftc.graph.answers import Answers
+from peftc.graph.answers import Answers, mark, marks
 from peftc.graph.program import Program, aten, is_call
 
 # What asks of each value, what asks of all, and the answer where all are finite.
@@ -40,7 +40,7 @@ class Finite(Answers):
         if func is torch.Tensor.__bool__ and args[0] in self._known:
             self.asked += 1
             answer: bool = self._known[args[0]]
-            aten._assert_async.msg(args[0], _ASKED[answer])
+            mark(args[0], _ASKED[answer])
             return answer is not self.yes
         result = func(*args, **(kwargs or {}))
         if func in _EACH:
@@ -53,38 +53,26 @@ class Finite(Answers):
 def selected(program: Program, other: Program) -> bool:
     """Make what was traced as if some values were not finite select: each bounded value only where its own are not.
     `other` was traced as if all were. False, and nothing changed, where more than bounding hangs on the answers."""
-    marks = [
-        node
-        for node in program.graph.find_nodes(op="call_function", target=_MARK)
-        if _is_ours(node)
-    ]
     bounded: dict[fx.Node, fx.Node] = {}
-    for mark in marks:
-        value = _asked_of(mark)
-        found = [user for user in value.users if is_call(user, *_BOUND) and mark < user]
+    for one in marks(program, _ASKED.values()):
+        value = _asked_of(one)
+        found = [user for user in value.users if is_call(user, *_BOUND) and one < user]
         if len(found) != 1:
             return False
-        bounded[found[0]] = mark
-    if not alike(program, other, {node: _asked_of(mark) for node, mark in bounded.items()}):
+        bounded[found[0]] = one
+    if not alike(program, other, {node: _asked_of(one) for node, one in bounded.items()}):
         return False
-    for node, mark in bounded.items():
-        whole, value = mark.args[0], _asked_of(mark)
-        sides = (value, node) if mark.args[1] == _ASKED[True] else (node, value)
+    for node, asked in bounded.items():
+        whole, value = asked.args[0], _asked_of(asked)
+        sides = (value, node) if asked.args[1] == _ASKED[True] else (node, value)
         with program.graph.inserting_after(node):
             one = program.graph.call_function(aten.where.self, (whole, *sides))
         one.meta.update(node.meta)
         for user in [*node.users]:
             if user is not one:
                 user.replace_input_with(node, one)
-        program.graph.erase_node(mark)
+        program.graph.erase_node(asked)
     return True
-
-
-_MARK = aten._assert_async.msg
-
-
-def _is_ours(mark: fx.Node) -> bool:
-    return mark.args[1] in _ASKED.values()
 
 
 def _asked_of(mark: fx.Node) -> fx.Node:

@@ -15,19 +15,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx
-from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from peftc.errors import CaptureError
 from peftc.graph.alike import alike
-from peftc.graph.aten import MOVE
+from peftc.graph.answers import Answers, mark, marks
+from peftc.graph.aten import MOVE, writes
 from peftc.graph.program import Program, aten, is_call
 
 # More answers than any forward asks for, but one that asks until it is told no.
 _MOST = 10_000
 _ANY = (torch.any, torch.Tensor.any)
 _FILL = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
-_MARK, _SAYS = aten._assert_async.msg, "a mask is used"
+_SAYS = "a mask is used"
 
 
 class Place(NamedTuple):
@@ -37,14 +37,13 @@ class Place(NamedTuple):
     instruction: int
 
 
-class Idle(TorchFunctionMode):
+class Idle(Answers):
     """Answers while a model is traced what nobody else does: as `needed` says, by the place that asks, or else `answer`;
     `last` is the place that asked last."""
 
     def __init__(self, answer: bool, needed: Mapping[Place, bool]) -> None:
-        super().__init__()
-        self.answer, self.needed = answer, dict(needed)
-        self.asked, self.last = 0, Place("", 0)
+        super().__init__(answer)
+        self.needed, self.last = dict(needed), Place("", 0)
         self._any: Any = WeakTensorKeyDictionary()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -54,12 +53,12 @@ class Idle(TorchFunctionMode):
                 self._any[result] = True
             return result
         if args[0] in self._any:
-            _MARK(args[0], _SAYS)
+            mark(args[0], _SAYS)
         self.asked += 1
         if self.asked > _MOST:
             raise RuntimeError("its code asks for values again and again")
         self.last = _place()
-        return self.needed.get(self.last, self.answer)
+        return self.needed.get(self.last, self.yes)
 
 
 def _place() -> Place:
@@ -82,27 +81,24 @@ def undecided(trace: Callable[[Idle], Program]) -> Program | None:
     other = program and _traced(trace, False, needed)
     if program is None or other is None:
         return None
-    past = {node: before for mark in _marks(program) for node, before in _filled(mark)}
-    for graph in (program, other):
-        for mark in _marks(graph):
-            graph.graph.erase_node(mark)
+    past = {node: before for one in marks(program, [_SAYS]) for node, before in _filled(one)}
+    for traced in (program, other):
+        for one in marks(traced, [_SAYS]):
+            traced.graph.erase_node(one)
     return program if alike(program, other, past) else None
 
 
-def _marks(program: Program) -> list[fx.Node]:
-    found = program.graph.find_nodes(op="call_function", target=_MARK)
-    return [node for node in found if node.args[1] == _SAYS]
-
-
-def _filled(mark: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """What is filled by the mask that was asked for, and what it was before."""
-    whole: Any = mark.args[0]
+def _filled(asked: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """What is filled by the mask that was asked for, and what it was before. One that is written into is another."""
+    whole: Any = asked.args[0]
     masks = [whole.args[0]]
     for mask in masks:
+        masks += [user for user in mask.users if is_call(user, *MOVE) and user not in masks]
+    if any(writes(user) for mask in masks for user in mask.users):
+        return
+    for mask in masks:
         for user in mask.users:
-            if is_call(user, *MOVE) and user not in masks:
-                masks.append(user)
-            elif is_call(user, *_FILL) and user.args[1] is mask and user.args[0] is not mask:
+            if is_call(user, *_FILL) and user.args[1] is mask and user.args[0] is not mask:
                 yield user, user.args[0]
 
 

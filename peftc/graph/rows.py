@@ -141,9 +141,8 @@ class Room:
                 tensor = isinstance(value, torch.Tensor) and value.ndim > 1
                 if not tensor or CacheSlot.read(name) is not None:
                     continue
-                for axis, size in enumerate(
-                    value.shape[1:], 1
-                ):  # of scores or streams, not the second alone
+                # Scores and streams have their length elsewhere than in the second axis.
+                for axis, size in enumerate(value.shape[1:], 1):
                     if any(statically_known_true(size == length) for length in lengths):
                         cut[name] = aten.slice.Tensor(cut[name], axis, self.rows[ids], sys.maxsize)
         return cut

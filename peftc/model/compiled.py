@@ -98,6 +98,7 @@ class CompiledModel(Sharing):
     _rows: int  # that stand in a cache before the tokens
     _disabled: tuple[str, ...] = ()
     _asked: bool = False  # for the penalty
+    _uncached: bool = False  # it keeps more than a cache holds
 
     @property
     def example(self) -> Mapping[str, torch.Tensor] | None:
@@ -256,11 +257,14 @@ class CompiledModel(Sharing):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As the backbone's own; without a cache where that would not hold all that it keeps from step to step."""
         bare: Any = super()
+        if self._uncached and self._sets.names:
+            return bare.generate(*args, **{**kwargs, "use_cache": False})
         try:
             return bare.generate(*args, **kwargs)
         except UncachedError as error:
+            self.__dict__["_uncached"] = True
             warnings.warn(f"generated without a cache: {error}", stacklevel=2)
-            return bare.generate(*args, **{**kwargs, "use_cache": False})
+            return self.generate(*args, **kwargs)
 
     def get_encoder(self, modality: str | None = None) -> nn.Module:
         """The encoder with its deltas, as `generate` wants it."""

@@ -69,8 +69,8 @@ def attentions(index: Index) -> tuple[Attention | NoSite, ...]:
 
 
 def halves(index: Index) -> frozenset[str]:
-    """Sub-layers with a core that is not known beside one that is (ProphetNet's two streams): their projections are
-    sites, and the whole is none."""
+    """Sub-layers with a core that is not known. Where another is (ProphetNet's two streams), its projections are sites,
+    and the whole is none."""
     return frozenset(scope for scope, _ in missed(index))
 
 
