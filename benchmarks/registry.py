@@ -208,8 +208,8 @@ def small(config: PretrainedConfig, shrink: Shrink) -> PretrainedConfig:
 
 
 def _data(config: PretrainedConfig) -> dict[str, Any]:
-    """What a default configuration is made of: what its class declares, and not what it works out of that, but for
-    lists, as of the kinds of its layers."""
+    """What a default configuration is made of, and not what its class works out where it declares None or a word for it,
+    but for lists, as of the kinds of its layers."""
     # Where layers differ, what is said of all of them may be read.
     config.allow_global_per_layer_attribute_access = True
     data = {}
@@ -217,7 +217,11 @@ def _data(config: PretrainedConfig) -> dict[str, Any]:
         value, declared = getattr(config, field.name, None), field.default
         if isinstance(value, PretrainedConfig):
             data[field.name] = _data(value) | {"model_type": value.model_type}
-        elif declared is dataclasses.MISSING or (isinstance(value, list | tuple) and value):
+        elif (
+            type(value) is type(declared)
+            or declared is dataclasses.MISSING
+            or (isinstance(value, list | tuple) and value)
+        ):
             data[field.name] = value
         else:
             data[field.name] = declared
@@ -265,7 +269,7 @@ def _value(name: str, value: Any, shrink: Shrink, layers: Mapping[int, int]) -> 
         return _smaller(value, shrink)
     if isinstance(value, list | tuple):
         cut = value[: layers.get(len(value), len(value))]
-        return [_value(name, one, shrink, {}) for one in cut]
+        return [_run(one, layers) or _value(name, one, shrink, {}) for one in cut]
     if not _is_number(value):
         return value
     if re.search(_COUNTS, name):
@@ -273,6 +277,14 @@ def _value(name: str, value: Any, shrink: Shrink, layers: Mapping[int, int]) -> 
     if re.search(r"depths", name):
         return min(value, 2)
     return next(rule for pattern, rule in _RULES if re.search(pattern, name))(value, shrink)
+
+
+def _run(one: Any, layers: Mapping[int, int]) -> list[Any] | None:
+    """Kinds of layers and how many times they come, [kinds, times], where these are all layers: as many as are left."""
+    match one:
+        case [list() as kinds, int() as times] if len(kinds) * times in layers:
+            return [kinds, max(layers[len(kinds) * times] // len(kinds), 1)]
+    return None
 
 
 def _is_number(value: Any) -> bool:

@@ -72,7 +72,7 @@ def _may_be_added(other: Any, product: fx.Node, node: fx.Node) -> bool:
 def _source(node: fx.Node) -> Any:
     """What a value is, behind moves and cuts."""
     found: Any = node
-    while is_call(found, *MOVE, *CUT, aten.view_as.default):
+    while is_call(found, *MOVE, *CUT):
         found = found.args[0]
     return found
 

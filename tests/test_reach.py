@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import logits, stir
+from transformers import PreTrainedModel
 
 import peftc
 from peftc.driver import outputs, survey
@@ -51,6 +52,8 @@ SITES = {
     "NystromformerForTokenClassification": {"attention": 2},
     # a core that is not known beside one that is
     "ProphetNetForConditionalGeneration": {"attention": 4, "attention.heads": 4, "attention.q": 6},
+    # a batch norm between a fused projection and its parts
+    "LevitForImageClassificationWithTeacher": {"attention.q": 8, "attention.v": 8},
     # a convolution over neighbours between the linears
     "SegformerForImageClassification": {"attention": 4, "ffn": 4},
 }
@@ -75,6 +78,7 @@ SHOWN = {
     "DiffLlamaForCausalLM": "two cores in a module",
     "FSMTForConditionalGeneration": "a mask that is left out where it is empty",
     "FuyuForCausalLM": "an empty dict as an argument",
+    "PPFormulaNetForConditionalGeneration": "a decoder that reads what the encoder pools",
     "ProphetNetForConditionalGeneration": "two streams of queries",
     "Qwen3VLForConditionalGeneration": "positions of three kinds",
     "T5Gemma2ForTokenClassification": "masks that are made for one place at a time",
@@ -136,3 +140,27 @@ def test_rows_in_front_are_cut_from_whatever_axis() -> None:
     model = peftc.compile(one.model, METHODS["prompt_tuning"], example=dict(one.inputs))
     assert {k: v.shape for k, v in outputs(model, dict(one.inputs)).items()} == want
     assert want["logits_ngram"][2] == one.inputs["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_decoder_reads_what_the_encoder_pools(use_cache: bool) -> None:
+    one = built("PPFormulaNetForConditionalGeneration")
+    images = one.inputs["pixel_values"]
+    model = peftc.compile(one.model, "lora")
+
+    def steps(model: PreTrainedModel) -> torch.Tensor:
+        ways = {"max_new_tokens": 3, "do_sample": False, "use_cache": use_cache}
+        asked = {"output_logits": True, "return_dict_in_generate": True}
+        with torch.no_grad():
+            said = model.generate(images, **ways, **asked)
+        return torch.stack(said.logits, 1)  # type: ignore[attr-defined]
+
+    want = steps(model.backbone)
+    assert (steps(model) - want).abs().max() <= 1e-5 * want.abs().max()  # fp32
+
+
+def test_heads_that_share_an_axis_with_the_batch_have_no_number() -> None:
+    """Those of windows of an image."""
+    plan = peftc.plan(built("PPFormulaNetForConditionalGeneration").model, "prefix_tuning")
+    assert {miss.reason for miss in plan.misses} == {"'kv_heads' is no fixed number here"}
+    assert {edit.site.stack for edit in plan.edits} == {"decoder"}

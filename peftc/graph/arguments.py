@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from peftc.errors import CaptureError
 from peftc.graph.cache import FILLED, STATES
-from peftc.graph.entries import ENTRIES
+from peftc.graph.entries import ENCODED, ENTRIES
 from peftc.graph.facts import ModelFacts
 
 Labels = Mapping[str, tuple[str | None, ...]]
@@ -60,7 +60,7 @@ ARGUMENTS = (
     Argument("past.self.*", "cache", "past", holds=True),
     Argument("past.cross.*", "cache", "source", holds=True),
     Argument(FILLED, "place", "", holds=True),
-    Argument("encoder_hidden_states", "states", holds=True),
+    *(Argument(name, "states", holds=True) for name in ENCODED),
     Argument("pixel_values", "samples", ""),
     Argument("input_features", "samples", ""),
     Argument("input_values", "samples", ""),

@@ -59,6 +59,8 @@ MOVE = (
     aten.to.dtype_layout,
     aten.to.device,
     aten.type_as.default,
+    aten.reshape_as.default,
+    aten.view_as.default,
     aten.alias.default,
     aten.detach.default,
     aten.squeeze.dim,

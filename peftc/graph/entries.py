@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from peftc.errors import UncachedError
 from peftc.graph.cache import (
@@ -35,9 +35,27 @@ class Quiet:
         return self.output_type(**{k: v for k, v in fields.items() if k not in CACHES})
 
 
+# The inputs that what an encoder gave comes in by: the field of its output for each. Of these its states are read, and
+# what it pools, where that is states as well, [batch, length, size].
+ENCODED = {"encoder_hidden_states": "last_hidden_state", "encoder_pooler_output": "pooler_output"}
+
+
+def encoded(output: Any) -> dict[str, torch.Tensor]:
+    """The inputs that an encoder's output becomes, of which a tuple has the states alone."""
+    states, pooled = output[0], getattr(output, "pooler_output", None)
+    both = pooled is not None and pooled.ndim == 3
+    return dict(zip(ENCODED, (states, pooled) if both else (states,), strict=False))
+
+
 @dataclass
-class Encoded(BaseModelOutput):
-    """What an encoder gave, of which the last hidden state is kept: its other fields, whatever their names, are None."""
+class Encoded(BaseModelOutputWithPooling):
+    """What an encoder gave, of which ENCODED is kept: its other fields, whatever their names, are None."""
+
+    @staticmethod
+    def take(tensors: dict[str, torch.Tensor]) -> Encoded | None:
+        """What of `tensors` an encoder gave; it is taken out of them."""
+        given = {field: tensors.pop(name, None) for name, field in ENCODED.items()}
+        return None if given["last_hidden_state"] is None else Encoded(**given)
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
@@ -61,9 +79,9 @@ class Entry:
 
 def _forward(model: PreTrainedModel, tensors: Tensors, flags: Mapping[str, Any]) -> Outputs:
     tensors = dict(tensors)
-    hidden = tensors.pop("encoder_hidden_states", None)
-    encoded = {} if hidden is None else {"encoder_outputs": Encoded(last_hidden_state=hidden)}
-    return _plain(model(**tensors, **encoded, **flags, return_dict=True))
+    given = Encoded.take(tensors)
+    behind = {} if given is None else {"encoder_outputs": given}
+    return _plain(model(**tensors, **behind, **flags, return_dict=True))
 
 
 def _base(model: PreTrainedModel, tensors: Tensors, flags: Mapping[str, Any]) -> Outputs:
@@ -81,21 +99,22 @@ def _cached(model: PreTrainedModel, tensors: Tensors, flags: Mapping[str, Any]) 
     inputs = {k: v for k, v in tensors.items() if CacheSlot.read(k) is None}
     facts = ModelFacts.read(model)
     cache = unflatten_cache(tensors, model.config, inputs.pop(FILLED, None))
-    hidden = inputs.pop("encoder_hidden_states", None)
+    given = Encoded.take(inputs)
     if facts.encoder_decoder:
-        if hidden is None:  # cross keys are cached, so the encoder's output is not read
+        if given is None:  # cross keys are cached, so the encoder's output is there and not read
             past = tensors[CacheSlot("cross", 0, "key").name]
             config = getattr(model.get_encoder(), "config", model.config)
             width = getattr(config, "hidden_size", 1)
             hidden = past.new_zeros(past.shape[0], past.shape[2], width)
-        inputs["encoder_outputs"] = Encoded(last_hidden_state=hidden)  # type: ignore[assignment]
+            given = Encoded(last_hidden_state=hidden, pooler_output=hidden)
+        inputs["encoder_outputs"] = given  # type: ignore[assignment]
     out = model(**inputs, **flags, **{facts.cache: cache}, use_cache=True, return_dict=True)
     output_type, fields = _plain(out)
     fields.pop("encoder_last_hidden_state", None)
-    given = out.get(facts.cache)
-    if given is None:  # an encoder fills the one that it was given
-        given, output_type = cache, Quiet(output_type)
-    present = flatten_cache(given)
+    filled = out.get(facts.cache)
+    if filled is None:  # an encoder fills the one that it was given
+        filled, output_type = cache, Quiet(output_type)
+    present = flatten_cache(filled)
     if model._is_stateful and not holds_states(present):
         raise UncachedError(
             f"{facts.name} keeps its states elsewhere than in a cache, which no graph sees; call it with use_cache=False"
@@ -111,11 +130,12 @@ def _is_fixed(name: str, tensors: Tensors) -> bool:
 
 def _cross(model: PreTrainedModel, tensors: Tensors, flags: Mapping[str, Any]) -> Outputs:
     """The encoder, and the cross-attention keys and values that every decoder layer makes of it."""
-    output_type, encoded = _encode(model, tensors, flags)
-    hidden = encoded["last_hidden_state"]
+    output_type, fields = _encode(model, tensors, flags)
     mask = {"attention_mask": tensors["attention_mask"]} if "attention_mask" in tensors else {}
+    hidden = fields["last_hidden_state"]
     token = torch.ones(hidden.shape[0], 1, dtype=torch.long, device=hidden.device)
-    step = {"decoder_input_ids": token, "encoder_hidden_states": hidden, **mask}
+    given = encoded(output_type(**fields))
+    step = {"decoder_input_ids": token, **given, **mask}
     _, present = _cached(model, step, {})
     slots = {k: CacheSlot.read(k) for k in present}
     cross = {k: present[k] for k, slot in slots.items() if slot is not None and slot.cross}

@@ -23,6 +23,7 @@ from transformers.masking_utils import create_masks_for_generate
 
 from peftc.errors import UncachedError
 from peftc.graph.capture import TRACING
+from peftc.graph.entries import encoded
 from peftc.graph.layers import lend, take_back
 from peftc.graph.program import Program
 from peftc.graph.quantized import keep_as_stored
@@ -450,7 +451,7 @@ class CompiledModel(Sharing):
         """As `run`, of arguments as they are given."""
         tensors, flags = split(wanted)
         if "encoder_outputs" in wanted:
-            tensors["encoder_hidden_states"] = wanted["encoder_outputs"][0]
+            tensors |= encoded(wanted["encoder_outputs"])
         return self.run(entry, tensors, flags | self._programs.facts.flags)
 
     def _plain(self, wanted: Mapping[str, Any]) -> Any:
@@ -475,14 +476,14 @@ class CompiledModel(Sharing):
         facts = self._programs.facts
         cache: Any = prepared(wanted.get(facts.cache), self.config)
         first, static, rows = is_empty(cache), is_static(cache), self._rows
-        encoded = {}
+        behind = {}
         if facts.encoder_decoder:
-            hidden = self._encoded(wanted, tensors)
+            given = encoded(wanted.get("encoder_outputs") or self._encode(tensors))
             source = (self.main_input_name, "inputs_embeds")
             tensors = {k: v for k, v in tensors.items() if k not in source}
-            encoded = {"encoder_last_hidden_state": hidden}
+            behind = {"encoder_last_hidden_state": given["encoder_hidden_states"]}
             if first:
-                tensors["encoder_hidden_states"] = hidden
+                tensors |= given
         entry = "prefill" if first else "decode_static" if static else "decode"
         if not first:
             tensors |= past(cache, tensors, rows)
@@ -492,17 +493,11 @@ class CompiledModel(Sharing):
         if present or not first:
             fill(cache, present, rows)
             kept = {facts.cache: cache}
-        return output_type(**fields, **kept, **encoded)
+        return output_type(**fields, **kept, **behind)
 
-    def _encoded(self, wanted: Mapping[str, Any], tensors: Mapping[str, Any]) -> torch.Tensor:
-        if "encoder_outputs" in wanted:
-            hidden: torch.Tensor = wanted["encoder_outputs"][0]
-            return hidden
+    def _encode(self, tensors: Mapping[str, Any]) -> Any:
         names = (self.main_input_name, "attention_mask", "inputs_embeds")
-        encoder = self.get_encoder()
-        output = encoder(**{k: tensors[k] for k in names if k in tensors})
-        first: torch.Tensor = output.last_hidden_state
-        return first
+        return self.get_encoder()(**{k: tensors[k] for k in names if k in tensors})
 
 
 # Finding a graph is bookkeeping: torch.compile sees the graph, and not how it was found. Nor how weights are fetched.

@@ -341,6 +341,10 @@ def _unfit(entry: Entry, site: Site) -> str:
         return f"'{also}' reads this weight too"
     if site.is_slice and ports & set(kind.having(INPUT)):
         return "the input of a fused projection is read by its other parts too"
+    read = used.union(*(ex.names(dim) for param in entry.params for dim in param.shape))
+    for dim in kind.dims:
+        if dim in read and dim not in {*site.dims, *entry.arguments}:
+            return f"'{dim}' is no fixed number here"
     return next(
         (
             site.absent[port]

@@ -49,10 +49,12 @@ class Attention:
 
     @property
     def dims(self) -> dict[str, int]:
+        """Sizes by name; heads that share an axis with the batch have no number."""
         heads, _, head_dim = static_shape(self.core.q.node)[-3:]
         kv_heads, value_dim = static_shape(self.core.k.node)[-3], static_shape(self.core.v.node)[-1]
         sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "value_dim": value_dim}
-        return {**sizes, "kv": kv_heads * head_dim, "d": features(self.linears["o"])[1]}
+        sizes |= {"kv": kv_heads * head_dim, "d": features(self.linears["o"])[1]}
+        return {name: size for name, size in sizes.items() if size > 0}
 
     def has(self, side: str) -> bool:
         """Whether a side is a site of its own: not when its linear makes another side too and no slice is its."""

@@ -16,6 +16,9 @@ from peftc.sites.view import Columns
 # What only moves values: a label that goes in comes out, somewhere.
 _MOVES = (*MOVE, *CUT)
 
+# What treats each feature by itself, all rows of it together.
+_BY_FEATURE = (aten.batch_norm.default,)
+
 # What takes the shape of a value alone.
 _SHAPED = (
     aten.sym_size.int,
@@ -79,7 +82,12 @@ def _reaching(
             continue
         if is_call(one, *_SHAPED):
             continue
-        moved = _moved(one, labels) if is_call(one, *_MOVES) else None
+        if is_call(one, *_MOVES):
+            moved = _moved(one, labels)
+        elif is_call(one, *_BY_FEATURE) and sources[0] is one.args[0]:
+            moved = labels[sources[0]]
+        else:
+            moved = None
         if moved is None:
             yield from (labels[source] for source in sources)
         elif one is node:
