@@ -120,7 +120,7 @@ REWRITES = {
     "delta: relu(h @ down) @ up",
 }
 KEPT = {
-    "input": {"a convolution reads its input through a kernel"},
+    "input": {"a convolution reads its input through a kernel, or in groups"},
     "adapter": {"'relu' is not affine"},
 }
 

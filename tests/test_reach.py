@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 import peftc
 from peftc.driver import outputs, survey
+from peftc.errors import PeftcError
 from peftc.interchange.settings import InterchangeError
 from peftc.interchange.write import export_peft
 from peftc.language.reader import parse_spec
@@ -50,6 +51,8 @@ SITES = {
     "XLNetForTokenClassification": {"attention": 2, "attention.q": 2, "attention.o": 2},
     # a convolution of the values beside the heads
     "NystromformerForTokenClassification": {"attention": 2},
+    # convolutions along the tokens, some in groups, and keys with their features first
+    "SqueezeBertForMaskedLM": {"attention": 2, "attention.heads": 2, "attention.q": 2, "ffn": 2},
     # a core that is not known beside one that is
     "ProphetNetForConditionalGeneration": {"attention": 4, "attention.heads": 4, "attention.q": 6},
     # a batch norm between a fused projection and its parts
@@ -164,3 +167,22 @@ def test_heads_that_share_an_axis_with_the_batch_have_no_number() -> None:
     plan = peftc.plan(built("PPFormulaNetForConditionalGeneration").model, "prefix_tuning")
     assert {miss.reason for miss in plan.misses} == {"'kv_heads' is no fixed number here"}
     assert {edit.site.stack for edit in plan.edits} == {"decoder"}
+
+
+def test_projections_that_are_convolutions(tmp_path: Path) -> None:
+    """What mixes groups of features cannot be in a weight that does not; all else folds as into a linear."""
+    one = built("SqueezeBertForMaskedLM")
+    inputs = dict(one.inputs)
+    bare = logits(one.model.double(), inputs)
+    model = stir(peftc.compile(one.model, parse_spec(LORA, "s")))
+    with pytest.raises(PeftcError, match=r"query' has groups 4"):
+        export_peft(model, tmp_path)
+    want = logits(model, inputs)
+    folded, report = peftc.merge(model)
+    assert {one.edit.split(":")[1] for one in report.folded} == {"attention.o"}
+    assert {kept.edit.split(":")[1] for kept in report.kept} == {"attention.q"}
+    assert {kept.note for kept in report.kept} == {
+        "a convolution reads its input through a kernel, or in groups"
+    }
+    assert (logits(folded, inputs) - want).abs().max() <= 1e-10 * want.abs().max()
+    assert (want - bare).abs().max() > 1e-3 * bare.abs().max()

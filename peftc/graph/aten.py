@@ -138,6 +138,22 @@ def is_convolution(node: object) -> bool:
     return not (node.target is aten.convolution.default and node.args[6])
 
 
+def projects(node: object) -> bool:
+    """Whether `node` multiplies the features of each token by a weight: a linear, or a convolution along the tokens,
+    [batch, features, tokens], that reads one at a time (SqueezeBERT, perhaps in groups of features)."""
+    if not is_call(node, aten.conv1d.default):
+        return is_call(node, *LINEAR)
+    assert isinstance(node, fx.Node)
+    # aten.conv1d(input, weight, bias, stride, padding, ...)
+    alone = static_shape(weight_of(node))[2] == 1
+    return alone and [*node.args[3:5]] in ([], [[1]], [[1], [0]])
+
+
+def groups(node: fx.Node) -> int:
+    """In how many groups of features what `projects` does so."""
+    return features(node)[0] // static_shape(weight_of(node))[1]
+
+
 def static_shape(node: Any) -> tuple[int, ...]:
     """The sizes of a value; -1 for an axis that is dynamic."""
     return tuple(int(n) if isinstance(n, int) else -1 for n in node.meta["val"].shape)
@@ -151,10 +167,10 @@ def lies_flat(value: Any) -> bool:
     )
 
 
-def features(linear: fx.Node) -> tuple[int, int]:
-    """(in, out) of a linear."""
-    n_out, n_in = static_shape(weight_of(linear))
-    return n_in, n_out
+def features(node: fx.Node) -> tuple[int, int]:
+    """(in, out) of what `projects`."""
+    n_out, n_in = static_shape(weight_of(node))[:2]
+    return n_in if is_call(node, *LINEAR) else static_shape(node.args[0])[1], n_out
 
 
 def hint(size: Any) -> int:

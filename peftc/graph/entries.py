@@ -35,9 +35,9 @@ class Quiet:
         return self.output_type(**{k: v for k, v in fields.items() if k not in CACHES})
 
 
-# The inputs that what an encoder gave comes in by: the field of its output for each. Of these its states are read, and
-# what it pools, where that is states as well, [batch, length, size].
-ENCODED = {"encoder_hidden_states": "last_hidden_state", "encoder_pooler_output": "pooler_output"}
+# The inputs that what an encoder gave comes in by: its states, and what it pools, where that is states as well,
+# [batch, length, size].
+ENCODED = ("encoder_hidden_states", "encoder_pooler_output")
 
 
 def encoded(output: Any) -> dict[str, torch.Tensor]:
@@ -54,8 +54,8 @@ class Encoded(BaseModelOutputWithPooling):
     @staticmethod
     def take(tensors: dict[str, torch.Tensor]) -> Encoded | None:
         """What of `tensors` an encoder gave; it is taken out of them."""
-        given = {field: tensors.pop(name, None) for name, field in ENCODED.items()}
-        return None if given["last_hidden_state"] is None else Encoded(**given)
+        states, pooled = (tensors.pop(name, None) for name in ENCODED)
+        return None if states is None else Encoded(last_hidden_state=states, pooler_output=pooled)
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from peftc.graph.cache import CACHES
@@ -55,7 +56,16 @@ def has_decoder(model: PreTrainedModel) -> bool:
     if not model.config.is_encoder_decoder:
         return False
     encoder = model.get_encoder()
-    return all(one is not encoder for one in model.get_decoder().modules())
+    return all(one is not encoder for one in decoder_of(model).modules())
+
+
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """What a model gives as its decoder, and where that is a whole language model, the decoder of that."""
+    found: Any = model.get_decoder()
+    while hasattr(found, "get_decoder") and (inner := found.get_decoder()) is not found:
+        found = inner
+    decoder: nn.Module = found
+    return decoder
 
 
 def _towers(model: PreTrainedModel) -> Iterator[tuple[str, str]]:

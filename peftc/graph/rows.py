@@ -22,7 +22,7 @@ from peftc.errors import CaptureError
 from peftc.graph.arguments import FIRST, argument, axes
 from peftc.graph.cache import FILLED, CacheSlot, keys_of
 from peftc.graph.entries import ENTRIES, Tensors
-from peftc.graph.facts import ModelFacts
+from peftc.graph.facts import ModelFacts, decoder_of
 from peftc.graph.program import aten
 
 
@@ -111,7 +111,7 @@ class Room:
             output.last_hidden_state = functional.pad(output.last_hidden_state, (0, 0, rows, 0))
             return output
 
-        decoder = model.get_decoder()
+        decoder = decoder_of(model)
         hooks = (
             decoder.register_forward_pre_hook(without, with_kwargs=True),
             decoder.register_forward_hook(again),

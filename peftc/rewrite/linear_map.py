@@ -21,6 +21,7 @@ from peftc.sites.kinds import KINDS, Folds
 from peftc.sites.view import Columns
 
 _STORED = {"W", "b"}
+_THROUGH = "a convolution reads its input through a kernel, or in groups"
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class LinearMap:
         new = self
         if "x" in change.assign:
             if self.by != "linear":
-                raise NotAffine("a convolution reads its input through a kernel")
+                raise NotAffine(_THROUGH)
             x = affine(change.assign["x"], {_name(change, "x"): self._input()}, *scope)
             if x.offset is not None and self.bias is None:
                 raise NotAffine("the delta adds a bias and the linear has none")
@@ -136,6 +137,8 @@ class LinearMap:
         elif self.by == "table":
             # Ids are one-hot rows, which only `lookup` reads: no matrix of vocab x vocab for them.
             maps[_name(change, "x")] = Affine(torch.eye(1, dtype=torch.float64))
+        elif _name(change, "x") in names(expression):
+            raise NotAffine(_THROUGH)
         result = affine(expression, maps, *self._scope(change, tensors))
         mixed = [one.op for one in calls(expression) if OPS[one.op].affine == "matmul"]
         if self.by == "kernels" and mixed and change.edit.site.dims["groups"] > 1:

@@ -14,14 +14,14 @@ from torch import fx
 
 from peftc.graph.aten import SDPA, features, static_shape, weight_of
 from peftc.graph.facts import Stacks
-from peftc.graph.program import Program, Read, Value, aten, is_call, op_name, scope_of
+from peftc.graph.program import Program, Value, aten, is_call, op_name, scope_of
 from peftc.sites import fused
 from peftc.sites.cores import Core, Mask, cores, missed
 from peftc.sites.dataflow import next_linear, projections, runs
 from peftc.sites.index import Index
 from peftc.sites.linear import computed, linear_site, ports_of
 from peftc.sites.site import NoSite, Place, Site, SiteError, layer_of
-from peftc.sites.view import Columns, Port
+from peftc.sites.view import FEATURES_LAST, Columns, Part, Port, View
 
 SIDES = ("q", "k", "v")
 _ALL = ("attention", "attention.heads", *(f"attention.{side}" for side in (*SIDES, "o")))
@@ -210,7 +210,10 @@ def locate(index: Index, site: Site) -> tuple[Place, ...]:
     """From the query projection's input to the output projection's result, each time that the module runs."""
     ends = index.multiplying(site.weights["W"].path)
     starts = between(index, site, site.weights["q"].path, ends)
-    return tuple(Place({"x": Read(start, 0), "h": Value(end)}) for start, end in zip(starts, ends))
+    return tuple(
+        Place({"x": ports_of(start)["x"], "h": ports_of(end)["h"]})
+        for start, end in zip(starts, ends)
+    )
 
 
 def between(index: Index, site: Site, first: str, ends: list[fx.Node]) -> list[fx.Node]:
@@ -230,7 +233,8 @@ def locate_heads(index: Index, site: Site) -> tuple[Place, ...]:
 
 
 def _core(core: Core) -> Place:
-    ports: dict[str, Port] = {"q": core.q, "k": core.k, "v": core.v, "h": Value(core.h)}
+    keys = Part(core.k, View(FEATURES_LAST)) if core.features_first else core.k
+    ports: dict[str, Port] = {"q": core.q, "k": keys, "v": core.v, "h": Value(core.h)}
     return Place(ports, follow=partial(extend_keys, core))
 
 
@@ -256,7 +260,7 @@ def _with_input(site: Site, ends: list[fx.Node], queries: list[fx.Node]) -> tupl
     columns = site.weights["W"].view.columns
     places = [ports_of(node, columns) for node in ends]
     return tuple(
-        Place({**ports, "input": Read(query, 0)} if query is not None else ports)
+        Place({**ports, "input": ports_of(query)["x"]} if query is not None else ports)
         for ports, query in zip_longest(places, queries)
     )
 

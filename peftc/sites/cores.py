@@ -44,7 +44,8 @@ class Core:
     """One attention: its operands [batch, heads, length, head_dim] as edges, its result, its module path.
 
     Keys and values are taken before they are repeated for grouped queries. `masks` may be the fused op's own; `sized` are the views whose list of sizes has the number
-    of keys at that place. `softmax` is the op of the probabilities, or the fused one.
+    of keys at that place. `softmax` is the op of the probabilities, or the fused one. Keys may have their `features_first`,
+    [batch, heads, head_dim, length].
     """
 
     q: Read
@@ -55,6 +56,7 @@ class Core:
     h: fx.Node
     scope: str
     softmax: fx.Node
+    features_first: bool = False
 
 
 def cores(index: Index) -> tuple[Core, ...]:
@@ -195,7 +197,7 @@ class _Scores:
     """The product of queries and keys behind a softmax, what masks it on the way, and the views."""
 
     q: Read
-    keys: object
+    k: Read
     masks: tuple[Mask, ...]
     sized: Sized
 
@@ -207,17 +209,18 @@ def _written_out(softmax: fx.Node) -> Core | None:
     values, masks, views = _value_product(softmax)
     if found is None or values is None:
         return None
-    keys = found.keys
-    while is_call(keys, *MUL):
-        keys = keys.args[0]  # type: ignore[attr-defined]
-    if not is_call(keys, aten.transpose.int, aten.permute.default):
-        return None
-    assert isinstance(keys, fx.Node)
+    read = found.k
+    while is_call(read.node, *MUL):
+        read = Read(read.node, 0)
+    keys = read.node
     if not {len(static_shape(keys)), len(static_shape(values))} <= {3, 4}:
         return None
     sized = (*found.sized, *views)
     masked = (*found.masks, *masks)
-    return _core(found.q, Read(keys, 0), Read(values, 1), masked, sized, values, softmax)
+    turned = is_call(keys, aten.transpose.int, aten.permute.default)
+    k = Read(keys, 0) if turned else read
+    core = _core(found.q, k, Read(values, 1), masked, sized, values, softmax)
+    return replace(core, features_first=not turned)
 
 
 def _scores(node: object) -> _Scores | None:
@@ -225,9 +228,9 @@ def _scores(node: object) -> _Scores | None:
     if not isinstance(node, fx.Node):
         return None
     if is_call(node, *MATMUL):
-        return _Scores(Read(node, 0), node.args[1], (), ())
+        return _Scores(Read(node, 0), Read(node, 1), (), ())
     if is_call(node, _BIASED):
-        return _Scores(Read(node, 1), node.args[2], (_mask(node, 0),), ())
+        return _Scores(Read(node, 1), Read(node, 2), (_mask(node, 0),), ())
     if is_call(node, aten.cat.default):  # with a sink behind the keys
         return _scores(node.args[0][0])  # type: ignore[index]
     if not (is_pointwise(node) or is_call(node, *MOVE)):
@@ -236,7 +239,7 @@ def _scores(node: object) -> _Scores | None:
         found = _scores(value)
         if found is not None:
             sized = (*found.sized, (node, -1)) if is_call(node, *VIEW) else found.sized
-            return _Scores(found.q, found.keys, (*found.masks, *_others(node, place)), sized)
+            return _Scores(found.q, found.k, (*found.masks, *_others(node, place)), sized)
     return None
 
 

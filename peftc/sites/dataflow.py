@@ -8,7 +8,6 @@ from peftc.graph.aten import (
     ADD,
     CUT,
     DROPOUT,
-    LINEAR,
     MOVE,
     MUL,
     NORM,
@@ -16,6 +15,7 @@ from peftc.graph.aten import (
     SOFTMAX,
     is_nonlinear,
     is_pointwise,
+    projects,
 )
 from peftc.graph.program import Read, aten, is_call
 
@@ -23,7 +23,8 @@ _STOP = (SDPA, *SOFTMAX, aten.embedding.default)
 
 
 def projections(node: fx.Node) -> tuple[fx.Node, ...]:
-    """The linears that `node` is computed from, walking back through views, norms, rotary and pointwise ops."""
+    """What projects features, of all that `node` is computed from, walking back through views, norms, rotary and
+    pointwise ops."""
     found: dict[fx.Node, None] = {}
     seen: set[fx.Node] = set()
     stack = [node]
@@ -32,7 +33,7 @@ def projections(node: fx.Node) -> tuple[fx.Node, ...]:
         if one in seen or one.op != "call_function":
             continue
         seen.add(one)
-        if is_call(one, *LINEAR):
+        if projects(one):
             found[one] = None
         elif not is_call(one, *_STOP) or one is node:
             stack += reversed(one.all_input_nodes)
@@ -51,7 +52,7 @@ def next_linear(node: fx.Node, beside: fx.Node | None = None) -> fx.Node | None:
     while one.op != "output":
         sources = one.all_input_nodes
         if mine.intersection(sources):
-            if is_call(one, *LINEAR) and one.args[0] in mine:
+            if projects(one) and one.args[0] in mine:
                 return one
             if is_call(one, *_ONWARD) or (is_pointwise(one) and not _joins(one, mine, beside)):
                 mine.add(one)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,17 +19,18 @@ from peftc.graph.aten import (
     features,
     is_nonlinear,
     is_pointwise,
+    projects,
     weight_of,
 )
 from peftc.graph.facts import Stacks
-from peftc.graph.program import Read, Value, aten, is_call, scope_of
+from peftc.graph.program import aten, is_call, scope_of
 from peftc.language.ops import OPS, Op
 from peftc.sites import attention, fused, mixture
 from peftc.sites.dataflow import activated, residual_add
 from peftc.sites.index import Index
-from peftc.sites.linear import computed, linear_site
+from peftc.sites.linear import computed, linear_site, ports_of
 from peftc.sites.site import Hidden, NoSite, Place, Site, innermost, layer_of
-from peftc.sites.view import Columns, Port, Weight
+from peftc.sites.view import Columns, Part, Weight
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class FeedForward:
 def feed_forwards(index: Index) -> tuple[FeedForward, ...]:
     """The feed-forwards of a graph, by their last linear; attention's own linears and single experts are none."""
     taken = index.once(attention.linears_of)
-    found = (_feed_forward(index, one, taken) for one in index.linears if one not in taken)
+    found = (_feed_forward(index, one, taken) for one in index.projections if one not in taken)
     mixed = [f"{one.scope}." for one in index.once(mixture.mixtures)]
     return tuple(one for one in found if one and not any(map(one.scope.startswith, mixed)))
 
@@ -76,7 +77,7 @@ def linears_of(index: Index) -> set[fx.Node]:
 def _feed_forward(index: Index, down: fx.Node, taken: set[fx.Node]) -> FeedForward | None:
     """The feed-forward that ends in the linear `down`. A classifier's head looks like one, but ends in no
     residual add."""
-    inner = _inner(index, down.args[0])
+    inner = _inner(index, down.args[0], _BETWEEN if is_call(down, *LINEAR) else _PLAIN)
     if residual_add(down) is None or not inner or len(inner) > 2 or set(inner) & taken:
         return None
     if len(inner) == 1:
@@ -88,10 +89,12 @@ def _feed_forward(index: Index, down: fx.Node, taken: set[fx.Node]) -> FeedForwa
 
 # What may be between the linears beside what is pointwise: a norm, a convolution over the neighbours.
 _BETWEEN = (*MOVE, *CUT, *DROPOUT, *NORM, *CONV, aten.mean.dim, aten.glu.default)
+# And between convolutions, of which some are no feed-forward, but look around (a Conformer's).
+_PLAIN = (*MOVE, *DROPOUT)
 
 
-def _inner(index: Index, start: object) -> tuple[fx.Node, ...]:
-    """The linears that `start` is a nonlinear function of, with parameters; none when anything else flows in."""
+def _inner(index: Index, start: object, between: Sequence[Any]) -> tuple[fx.Node, ...]:
+    """The projections that `start` is a nonlinear function of, with parameters; none when anything else flows in."""
     found: dict[fx.Node, None] = {}
     seen: set[fx.Node] = set()
     stack, nonlinear = [start], False
@@ -100,9 +103,9 @@ def _inner(index: Index, start: object) -> tuple[fx.Node, ...]:
         if not isinstance(one, fx.Node) or one in seen:
             continue
         seen.add(one)
-        if is_call(one, *LINEAR):
+        if projects(one):
             found[one] = None
-        elif is_pointwise(one) or is_call(one, *_BETWEEN):
+        elif is_pointwise(one) or is_call(one, *between):
             nonlinear = nonlinear or is_nonlinear(one) or is_call(one, aten.glu.default)
             stack += reversed([arg for arg in one.all_input_nodes if not _is_fixed(index, arg)])
         else:
@@ -143,7 +146,7 @@ def _hidden(index: Index, one: FeedForward) -> Hidden | None:
         node = node.args[0]
     named = (op.name for op in OPS.values() if _is_of(node, op))
     op = next(named, "") if isinstance(node, fx.Node) else ""
-    if not op or node.args[0] is not one.up:
+    if not op or node.args[0] is not one.up or not is_call(one.up, *LINEAR):
         return None
     bias = index.weights(one.up).get("b")
     return Hidden(op, "" if bias is None else bias.path)
@@ -220,12 +223,20 @@ def locate(index: Index, site: Site) -> tuple[Place, ...]:
 
 
 def _place(start: fx.Node, end: fx.Node) -> Place:
-    ports: dict[str, Port] = {"x": Read(start, 0), "h": Value(end)}
+    x, h = ports_of(start)["x"], ports_of(end)["h"]
     residual = residual_add(end)
-    return Place(ports if residual is None else {**ports, "residual": residual})
+    if residual is None:
+        return Place({"x": x, "h": h})
+    return Place(
+        {
+            "x": x,
+            "h": h,
+            "residual": replace(h, whole=residual) if isinstance(h, Part) else residual,
+        }
+    )
 
 
 def locate_hidden(index: Index, site: Site) -> tuple[Place, ...]:
     """The last projection's operand."""
     ends = index.multiplying(site.weights["W"].path)
-    return tuple(Place({"h": Read(end, 0)}) for end in ends)
+    return tuple(Place({"h": ports_of(end)["x"]}) for end in ends)

@@ -16,6 +16,7 @@ from peftc.graph.aten import (
     TURN,
     bias_of,
     is_convolution,
+    projects,
     static_shape,
     weight_of,
 )
@@ -61,6 +62,11 @@ class Index:
         return tuple(self.calls(*LINEAR))
 
     @cached_property
+    def projections(self) -> tuple[fx.Node, ...]:
+        """What multiplies the features of each token by a weight, in graph order."""
+        return tuple(node for node in self.calls(*LINEAR, *CONV) if projects(node))
+
+    @cached_property
     def convolutions(self) -> tuple[fx.Node, ...]:
         """Convolutions, transposed ones left out, in graph order."""
         return tuple(node for node in self.calls(*CONV) if is_convolution(node))
@@ -68,14 +74,14 @@ class Index:
     @cached_property
     def _by_weight(self) -> dict[str, list[fx.Node]]:
         found: dict[str, list[fx.Node]] = {}
-        for node in self.linears:
+        for node in self.projections:
             weight = self.stored(weight_of(node))
             if weight is not None:
                 found.setdefault(weight.path, []).append(node)
         return found
 
     def multiplying(self, path: str) -> list[fx.Node]:
-        """The linears that multiply by this parameter, in graph order: a module may run twice."""
+        """What multiplies features by this parameter, in graph order: a module may run twice."""
         return self._by_weight.get(path, [])
 
     def stored(self, node: fx.Node | None) -> Weight | None:
@@ -97,7 +103,9 @@ class Index:
         weight, bias = self.stored(weight_of(node)), self.stored(bias_of(node))
         if weight is None:
             return {}
-        form = view.form or weight.view.form
+        form = (
+            kernels(static_shape(weight_of(node))[1:]) if is_convolution(node) else weight.view.form
+        )
         also = self.also(weight.path, node.target)
         found = {"W": Weight(weight.path, View(form, view.columns), also)}
         if bias is not None:

@@ -6,12 +6,21 @@ from collections.abc import Callable, Iterator, Mapping
 
 from torch import fx
 
-from peftc.graph.aten import LINEAR, MOVE, bias_of, features, static_shape, weight_of
+from peftc.graph.aten import (
+    LINEAR,
+    MOVE,
+    bias_of,
+    features,
+    groups,
+    is_convolution,
+    static_shape,
+    weight_of,
+)
 from peftc.graph.facts import Stacks
 from peftc.graph.program import Read, Value, is_call, op_name, scope_of
 from peftc.sites.index import Index
 from peftc.sites.site import NoSite, Place, Site, layer_of
-from peftc.sites.view import Columns, Part, Port, View, Weight, whole
+from peftc.sites.view import Columns, Part, Port, View, Weight, channels_last, kernels, whole
 
 # Products of matrices that are no linear: experts in one batch, `x @ W` with W as it is.
 _PRODUCTS = ("matmul", "mm", "bmm", "baddbmm", "addmm", "einsum", "_grouped_mm")
@@ -35,6 +44,8 @@ def linear_site(
     n_in, n_out = features(linear)
     sizes = {**(dims or {}), "in": n_in, "out": columns.count if columns else n_out}
     sizes.setdefault("d", sizes["out"])
+    if is_convolution(linear) and groups(linear) > 1:  # in one, it is a linear
+        sizes["groups"] = groups(linear)
     absent = {} if "b" in weights else {"b": "this linear has no bias"}
     stack, layer = stacks.of(scope), layer_of(scope)
     return Site(
@@ -49,8 +60,11 @@ def computed(weight: fx.Node) -> str:
     return "this weight is no parameter"
 
 
-def ports_of(linear: fx.Node, columns: Columns | None) -> dict[str, Port]:
-    """x, h, W as [out, in] and b; of a slice of a fused projection, that slice of each."""
+def ports_of(linear: fx.Node, columns: Columns | None = None) -> dict[str, Port]:
+    """x, h, W as [out, in] and b; of a slice of a fused projection, that slice of each. A convolution's x and h have
+    their channels last, its W has the kernel flattened."""
+    if is_convolution(linear):
+        return _ports_of_convolution(linear)
     result, weight = Value(linear), Read(linear, 1)
     ports: dict[str, Port] = {"x": Read(linear, 0), "h": result, "W": weight}
     if bias_of(linear) is not None:
@@ -58,6 +72,19 @@ def ports_of(linear: fx.Node, columns: Columns | None) -> dict[str, Port]:
     if columns is not None:
         ports["h"] = Part(result, View(columns=columns, axis=-1))
         ports |= {p: Part(whole(ports[p]), View(columns=columns)) for p in ("W", "b") if p in ports}
+    return ports
+
+
+def _ports_of_convolution(conv: fx.Node) -> dict[str, Port]:
+    kernel = static_shape(weight_of(conv))[1:]
+    last = View(channels_last(len(kernel) - 1), axis=-1)
+    ports: dict[str, Port] = {
+        "x": Part(Read(conv, 0), last),
+        "h": Part(Value(conv), last),
+        "W": Part(Read(conv, 1), View(kernels(kernel))),
+    }
+    if bias_of(conv) is not None:
+        ports["b"] = Read(conv, 2)
     return ports
 
 
