@@ -158,6 +158,16 @@ def test_token_by_token_through_the_cache(family: str, attention: str) -> None:
     assert (torch.cat(steps, 1) - whole).abs().max() < bound(family, attention)
 
 
+@pytest.mark.parametrize("family", ["bloom", "mpt"])
+def test_no_token_sees_a_later_one(family: str) -> None:
+    """Where keys have a bias by their places, counted from the first or from the last."""
+    _, model = compiled(family, "eager")
+    inputs = batch(model)
+    less = {name: value[:, :-1] for name, value in inputs.items()}
+    whole, part = logits(model, inputs), logits(model, less)
+    assert (whole[:, :-1] - part).abs().max() < 1e-6 * whole.abs().max()  # its biases are float32
+
+
 LATENT = dict(
     vocab_size=120,
     hidden_size=32,

@@ -162,7 +162,8 @@ def find_heads(index: Index, stacks: Stacks) -> Iterator[Site | NoSite]:
     """Cores, found by their module's path."""
     for one in index.once(attentions):
         if isinstance(one, Attention) and one.core.scope not in index.once(halves):
-            yield _site("attention.heads", one, stacks)
+            site = _site("attention.heads", one, stacks)
+            yield replace(site, counts_back=one.core.counts_back)
 
 
 def find_side(side: str, index: Index, stacks: Stacks) -> Iterator[Site | NoSite]:
@@ -229,13 +230,14 @@ def between(index: Index, site: Site, first: str, ends: list[fx.Node]) -> list[f
 
 def locate_heads(index: Index, site: Site) -> tuple[Place, ...]:
     """The cores in this module."""
-    return tuple(_core(one) for one in index.once(cores) if one.scope == site.scope)
+    found = (one for one in index.once(cores) if one.scope == site.scope)
+    return tuple(_core(one, site.counts_back) for one in found)
 
 
-def _core(core: Core) -> Place:
+def _core(core: Core, counts_back: bool) -> Place:
     keys = Part(core.k, View(FEATURES_LAST)) if core.features_first else core.k
     ports: dict[str, Port] = {"q": core.q, "k": keys, "v": core.v, "h": Value(core.h)}
-    return Place(ports, follow=partial(extend_keys, core))
+    return Place(ports, follow=partial(extend_keys, core, counts_back))
 
 
 def locate_side(index: Index, site: Site) -> tuple[Place, ...]:
@@ -265,10 +267,15 @@ def _with_input(site: Site, ends: list[fx.Node], queries: list[fx.Node]) -> tupl
     )
 
 
-def extend_keys(core: Core, program: Program, call: Callable[..., Any], rows: int) -> None:
-    """Let every query see `rows` more keys in front; the other keys keep their mask."""
+def extend_keys(
+    core: Core, counts_back: bool, program: Program, call: Callable[..., Any], rows: int
+) -> None:
+    """Let every query see `rows` more keys in front; the other keys keep their mask. Where keys `counts_back`, rows
+    have the bias of the first: they stand where it stands, however many there are."""
     for mask in core.masks:
-        mask.read.user.update_arg(mask.read.index, _padded(program, mask, call, rows))
+        first = counts_back and mask.bias
+        wide = _padded(program, mask, call, rows, first)
+        mask.read.user.update_arg(mask.read.index, wide)
     # aten.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, ...)
     if not core.masks and is_call(core.h, SDPA) and len(core.h.args) > 5 and core.h.args[5]:
         _explicit_causal(program, core.h, call, rows)
@@ -291,9 +298,12 @@ def _resize(
         view.update_arg(1, sizes)
 
 
-def _padded(program: Program, one: Mask, call: Callable[..., Any], rows: int) -> fx.Node:
-    """The mask with `rows` keys on its left that it leaves as they are. Raises SiteError where it cannot."""
-    mask, neutral = one.read.node, one.visible
+def _padded(
+    program: Program, one: Mask, call: Callable[..., Any], rows: int, first: bool
+) -> fx.Node:
+    """The mask with `rows` keys on its left that it leaves as they are, or as the `first` key. Raises SiteError where it
+    cannot."""
+    mask, neutral = one.read.node, "first" if first else one.visible
     value = mask.meta["val"]
     if value.ndim == 0 or value.shape[-1] == 1:
         return mask
@@ -307,7 +317,12 @@ def _padded(program: Program, one: Mask, call: Callable[..., Any], rows: int) ->
         if user.meta.get("extends") == (rows, neutral):
             return user
     with program.graph.inserting_before(mask.next):
-        wide: fx.Node = call(aten.constant_pad_nd.default, mask, [rows, 0], neutral, name="mask")
+        if first:
+            key = call(aten.slice.Tensor, mask, -1, 0, 1, name="first")
+            copies = call(aten.expand.default, key, [*[-1] * (value.ndim - 1), rows], name="first")
+            wide: fx.Node = call(aten.cat.default, [copies, mask], -1, name="mask")
+        else:
+            wide = call(aten.constant_pad_nd.default, mask, [rows, 0], neutral, name="mask")
     wide.meta["extends"] = (rows, neutral)
     return wide
 

@@ -19,6 +19,7 @@ from peftc.graph.aten import (
     SOFTMAX,
     VIEW,
     WHERE,
+    hint,
     is_pointwise,
     static_shape,
 )
@@ -33,10 +34,11 @@ Sized = tuple[tuple[fx.Node, int], ...]
 @dataclass(frozen=True)
 class Mask:
     """What scores or probabilities meet on the way, and the value of it that leaves them as they are, None where there
-    is none."""
+    is none. A `bias` is added, and hangs on places alone: on no input but for its sizes."""
 
     read: Read
     visible: float | bool | None
+    bias: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,15 @@ class Core:
     softmax: fx.Node
     features_first: bool = False
 
+    @property
+    def counts_back(self) -> bool:
+        """Whether keys have a bias that is the same at every query (MPT's ALiBi, counted from the last key): what is
+        added to all of them does nothing, so that no number of it stands for none."""
+        biases = [one.read.node.meta["val"].shape for one in self.masks if one.bias]
+        return bool(biases) and all(
+            [hint(n) for n in shape[-2:-1]] in ([], [1]) for shape in biases
+        )
+
 
 def cores(index: Index) -> tuple[Core, ...]:
     """Attention cores in graph order. Where a module has several, of queries that come from linears of different modules
@@ -74,10 +85,30 @@ def cores(index: Index) -> tuple[Core, ...]:
         replace(
             one,
             scope=_queried(one) if len(queries[one.scope]) > 1 else one.scope,
-            masks=tuple(m for m in one.masks if not _is_of(m.read.node, one, products)),
+            masks=tuple(
+                replace(m, bias=_is_bias(index, m))
+                for m in one.masks
+                if not _is_of(m.read.node, one, products)
+            ),
         )
         for one in found
     )
+
+
+def _is_bias(index: Index, mask: Mask) -> bool:
+    if not is_call(mask.read.user, *ADD, SDPA, _BIASED) or type(mask.visible) is not float:
+        return False
+    seen: set[fx.Node] = set()
+    stack = [mask.read.node]
+    while stack:
+        one = stack.pop()
+        slot = index.program.slot(one)
+        if slot is not None and slot.kind == "input":
+            return False
+        if one not in seen and isinstance(one.meta.get("val"), torch.Tensor):
+            seen.add(one)
+            stack += one.all_input_nodes
+    return True
 
 
 def _is_of(mask: fx.Node, core: Core, products: Mapping[Core, fx.Node | None]) -> bool:

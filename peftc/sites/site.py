@@ -33,7 +33,7 @@ class Site:
     convolution, norm or table that makes `h` (of `ffn.hidden`: that reads it); other roles (`q` of an attention,
     `up` and `gate` of a feed-forward) are the parameters that the site is found by. `ids` is the input that an
     embedding reads; `dims` are the sizes that specs may use; `absent` has the ports that this site lacks, each
-    with the reason. `hidden` is of a feed-forward whose activation is one op.
+    with the reason. `hidden` is of a feed-forward whose activation is one op, `counts_back` of a core (see `Core`).
     """
 
     at: str
@@ -46,6 +46,7 @@ class Site:
     ids: str = ""
     absent: Mapping[str, str] = field(default_factory=dict, hash=False)
     hidden: Hidden | None = None
+    counts_back: bool = False
 
     @property
     def name(self) -> str:
