@@ -28,6 +28,7 @@ MODES = {
     "greedy": dict(do_sample=False),
     "beam": dict(num_beams=4, do_sample=False, length_penalty=2.0),
     "sample": dict(do_sample=True, top_k=20),
+    "uncached": dict(do_sample=False, use_cache=False),
 }
 
 

@@ -294,6 +294,7 @@ MODES = {
     "greedy": dict(do_sample=False),
     "beam": dict(num_beams=3, do_sample=False, no_repeat_ngram_size=3),
     "sample": dict(do_sample=True, top_k=20),
+    "uncached": dict(do_sample=False, use_cache=False),
 }
 # (family, method): prefixes and prompts stand in a cache from the start, gates and moved positions besides.
 WRITERS = [
@@ -306,6 +307,7 @@ WRITERS = [
     ("mixtral", "lora"),
     ("phi3", "mam"),
     ("bloom", "prefix_tuning"),
+    ("mpt", "prefix_tuning"),
     ("t5", "mam"),
     ("mbart", "prefix_tuning"),
     ("whisper", "mam"),

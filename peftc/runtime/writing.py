@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -129,14 +129,22 @@ class Writes(Runner):
                 layer.hold_behind(count, slot.attribute, out[slot.present])
 
 
+def _cache(given: Mapping[str, Any], empty: Callable[[], Any]) -> tuple[Any, Any]:
+    """What a step reads and fills, and what it gives back: whoever wants no cache gives all tokens again."""
+    cache = given.get("past_key_values")
+    if cache is not None:
+        return cache, cache
+    cache = empty()
+    return cache, None if given.get("use_cache") is False else cache
+
+
 class TextGeneration(Writes):
     """A causal language model: `generate` is its class's own."""
 
     def forward(self, *args: Any, **kwargs: Any) -> CausalLMOutputWithPast:
-        """One step: tokens behind those in `past_key_values`."""
+        """One step: tokens behind those in `past_key_values`, which come back unless `use_cache` is False."""
         given = self.named(args, kwargs)
-        cache = given.get("past_key_values")
-        cache = DynamicCache() if cache is None else cache
+        cache, kept = _cache(given, DynamicCache)
         parts, ids = self._fresh(cache), given["input_ids"]
         total = ids.shape[1] + cache.get_seq_length()
         mask = given.setdefault("attention_mask", ids.new_ones(ids.shape[0], total))
@@ -146,7 +154,7 @@ class TextGeneration(Writes):
         feeds = fed(self._decoder, given, ("position_ids", *_OURS))
         out = self._decoder.run(feeds | dict(self._past(parts, ids.shape[0])))
         self._keep(parts, out)
-        return CausalLMOutputWithPast(logits=out["logits"], past_key_values=cache)
+        return CausalLMOutputWithPast(logits=out["logits"], past_key_values=kept)
 
     def text_generation(self, texts: Any, **options: Any) -> Any:
         """For each text, or chat, `[{"generated_text"}]`, as transformers' pipeline of this name."""
@@ -160,11 +168,9 @@ class Text2TextGeneration(Writes):
         return _Encoder(self.sessions[0])
 
     def forward(self, *args: Any, **kwargs: Any) -> Seq2SeqLMOutput:
-        """One step. Cross keys and values ride in `encoder_outputs.hidden_states`."""
+        """One step, as a causal model's. Cross keys and values ride in `encoder_outputs.hidden_states`."""
         given = self.named(args, kwargs)
-        cache = given.get("past_key_values")
-        if cache is None:
-            cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        cache, kept = _cache(given, lambda: EncoderDecoderCache(DynamicCache(), DynamicCache()))
         parts, ids = self._fresh(cache), given["decoder_input_ids"]
         rows, encoded = ids.shape[0], given.get("encoder_outputs")
         if encoded is None:
@@ -178,7 +184,7 @@ class Text2TextGeneration(Writes):
             step["encoder_attention_mask"] = given.get("attention_mask", full)
         out = self._decoder.run(step | dict(self._past(parts, rows)))
         self._keep(parts, out)
-        return Seq2SeqLMOutput(logits=out["logits"], past_key_values=cache)
+        return Seq2SeqLMOutput(logits=out["logits"], past_key_values=kept)
 
     def _fill_cross(self, cache: Any, states: Sequence[torch.Tensor], rows: int) -> None:
         """`generate` expands tensors for beams, not tuples of them."""
