@@ -17,7 +17,7 @@ class CaptureError(PeftcError):
 
 
 class UncachedError(CaptureError):
-    """A model that keeps more from step to step than a cache holds, and runs without one."""
+    """A model that keeps more from step to step than a cache holds, or does not take one, and runs without."""
 
 
 @dataclass(frozen=True, order=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 
 import pytest
@@ -197,3 +198,17 @@ def test_pipelines(folder: Path) -> None:
     stir(model)
     each = [model(**tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0] for text in texts]
     assert torch.allclose(scores(model), torch.stack(each), atol=1e-6)
+
+
+def test_a_call_that_fails_is_not_remembered() -> None:
+    """Who cannot be cached goes without from then on, but not whoever was given what nothing runs on."""
+    backbone = tiny("gpt2")
+    model, inputs = peftc.compile(backbone, "lora"), batch(backbone)
+    with pytest.raises(Exception, match=r"cannot be traced|size"):
+        model.generate(inputs["input_ids"], attention_mask=torch.ones(3, 2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    assert torch.equal(found, backbone.generate(**inputs, max_new_tokens=3, do_sample=False))
+    entries = {runner.program.entry for runner in model._programs._runners.values()}
+    assert "decode" in entries

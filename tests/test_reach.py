@@ -81,6 +81,8 @@ SHOWN = {
     "DiffLlamaForCausalLM": "two cores in a module",
     "FSMTForConditionalGeneration": "a mask that is left out where it is empty",
     "FuyuForCausalLM": "an empty dict as an argument",
+    "Florence2ForConditionalGeneration": "a language model as the decoder",
+    "MptForCausalLM": "keys whose bias counts from the last",
     "PPFormulaNetForConditionalGeneration": "a decoder that reads what the encoder pools",
     "ProphetNetForConditionalGeneration": "two streams of queries",
     "Qwen3VLForConditionalGeneration": "positions of three kinds",
@@ -186,3 +188,12 @@ def test_projections_that_are_convolutions(tmp_path: Path) -> None:
     }
     assert (logits(folded, inputs) - want).abs().max() <= 1e-10 * want.abs().max()
     assert (want - bare).abs().max() > 1e-3 * bare.abs().max()
+
+
+def test_a_cache_that_no_graph_takes() -> None:
+    one = built("MiniMaxForCausalLM")
+    ids, ways = one.inputs["input_ids"], {"max_new_tokens": 3, "do_sample": False}
+    want = one.model.generate(ids, **ways)  # type: ignore[attr-defined]
+    model = peftc.compile(one.model, "lora")
+    with pytest.warns(UserWarning, match="generated without a cache: .* uses cache of its own"):
+        assert torch.equal(model.generate(ids, **ways), want)

@@ -29,7 +29,7 @@ from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 from transformers import PreTrainedModel
 
-from peftc.errors import CaptureError
+from peftc.errors import CaptureError, UncachedError
 from peftc.graph.arguments import SIZES, Labels, resized
 from peftc.graph.cache import keys_of
 from peftc.graph.call import Call
@@ -221,7 +221,8 @@ def _traced(
             if isinstance(cause, CaptureError):
                 raise cause from None
             assert isinstance(cause, Exception)
-            raise CaptureError(_explain(model, entry, cause)) from cause
+            kind = UncachedError if ENTRIES[entry].starts else CaptureError
+            raise kind(_explain(model, entry, cause)) from cause
         finally:
             traced.forget()
     wide = room.wide(entry, seq2seq)

@@ -66,12 +66,13 @@ class Encoded(BaseModelOutputWithPooling):
 class Entry:
     """A way into a model: `call(model, tensors, flags)` gives its output class and output tensors.
 
-    `steps`: it goes on from a cache. `static`: that cache has one size, and `past_length` says how much of it is
+    `starts`: it begins a cache. `steps`: it goes on from one. `static`: that cache has one size, and `past_length` says how much of it is
     filled. `encodes`: a later entry reads what it makes.
     """
 
     name: str
     call: Callable[[PreTrainedModel, Tensors, Mapping[str, Any]], Outputs]
+    starts: bool = False
     steps: bool = False
     static: bool = False
     encodes: bool = False
@@ -148,7 +149,7 @@ ENTRIES = {
         Entry("forward", _forward),
         Entry("base", _base),
         Entry("encode", _encode, encodes=True),
-        Entry("prefill", _cached),
+        Entry("prefill", _cached, starts=True),
         Entry("decode", _cached, steps=True),
         Entry("decode_static", _cached, steps=True, static=True),
         Entry("encode_cross", _cross, encodes=True),

@@ -258,14 +258,17 @@ class CompiledModel(Sharing):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As the backbone's own; without a cache where that would not hold all that it keeps from step to step."""
         bare: Any = super()
-        if self._uncached and self._sets.names:
-            return bare.generate(*args, **{**kwargs, "use_cache": False})
-        try:
-            return bare.generate(*args, **kwargs)
-        except UncachedError as error:
+        reason = None
+        if not (self._uncached and self._sets.names):
+            try:
+                return bare.generate(*args, **kwargs)
+            except UncachedError as error:
+                reason = error
+        found = bare.generate(*args, **{**kwargs, "use_cache": False})
+        if reason is not None:  # not what was asked with, as it goes without
             self.__dict__["_uncached"] = True
-            warnings.warn(f"generated without a cache: {error}", stacklevel=2)
-            return self.generate(*args, **kwargs)
+            warnings.warn(f"generated without a cache: {reason}", stacklevel=2)
+        return found
 
     def get_encoder(self, modality: str | None = None) -> nn.Module:
         """The encoder with its deltas, as `generate` wants it."""
