@@ -66,8 +66,8 @@ class Encoded(BaseModelOutputWithPooling):
 class Entry:
     """A way into a model: `call(model, tensors, flags)` gives its output class and output tensors.
 
-    `starts`: it begins a cache. `steps`: it goes on from one. `static`: that cache has one size, and `past_length` says how much of it is
-    filled. `encodes`: a later entry reads what it makes.
+    `starts`: it begins a cache. `steps`: it goes on from one. `static`: that cache has one size, and `past_length` says
+    how much of it is filled. `encodes`: a later entry reads what it makes.
     """
 
     name: str
