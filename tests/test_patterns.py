@@ -28,8 +28,9 @@ PATTERNS = st.recursive(
 )
 
 
-@settings(max_examples=400, deadline=None)
-@given(PATTERNS, st.text("abq1.", max_size=9))
+# The same ones each time, and short paths: Python's own `re`, the oracle, takes hours for some nested repeats.
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(PATTERNS, st.text("abq1.", max_size=6))
 def test_as_python_does(pattern: str, path: str) -> None:
     want = re.match(rf"(.*\.)?({pattern})$", path)
     assert matches(pattern, path) == bool(want)
