@@ -63,7 +63,7 @@ def _fold(path: str, changes: Sequence[Change], folding: Folding) -> None:
         return
     weight, bias = _whole(site.weights["W"], path), site.weights.get("b")
     start = LinearMap(
-        "kernels" if "groups" in site.dims else changes[0].folds.by,
+        changes[0].by,
         weight.read(folding.read(path).detach().double()),
         None if bias is None else folding.read(bias.path).detach().double(),
     )

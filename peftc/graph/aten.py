@@ -150,7 +150,7 @@ def projects(node: object) -> bool:
 
 
 def groups(node: fx.Node) -> int:
-    """In how many groups of features what `projects` does so."""
+    """In how many groups of features a convolution reads them."""
     return features(node)[0] // static_shape(weight_of(node))[1]
 
 
@@ -168,9 +168,9 @@ def lies_flat(value: Any) -> bool:
 
 
 def features(node: fx.Node) -> tuple[int, int]:
-    """(in, out) of what `projects`."""
-    n_out, n_in = static_shape(weight_of(node))[:2]
-    return n_in if is_call(node, *LINEAR) else static_shape(node.args[0])[1], n_out
+    """(in, out) of what `projects`, or convolves."""
+    n_out, *kernel = static_shape(weight_of(node))
+    return static_shape(node.args[0])[-len(kernel)] if is_convolution(node) else kernel[0], n_out
 
 
 def hint(size: Any) -> int:

@@ -17,7 +17,7 @@ from peftc.plan.algebra import inlined, numbers
 from peftc.plan.edit import Edit
 from peftc.rewrite.affine import Affine, NotAffine, affine
 from peftc.rewrite.evaluate import Tensors, evaluate
-from peftc.sites.kinds import KINDS, Folds
+from peftc.sites.kinds import KINDS
 from peftc.sites.view import Columns
 
 _STORED = {"W", "b"}
@@ -52,10 +52,11 @@ class Change:
         return Change(edit, assign, frozenset(read), roles, columns, stays)
 
     @property
-    def folds(self) -> Folds:
+    def by(self) -> str:
+        """The kind of map, see `peftc.sites.kinds.Folds`: in groups, a projection is a convolution as any."""
         found = KINDS[self.edit.site.at].folds
         assert found is not None
-        return found
+        return "kernels" if "groups" in self.edit.site.dims else found.by
 
     def overlaps(self, other: Change) -> bool:
         """Whether both are of the same features of the result: slices of a fused projection are not."""

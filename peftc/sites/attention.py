@@ -21,7 +21,7 @@ from peftc.sites.dataflow import next_linear, projections, runs
 from peftc.sites.index import Index
 from peftc.sites.linear import computed, linear_site, ports_of
 from peftc.sites.site import NoSite, Place, Site, SiteError, layer_of
-from peftc.sites.view import FEATURES_LAST, Columns, Part, Port, View
+from peftc.sites.view import Columns, Part, Port, View, channels_last
 
 SIDES = ("q", "k", "v")
 _ALL = ("attention", "attention.heads", *(f"attention.{side}" for side in (*SIDES, "o")))
@@ -235,7 +235,7 @@ def locate_heads(index: Index, site: Site) -> tuple[Place, ...]:
 
 
 def _core(core: Core, counts_back: bool) -> Place:
-    keys = Part(core.k, View(FEATURES_LAST)) if core.features_first else core.k
+    keys = Part(core.k, View(channels_last(1))) if core.features_first else core.k
     ports: dict[str, Port] = {"q": core.q, "k": keys, "v": core.v, "h": Value(core.h)}
     return Place(ports, follow=partial(extend_keys, core, counts_back))
 

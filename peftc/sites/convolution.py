@@ -7,7 +7,7 @@ from math import prod
 
 from torch import fx
 
-from peftc.graph.aten import static_shape, weight_of
+from peftc.graph.aten import features, groups, static_shape, weight_of
 from peftc.graph.facts import Stacks
 from peftc.graph.program import aten, op_name, scope_of
 from peftc.sites.index import Index
@@ -39,9 +39,8 @@ def _site(index: Index, stacks: Stacks, conv: fx.Node) -> Site:
     n_out, *kernel = static_shape(weight_of(conv))
     weights = index.weights(conv)
     scope = weights["W"].path.rpartition(".")[0]  # Mamba calls it from outside its module
-    channels = static_shape(conv.args[0])[-len(kernel)]
     dims = {"in": prod(kernel), "out": n_out, "d": n_out}
-    dims |= {"channels": channels, "groups": channels // kernel[0]}
+    dims |= {"channels": features(conv)[0], "groups": groups(conv)}
     lengths = {"inputs": static_shape(conv.args[0])[-1], "outputs": static_shape(conv)[-1]}
     dims |= {name: size for name, size in lengths.items() if size > 0}
     absent = {} if "b" in weights else {"b": "this convolution has no bias"}

@@ -70,7 +70,6 @@ class Form:
 
 
 TURNED = Form(aten.transpose.int, (0, 1), aten.transpose.int, (0, 1), "turned")
-FEATURES_LAST = Form(aten.transpose.int, (-2, -1), aten.transpose.int, (-2, -1), "turned")
 
 
 def kernels(shape: tuple[int, ...]) -> Form:
