@@ -44,7 +44,7 @@ def test_a_state_space() -> None:
     folded, report = peftc.merge(model)
     assert {one.edit.rpartition(":")[0].rpartition(":")[2] for one in report.kept} == {"mixer"}
     assert len(report.folded) == 4
-    options = dict(max_new_tokens=5, do_sample=False)
+    options = dict(max_new_tokens=3, do_sample=False)
     tokens = [
         one.generate(**inputs, use_cache=cached, **options)
         for one in (model, folded)

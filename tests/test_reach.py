@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 
@@ -57,6 +58,12 @@ SITES = {
     "ProphetNetForConditionalGeneration": {"attention": 4, "attention.heads": 4, "attention.q": 6},
     # a batch norm between a fused projection and its parts
     "LevitForImageClassificationWithTeacher": {"attention.q": 8, "attention.v": 8},
+    # experts scored by a part of what a linear gives, their result convolved before it is added
+    "InklingForCausalLM": {"attention": 6, "ffn": 6, "router": 6},
+    # feed-forwards of convolutions over an image
+    "SwiftFormerForImageClassification": {"ffn": 12, "ffn.up": 12},
+    # ids of another name
+    "PerceiverForMaskedLM": {"embedding": 1},
     # a convolution over neighbours between the linears
     "SegformerForImageClassification": {"attention": 4, "ffn": 4},
 }
@@ -69,7 +76,8 @@ def built(name: str) -> Built:
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", SITES)
 def test_sites(name: str) -> None:
-    found = [one.at for one in survey(built(name).model)]
+    one = built(name)
+    found = [site.at for site in survey(one.model, example=dict(one.inputs))]
     assert {at: found.count(at) for at in SITES[name]} == SITES[name]
 
 
@@ -188,6 +196,46 @@ def test_projections_that_are_convolutions(tmp_path: Path) -> None:
     }
     assert (logits(folded, inputs) - want).abs().max() <= 1e-10 * want.abs().max()
     assert (want - bare).abs().max() > 1e-3 * bare.abs().max()
+
+
+def test_a_result_added_to_its_own_convolution_is_no_residual() -> None:
+    """The stream that the layer was given is."""
+    one = built("InklingForCausalLM")
+    one.model.config.mlp_layer_types = ["dense"] * one.model.config.num_hidden_layers
+    backbone = type(one.model)(one.model.config).double().eval()
+    ids = {"input_ids": one.inputs["input_ids"]}
+    text = "deltas: [{at: ffn, params: {A: {shape: [d, d], init: zeros}}, delta: residual @ A}]"
+    model = stir(peftc.compile(backbone, parse_spec(text, "s"), example=ids))
+    got, bare = logits(model, ids), logits(backbone, ids)
+    for number, layer in enumerate(backbone.model.layers):
+        given: dict[str, torch.Tensor] = {}
+        weight = model.deltas.get_parameter(f"model.layers.{number}.mlp.ffn.s.A")
+        layer.post_attention_layernorm.register_forward_pre_hook(
+            lambda _, args, at=given: at.update(x=args[0])
+        )
+        layer.mlp.down_proj.register_forward_hook(
+            lambda _, args, h, at=given, weight=weight: h + at["x"] @ weight
+        )
+    want = logits(backbone, ids)
+    assert (got - want).abs().max() <= 1e-10 * want.abs().max()
+    assert (got - bare).abs().max() > 1e-3 * bare.abs().max()
+
+
+def test_masks_and_targets_of_permuted_tokens() -> None:
+    """XLNet's, of other lengths than the first, and of several targets."""
+    one = built("XLNetLMHeadModel")
+    model = stir(peftc.compile(one.model, "lora"))
+    folded, _ = peftc.merge(copy.deepcopy(model))
+    for rows, length, targets in ((3, 11, 1), (2, 7, 1), (2, 7, 4)):
+        draw = torch.Generator().manual_seed(length)
+        inputs = {
+            "input_ids": torch.randint(5, 40, (rows, length), generator=draw),
+            "perm_mask": (torch.rand(rows, length, length, generator=draw) < 0.3).float(),
+            "target_mapping": torch.eye(length)[-targets:].repeat(rows, 1, 1),
+        }
+        got, want = logits(model, inputs), logits(folded, inputs)
+        assert got.shape[1] == targets
+        assert (got - want).abs().max() <= 1e-5 * want.abs().max()  # fp32, two layers
 
 
 def test_a_cache_that_no_graph_takes() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import sys
 from typing import Any
 
 import pytest
@@ -286,9 +287,25 @@ def test_as_many_chunks_as_a_sequence_has(name: str, lengths: tuple[int, ...]) -
     for length in lengths:
         inputs = batch(model, length=length)
         want = logits(model.backbone, inputs)
-        # fp32: export writes the solution of triangular systems out
+        # fp32: sums in another order
         assert (logits(model, inputs) - want).abs().max() <= 1e-5 * want.abs().max()
     assert len(model._programs) == {"bamba": 2, "qwen3_5": 3}[name]
+
+
+def test_triangular_systems_are_solved_by_the_op_of_eager_code() -> None:
+    """Told that it is exported, Qwen 3.5 would write one out, row by row."""
+    backbone = built("qwen3_5")
+    code = sys.modules[type(backbone).__module__]
+    truth = code.is_torchdynamo_exporting
+    model = peftc.compile(backbone, "lora")
+    assert code.is_torchdynamo_exporting is truth
+    inputs = batch(model)
+    assert (logits(model, inputs) - logits(backbone, inputs)).abs().max() == 0
+    (program,) = (one.program for one in model._programs._runners.values())
+    solved = program.graph.find_nodes(
+        op="call_function", target=torch.ops.aten.linalg_solve_triangular.default
+    )
+    assert len(solved) == 2
 
 
 def test_states_outside_of_a_cache() -> None:

@@ -33,7 +33,7 @@ IGNORED = -100
 class Argument:
     """What is known of the inputs whose names match `pattern`; of several rows the first.
 
-    `follows`: whose length its second axis has: "source" (what the model reads first), "target" (what an
+    `follows`: whose length its axis `axis` has: "source" (what the model reads first), "target" (what an
     encoder-decoder's decoder reads), "output" (what it predicts), "past" (the cache), "" (none's). `whole`: in a
     step from a cache it is as long as all tokens so far. `square`: with three axes or more, the last two are new
     tokens x all tokens. `holds`: the rows in front are in it already. `front` is what stands at rows in front, or
@@ -44,6 +44,7 @@ class Argument:
     pattern: str
     role: str
     follows: str = "source"
+    axis: int = 1
     whole: bool = False
     square: bool = False
     holds: bool = False
@@ -70,8 +71,11 @@ ARGUMENTS = (
     Argument("decoder_attention_mask", "mask", "target", whole=True, square=True, front=1),
     Argument("decoder_position_ids", "positions", "target"),
     Argument("decoder_*", "states", "target"),
-    Argument("input_ids", "ids"),
+    Argument("*input_ids", "ids"),
+    Argument("inputs", "ids"),
     Argument("attention_mask", "mask", whole=True, square=True, front=1, step="encoder_attention_mask"),
+    Argument("perm_mask", "states", square=True),
+    Argument("target_mapping", "states", axis=2),
     Argument("token_type_ids", "segments", front=0),
     Argument("langs", "states", front=FIRST),
     Argument("position_ids", "positions"),
@@ -107,7 +111,7 @@ def axes(name: str, rank: int, entry: str, encoder_decoder: bool) -> tuple[str |
     length = _length(row, entry, encoder_decoder, row.whole)
     if row.role == "positions" and rank == 3:  # of time, height and width
         return (None, "batch", length)
-    return ("batch", length, *(None,) * (rank - 2))
+    return ("batch", *(length if i == row.axis else None for i in range(1, rank)))
 
 
 def _length(row: Argument, entry: str, encoder_decoder: bool, whole: bool = False) -> str:
@@ -177,7 +181,7 @@ def seeded_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     facts, inputs = ModelFacts.read(model), dummy_inputs(model)
     for name, tensor in inputs.items():
-        if argument(name).role == "ids":
+        if argument(name).role == "ids" and not tensor.is_floating_point():
             inputs[name] = _seeded_ids(facts, tensor, generator)
         elif tensor.is_floating_point():
             noise = torch.randn(tensor.shape, generator=generator)

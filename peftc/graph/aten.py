@@ -139,14 +139,17 @@ def is_convolution(node: object) -> bool:
 
 
 def projects(node: object) -> bool:
-    """Whether `node` multiplies the features of each token by a weight: a linear, or a convolution along the tokens,
-    [batch, features, tokens], that reads one at a time (SqueezeBERT, perhaps in groups of features)."""
-    if not is_call(node, aten.conv1d.default):
+    """Whether `node` multiplies the features of each token by a weight: a linear, or a convolution that reads one place
+    at a time, along tokens, [batch, features, tokens] (SqueezeBERT, perhaps in groups of features), or over an image
+    (SwiftFormer)."""
+    if not is_call(node, aten.conv1d.default, aten.conv2d.default):
         return is_call(node, *LINEAR)
     assert isinstance(node, fx.Node)
-    # aten.conv1d(input, weight, bias, stride, padding, ...)
-    alone = static_shape(weight_of(node))[2] == 1
-    return alone and [*node.args[3:5]] in ([], [[1]], [[1], [0]])
+    # aten.conv1d, conv2d(input, weight, bias, stride, padding, ...)
+    ones = [1] * len(static_shape(weight_of(node))[2:])
+    zeros = [0] * len(ones)
+    alone = [*static_shape(weight_of(node))[2:]] == ones
+    return alone and [*node.args[3:5]] in ([], [ones], [ones, zeros])
 
 
 def groups(node: fx.Node) -> int:

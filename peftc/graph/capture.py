@@ -211,7 +211,10 @@ def _traced(
         return room.cut(model, entry, wide, fields)
 
     traced = _Traced(model, run)
-    with _alone(model), _told(model), _as_they_are(), deciding(drop) as decision, kept() as calls:
+    with contextlib.ExitStack() as stack:
+        for surrounds in (_alone(model), _told(model), _as_they_are(), _not_exported(model)):
+            stack.enter_context(surrounds)
+        decision, calls = stack.enter_context(deciding(drop)), stack.enter_context(kept())
         try:
             exported = torch.export.export(
                 traced, (tensors,), dynamic_shapes=(shapes,), strict=False
@@ -325,6 +328,24 @@ def _as_they_are() -> Iterator[None]:
         yield
     finally:
         nn.Module.to = to  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def _not_exported(model: PreTrainedModel) -> Iterator[None]:
+    """Code that asks whether it is exported, and nothing else, is told no: the graph runs in torch, as eager code does,
+    and needs no loop over the rows of a triangular system (Qwen3-Next, OLMo-hybrid). Code that asks whether it is compiled
+    too picks kernels by both, and hears the truth."""
+    asked, other = "is_torchdynamo_exporting", "is_torchdynamo_compiling"
+    modules = {sys.modules.get(type(one).__module__) for one in model.modules()} - {None}
+    names = [vars(one) for one in modules if hasattr(one, asked) and not hasattr(one, other)]
+    before = [own[asked] for own in names]
+    for own in names:
+        own[asked] = bool  # of no arguments, False
+    try:
+        yield
+    finally:
+        for own, truth in zip(names, before, strict=True):
+            own[asked] = truth
 
 
 @contextlib.contextmanager

@@ -81,7 +81,8 @@ def activated(linear: fx.Node) -> bool:
 
 
 def residual_add(node: fx.Node) -> Read | None:
-    """The operand that the residual add behind `node` adds to it; None when there is no such add."""
+    """The operand that the residual add behind `node` adds to it; None when there is no such add. What is added of the
+    result itself (Inkling's convolution of it) is none."""
     one = node
     while True:
         onward = None
@@ -89,12 +90,27 @@ def residual_add(node: fx.Node) -> Read | None:
             if is_call(user, *ADD):
                 other = user.args[1] if user.args[0] is one else user.args[0]
                 if isinstance(other, fx.Node) and other.op == "call_function":
-                    return Read(user, user.args.index(other))
+                    if not _hangs(other, node):
+                        return Read(user, user.args.index(other))
+                    onward = user
             if is_call(user, *MOVE, *DROPOUT, *MUL, *NORM):
                 onward = user
         if onward is None:
             return None
         one = onward
+
+
+def _hangs(node: fx.Node, on: fx.Node) -> bool:
+    """Whether a value is computed from another one."""
+    seen, stack = {node}, [node]
+    while stack:
+        one = stack.pop()
+        if one is on:
+            return True
+        later = {source for source in one.all_input_nodes if not source < on} - seen
+        seen |= later
+        stack += later
+    return False
 
 
 def runs(starts: list[fx.Node], ends: list[fx.Node], order: dict[fx.Node, int]) -> list[fx.Node]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import fx
 
+from peftc.graph.arguments import argument
 from peftc.graph.aten import EMBEDDING, MOVE, TURN, static_shape
 from peftc.graph.facts import Stacks
 from peftc.graph.program import Read, Value, aten, is_call, scope_of
@@ -40,7 +41,8 @@ def _token_input(index: Index, node: object) -> str | None:
         assert isinstance(node, fx.Node)
         node = node.args[0]
     slot = index.program.slot(node) if isinstance(node, fx.Node) else None
-    return slot.name if slot is not None and slot.name.endswith("input_ids") else None
+    known = slot is not None and slot.kind == "input" and argument(slot.name).role == "ids"
+    return slot.name if slot is not None and known else None
 
 
 def _is_turned(node: object) -> bool:

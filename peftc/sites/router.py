@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from peftc.graph.aten import LINEAR, MOVE, SOFTMAX, is_pointwise
+from peftc.graph.aten import CUT, LINEAR, MOVE, SOFTMAX, is_pointwise
 from peftc.graph.facts import Stacks
 from peftc.graph.program import aten, is_call, scope_of
 from peftc.sites.index import Index
@@ -40,11 +40,11 @@ def _is_along_last(node: fx.Node) -> bool:
 
 
 def _scores(node: object) -> fx.Node | None:
-    """The linear that `node` is an elementwise function of, or its softmax."""
+    """The linear that `node` is an elementwise function of, or of a part of it, or its softmax."""
     if is_call(node, *LINEAR):
         assert isinstance(node, fx.Node)
         return node
-    if is_pointwise(node) or is_call(node, *MOVE, *SOFTMAX):
+    if is_pointwise(node) or is_call(node, *MOVE, *CUT, *SOFTMAX):
         assert isinstance(node, fx.Node)
         found = (_scores(one) for one in node.args)
         return next((one for one in found if one is not None), None)
