@@ -17,14 +17,16 @@ from peftc.graph.program import aten
 from peftc.plan.edit import Edit
 from peftc.rewrite.lower import Builder
 from peftc.rewrite.pipeline import PassError
-from peftc.sites.routed import Routed
+from peftc.sites.site import Routed
+
+_ALIGNED = 16  # bytes
 
 
 @dataclass
 class RoutedBuilder(Builder):
-    """Knows which values are `rows` of tokens, and which are `apart`, [experts, ...]."""
+    """Knows which values are `rows` of tokens, `routed` as it says, and which are `apart`, [experts, ...]."""
 
-    routed: Routed | None = None
+    routed: Routed = field(kw_only=True)
     rows: set[fx.Node] = field(default_factory=set)
     apart: set[fx.Node] = field(default_factory=set)
 
@@ -43,8 +45,7 @@ class RoutedBuilder(Builder):
                 raise PassError(
                     f"'{name}' multiplies the matrices of experts by rows on their right"
                 )
-            assert self.routed is not None
-            node = self.routed.times(super().call, args[0], args[1], name)
+            node = self._times(args[0], args[1], name)
         else:
             each = [self._each(one, name) if self._is_apart(one) else one for one in args]
             node = super().call(fn, *each, name=name, **kwargs)
@@ -68,9 +69,54 @@ class RoutedBuilder(Builder):
         """What is of each row's expert."""
         if value.meta["val"].ndim != 2:
             raise PassError(f"'{name}': rows meet the matrices of experts in a product alone")
-        assert self.routed is not None
-        node: fx.Node = self.routed.each(super().call, value, name)
-        return node
+        return self._of_each(value, name)
+
+    def _times(self, x: fx.Node, matrices: fx.Node, name: str) -> fx.Node:
+        """Each row of x times the matrix of its expert, of [experts, in, out]: only what was routed is computed."""
+        call = super().call
+        if self.routed.how == "grouped":
+            return self._grouped(x, matrices, name)
+        if self.routed.how == "batched":
+            return call(aten.matmul.default, x, matrices, name=name)
+        chosen = self._of_each(matrices, name)
+        row = call(aten.unsqueeze.default, x, 1, name=f"{name}_row")
+        product = call(aten.bmm.default, row, chosen, name=f"{name}_product")
+        return call(aten.squeeze.dim, product, 1, name=name)
+
+    def _grouped(self, x: fx.Node, matrices: fx.Node, name: str) -> fx.Node:
+        """The product in the order of the experts; torch's own takes rows of whole `_ALIGNED` bytes, so that a small rank
+        gets zeros behind it."""
+        call, op, value = super().call, self.routed.op, matrices.meta["val"]
+        n_in, n_out = value.shape[-2:]
+        step = _ALIGNED // value.element_size() if op is aten._grouped_mm.default else 1
+        more_in, more_out = -n_in % step, -n_out % step
+        if more_in:
+            x = call(aten.constant_pad_nd.default, x, [0, more_in], name=f"{name}_wide")
+        if more_in or more_out:
+            sizes = [0, more_out, 0, more_in]
+            matrices = call(aten.constant_pad_nd.default, matrices, sizes, name=f"{name}_whole")
+        product = call(op, x, matrices, self.routed.by, name=name)
+        if not more_out:
+            return product
+        return call(aten.slice.Tensor, product, -1, 0, n_out, name=f"{name}_part")
+
+    def _of_each(self, values: fx.Node, name: str) -> fx.Node:
+        """For each row what is of its expert, of [experts, ...]."""
+        call = super().call
+        if self.routed.how == "batched":
+            return call(aten.unsqueeze.default, values, 1, name=f"{name}_rows")
+        return call(aten.index_select.default, values, 0, self._numbers(), name=f"{name}_rows")
+
+    def _numbers(self) -> fx.Node:
+        """The number of each row's expert."""
+        call, ends = super().call, self.routed.by
+        assert ends is not None  # but for rows in a batch
+        if self.routed.how == "gathered":
+            return ends
+        options = dict(dtype=ends.meta["val"].dtype, device=ends.meta["val"].device)
+        count = call(aten.sym_size.int, self.routed.product, 0, name="rows")
+        places = call(aten.arange.default, count, name="places", **options)
+        return call(aten.searchsorted.Tensor, ends, places, right=True, name="experts")
 
     def only(self, edit: Edit, new: fx.Node, old: fx.Node, name: str) -> fx.Node:
         """`new` in the rows of the chosen experts, `old` in all others; `new` where none are chosen."""
@@ -87,8 +133,7 @@ class RoutedBuilder(Builder):
         if new in self.apart:  # weights
             rows = make(aten.unsqueeze.default, whole, 1, name="chosen")
         else:
-            assert self.routed is not None
-            rows = self.routed.each(make, whole, "chosen")
+            rows = self._of_each(whole, "chosen")
         mask = make(aten.gt.Scalar, rows, 0.5, name="mask")
         return make(aten.where.self, mask, new, old, name=name)
 
@@ -102,10 +147,23 @@ class RoutedBuilder(Builder):
             chosen = edit.entry.where.experts
             if chosen is not None:
                 count = edit.site.dims["experts"]
-                node = Routed.spread(super().call, node, chosen, count, one.name)
+                node = self._spread(node, chosen, count, one.name)
             self.apart.add(node)
             found[one.name] = node
         return found
+
+    def _spread(self, values: fx.Node, chosen: Sequence[int], count: int, name: str) -> fx.Node:
+        """[chosen, ...] as [count, ...], with zeros for the experts that are not chosen."""
+        call, one = super().call, [1, *values.meta["val"].shape[1:]]
+        none = call(aten.new_zeros.default, values, one, name=f"{name}_none")
+        places = {expert: place for place, expert in enumerate(chosen)}
+        parts = [
+            call(aten.slice.Tensor, values, 0, places[e], places[e] + 1, name=f"{name}_{e}")
+            if e in places
+            else none
+            for e in range(count)
+        ]
+        return call(aten.cat.default, parts, 0, name=f"{name}_spread")
 
     def keep(self, values: Iterable[fx.Node]) -> None:
         """Values of the graph that are of each expert: weights."""

@@ -20,6 +20,7 @@ from peftc.language.expr import Expr, Name, names
 from peftc.language.ports import SITES, STORED
 from peftc.plan.algebra import constant_parts, grown, growth, inlined, replaced, ungrown
 from peftc.plan.edit import Edit
+from peftc.rewrite.keys import extend_keys
 from peftc.rewrite.lengths import release
 from peftc.rewrite.lower import Builder, Operand
 from peftc.rewrite.pipeline import PassError
@@ -79,11 +80,11 @@ def splice(
         if _grew(before, result):
             release(before, -2, [one.user] if isinstance(one, Read) else [*before.users])
         program.splice(one, result, inserted)
-    if place.follow is not None:
+    if place.core is not None:
         for rows in growth(edit).values():
             follow = Builder(program.graph, label="prefix", tag="mask", known=shared.known)
             follow.edit = edit.key
-            place.follow(program, follow.call, rows)
+            extend_keys(program, place.core, follow.call, rows)
 
 
 def _grew(before: fx.Node, after: fx.Node) -> bool:

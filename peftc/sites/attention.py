@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import zip_longest
-from typing import Any
 
-import torch
 from torch import fx
 
-from peftc.graph.aten import SDPA, features, static_shape, weight_of
+from peftc.graph.aten import features, static_shape, weight_of
 from peftc.graph.facts import Stacks
-from peftc.graph.program import Program, Value, aten, is_call, op_name, scope_of
+from peftc.graph.program import Value, scope_of
 from peftc.sites import fused
-from peftc.sites.cores import Core, Mask, cores, missed
+from peftc.sites.cores import Core, cores, missed
 from peftc.sites.dataflow import next_linear, projections, runs
 from peftc.sites.index import Index
 from peftc.sites.linear import computed, linear_site, ports_of
@@ -237,7 +233,8 @@ def locate_heads(index: Index, site: Site) -> tuple[Place, ...]:
 def _core(core: Core, counts_back: bool) -> Place:
     keys = Part(core.k, View(channels_last(1))) if core.features_first else core.k
     ports: dict[str, Port] = {"q": core.q, "k": keys, "v": core.v, "h": Value(core.h)}
-    return Place(ports, follow=partial(extend_keys, core, counts_back))
+    masks = tuple(replace(one, bias=one.bias and counts_back) for one in core.masks)
+    return Place(ports, core=replace(core, masks=masks))
 
 
 def locate_side(index: Index, site: Site) -> tuple[Place, ...]:
@@ -265,78 +262,3 @@ def _with_input(site: Site, ends: list[fx.Node], queries: list[fx.Node]) -> tupl
         Place({**ports, "input": ports_of(query)["x"]} if query is not None else ports)
         for ports, query in zip_longest(places, queries)
     )
-
-
-def extend_keys(
-    core: Core, counts_back: bool, program: Program, call: Callable[..., Any], rows: int
-) -> None:
-    """Let every query see `rows` more keys in front; the other keys keep their mask. Where keys `counts_back`, rows
-    have the bias of the first: they stand where it stands, however many there are."""
-    for mask in core.masks:
-        first = counts_back and mask.bias
-        wide = _padded(program, mask, call, rows, first)
-        mask.read.user.update_arg(mask.read.index, wide)
-    # aten.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, ...)
-    if not core.masks and is_call(core.h, SDPA) and len(core.h.args) > 5 and core.h.args[5]:
-        _explicit_causal(program, core.h, call, rows)
-    for view, place in core.sized:
-        _resize(program, view, place, call, rows)
-
-
-def _resize(
-    program: Program, view: fx.Node, place: int, call: Callable[..., Any], rows: int
-) -> None:
-    """Add to one of the sizes that a view is given; -1 follows by itself."""
-    sizes = list(view.args[1])  # type: ignore[arg-type]
-    old = sizes[place]
-    if isinstance(old, int) and old >= 0:  # of a window
-        sizes[place] = old + rows
-        view.update_arg(1, sizes)
-    elif isinstance(old, fx.Node):
-        with program.graph.inserting_before(view):
-            sizes[place] = call(operator.add, old, rows, name="keys")
-        view.update_arg(1, sizes)
-
-
-def _padded(
-    program: Program, one: Mask, call: Callable[..., Any], rows: int, first: bool
-) -> fx.Node:
-    """The mask with `rows` keys on its left that it leaves as they are, or as the `first` key. Raises SiteError where it
-    cannot."""
-    mask, neutral = one.read.node, "first" if first else one.visible
-    value = mask.meta["val"]
-    if value.ndim == 0 or value.shape[-1] == 1:
-        return mask
-    if neutral is None:
-        op = one.read.user
-        raise SiteError(
-            f"'{op_name(op)}' masks the scores in {scope_of(op)}, and no value of its mask leaves one as it is: "
-            "no rows can go in front of its keys"
-        )
-    for user in mask.users:
-        if user.meta.get("extends") == (rows, neutral):
-            return user
-    with program.graph.inserting_before(mask.next):
-        if first:
-            key = call(aten.slice.Tensor, mask, -1, 0, 1, name="first")
-            copies = call(aten.expand.default, key, [*[-1] * (value.ndim - 1), rows], name="first")
-            wide: fx.Node = call(aten.cat.default, [copies, mask], -1, name="mask")
-        else:
-            wide = call(aten.constant_pad_nd.default, mask, [rows, 0], neutral, name="mask")
-    wide.meta["extends"] = (rows, neutral)
-    return wide
-
-
-def _explicit_causal(program: Program, sdpa: fx.Node, call: Callable[..., Any], rows: int) -> None:
-    """`is_causal` aligns at the top left, so with keys in front it must become a mask [queries, keys]."""
-    query, keys = sdpa.args[0], sdpa.args[1]
-    with program.graph.inserting_before(sdpa):
-        height = call(aten.sym_size.int, query, -2, name="queries")
-        width = call(aten.sym_size.int, keys, -2, name="keys")
-        device = query.meta["val"].device  # type: ignore[union-attr]
-        ones = call(
-            aten.ones.default, [height, width], dtype=torch.bool, device=device, name="ones"
-        )
-        mask = call(aten.tril.default, ones, rows, name="causal_mask")
-    sdpa.update_arg(3, mask)
-    sdpa.update_arg(5, False)

@@ -14,8 +14,7 @@ from peftc.graph.program import Read, Value, aten, is_call, op_name
 from peftc.sites import fused
 from peftc.sites.dataflow import activated
 from peftc.sites.index import Index
-from peftc.sites.routed import Routed
-from peftc.sites.site import NoSite, Place, Site, layer_of
+from peftc.sites.site import NoSite, Place, Routed, Site, layer_of
 from peftc.sites.view import Columns, Form, Part, Port, View, Weight
 
 # Stored [experts, in, out], where a spec sees [experts, out, in].

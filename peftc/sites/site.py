@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import fx
+
 from peftc.errors import PeftcError
-from peftc.sites.routed import Routed
+from peftc.sites.cores import Core
 from peftc.sites.view import Port, Weight
 
 
@@ -73,19 +75,31 @@ class NoSite:
 
 
 @dataclass(frozen=True)
+class Routed:
+    """`how` rows are laid out. `grouped`: in the order of the experts, and `by` [experts] says where the rows of each
+    end; `op` multiplies them so. `gathered`: `by` [rows] has their experts' numbers. `batched`: [experts, rows, in].
+    `product` is the node that this is of."""
+
+    how: str
+    by: fx.Node | None
+    product: fx.Node
+    op: Any = None
+
+
+@dataclass(frozen=True)
 class Place:
     """A site in one graph: its ports.
 
     Where rows go in front of a port: `holds` says whether this graph gets them (a decoder that steps through a
-    cache finds them there), `behind(call, value, rows)` gives the value that they go in front of, and `follow`
-    lets what depends on the length (masks, views with sizes) know of them. `routed` says of experts' rows whose they
-    are.
+    cache finds them there), `behind(call, value, rows)` gives the value that they go in front of, and `core` is the
+    attention whose masks and sizes must know of them; a bias of it counts from the last key. `routed` says of experts'
+    rows whose they are.
     """
 
     ports: Mapping[str, Port]
     holds: bool = True
     behind: Callable[..., Any] | None = None
-    follow: Callable[..., None] | None = None
+    core: Core | None = None
     routed: Routed | None = None
 
 
