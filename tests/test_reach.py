@@ -12,11 +12,14 @@ from conftest import logits, stir
 from transformers import PreTrainedModel
 
 import peftc
-from peftc.driver import outputs, survey
+from peftc.driver import Trace, _captured, outputs
 from peftc.errors import PeftcError
+from peftc.graph.facts import Stacks
 from peftc.interchange.settings import InterchangeError
 from peftc.interchange.write import export_peft
 from peftc.language.reader import parse_spec
+from peftc.rewrite.verify import check
+from peftc.sites.kinds import Survey
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -64,6 +67,10 @@ SITES = {
     "SwiftFormerForImageClassification": {"ffn": 12, "ffn.up": 12},
     # ids of another name
     "PerceiverForMaskedLM": {"embedding": 1},
+    # rotations that are reshaped as other values
+    "RoFormerForTokenClassification": {"attention": 2, "attention.q": 2},
+    # a norm of all places between the linears
+    "ConvNextV2ForImageClassification": {"ffn": 12},
     # a convolution over neighbours between the linears
     "SegformerForImageClassification": {"attention": 4, "ffn": 4},
 }
@@ -77,8 +84,10 @@ def built(name: str) -> Built:
 @pytest.mark.parametrize("name", SITES)
 def test_sites(name: str) -> None:
     one = built(name)
-    found = [site.at for site in survey(one.model, example=dict(one.inputs))]
+    program = _captured(one.model, dict(one.inputs), Trace()).program
+    found = [site.at for site in Survey.of(program, Stacks.read(one.model)).sites]
     assert {at: found.count(at) for at in SITES[name]} == SITES[name]
+    assert check(program) == ()  # whoever looks for sites asks for no size
 
 
 # What shows when a model runs.

@@ -88,7 +88,8 @@ def _feed_forward(index: Index, down: fx.Node, taken: set[fx.Node]) -> FeedForwa
 
 
 # What may be between the linears beside what is pointwise: a norm, a convolution over the neighbours.
-_BETWEEN = (*MOVE, *CUT, *DROPOUT, *NORM, *CONV, aten.mean.dim, aten.glu.default)
+_NORMED = (*NORM, aten.mean.dim, aten.linalg_vector_norm.default)
+_BETWEEN = (*MOVE, *CUT, *DROPOUT, *_NORMED, *CONV, aten.glu.default)
 # And between convolutions, of which some are no feed-forward, but look around (a Conformer's).
 _PLAIN = (*MOVE, *DROPOUT)
 

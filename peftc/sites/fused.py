@@ -32,6 +32,9 @@ _SHAPED = (
     aten.full_like.default,
 )
 
+# Moves that take of another value its shape alone.
+_AS = (aten.reshape_as.default, aten.view_as.default)
+
 _CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.type_as.default)
 
 
@@ -102,20 +105,28 @@ def _labels(linear: fx.Node, width: int) -> torch.Tensor:
 
 
 def _moved(node: fx.Node, labels: dict[fx.Node, Any]) -> Any:
-    """What a move makes of labels, or None when it needs a tensor that carries none."""
+    """What a move makes of labels, or None when it needs a tensor that carries none. No op sees a traced value: it would
+    ask for its sizes, and the graph would be one for these."""
+    unknown = []
 
     def value(one: fx.Node) -> Any:
         if one in labels:
             return labels[one]
         val = _constant(one)
+        if isinstance(val, FakeTensor):
+            unknown.append(one)
+            return torch.empty([hint(n) for n in val.shape])
         return hint(val) if isinstance(val, torch.SymInt) else val
 
     args = fx.map_arg(node.args, value)
+    if is_call(node, *_CASTS):
+        return args[0]
+    if unknown and not is_call(node, *_AS):
+        return None
     try:
-        moved = args[0] if is_call(node, *_CASTS) else node.target(*args, **node.kwargs)  # type: ignore[operator]
+        return node.target(*args, **node.kwargs)  # type: ignore[operator]
     except (RuntimeError, TypeError):
         return None
-    return None if isinstance(moved, FakeTensor) else moved
 
 
 def _constant(node: fx.Node) -> Any:
