@@ -70,7 +70,7 @@ SITES = {
     # rotations that are reshaped as other values
     "RoFormerForTokenClassification": {"attention": 2, "attention.q": 2},
     # a norm of all places between the linears
-    "ConvNextV2ForImageClassification": {"ffn": 12},
+    "ConvNextV2ForImageClassification": {"ffn": 8},
     # a convolution over neighbours between the linears
     "SegformerForImageClassification": {"attention": 4, "ffn": 4},
 }
