@@ -247,10 +247,20 @@ def test_masks_and_targets_of_permuted_tokens() -> None:
         assert (got - want).abs().max() <= 1e-5 * want.abs().max()  # fp32, two layers
 
 
-def test_a_cache_that_no_graph_takes() -> None:
-    one = built("MiniMaxForCausalLM")
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("MiniMaxForCausalLM", "uses cache of its own"),
+        pytest.param(
+            *("DeepseekV4ForCausalLM", "asks for a DeepseekV4HCACache in its cache"),
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_cache_that_no_graph_takes(name: str, reason: str) -> None:
+    one = built(name)
     ids, ways = one.inputs["input_ids"], {"max_new_tokens": 3, "do_sample": False}
     want = one.model.generate(ids, **ways)  # type: ignore[attr-defined]
-    model = peftc.compile(one.model, "lora")
-    with pytest.warns(UserWarning, match="generated without a cache: .* uses cache of its own"):
+    model = peftc.compile(one.model, "norm_tuning")
+    with pytest.warns(UserWarning, match=f"generated without a cache: .* {reason}"):
         assert torch.equal(model.generate(ids, **ways), want)

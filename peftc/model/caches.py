@@ -24,7 +24,7 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
-from peftc.errors import CaptureError
+from peftc.errors import CaptureError, UncachedError
 from peftc.graph.arguments import OWN_MASK
 from peftc.graph.cache import FILLED, by_layer, flatten_cache, fresh, hold, pair, parts_of, whole
 
@@ -40,7 +40,8 @@ _OF_ONE_SIZE = (StaticLayer, LinearAttentionLayer, DummyLayer)
 
 
 def prepared(cache: Cache | None, config: PreTrainedConfig) -> Cache:
-    """The cache to go on from, or a new one. Raises CaptureError where a graph cannot use its kind."""
+    """The cache to go on from, or a new one. Raises CaptureError where a graph cannot use its kind, UncachedError where
+    that is the model's own."""
     if cache is None:
         several = config.is_encoder_decoder
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache()) if several else DynamicCache()
@@ -53,19 +54,20 @@ def prepared(cache: Cache | None, config: PreTrainedConfig) -> Cache:
             continue
         if not isinstance(part, DynamicCache):
             raise _refusal(part)
-        part.layers[:] = [_whole(layer) for layer in part.layers]
+        part.layers[:] = [_whole(layer, config) for layer in part.layers]
         if part.layer_class_to_replicate is DynamicSlidingWindowLayer:
             part.layer_class_to_replicate = DynamicLayer
     return cache
 
 
-def _whole(layer: Any) -> Any:
+def _whole(layer: Any, config: PreTrainedConfig) -> Any:
     """A layer that keeps every token: graphs mask what a window leaves out, so none may be dropped."""
     if type(layer) in _AS_IT_IS:
         return _unrecorded(layer)
     kept = whole(layer)
     if kept is layer:
-        raise _refusal(layer)
+        own = type(layer) in map(type, fresh(config).layers)
+        raise _unknown(layer) if own else _refusal(layer)
     keys, values = layer.keys, layer.values
     if keys is not None and values is not None:
         if layer.cumulative_length != keys.shape[-2]:
@@ -150,6 +152,13 @@ def widened(mask: torch.Tensor, cache: Any, rows: int, value: int = 0) -> torch.
     What the later places have does not matter: no query sees them."""
     more = _attention(cache).max_cache_len - rows - mask.shape[1]
     return mask if more == 0 else functional.pad(mask, (0, more), value=value)
+
+
+def _unknown(layer: object) -> UncachedError:
+    return UncachedError(
+        f"its configuration asks for a {type(layer).__name__} in its cache, which no graph takes; call it with "
+        "use_cache=False"
+    )
 
 
 def _refusal(found: object, more: str = "") -> CaptureError:
