@@ -13,7 +13,6 @@ from torch.nn.utils import parametrizations
 import peftc
 from peftc.driver import survey
 from peftc.errors import PeftcError
-from peftc.graph.facts import Stacks
 from peftc.graph.program import aten, scope_of
 from peftc.language.ports import BIAS, INPUT, RESULT, SITES, WEIGHT, Port, SiteType
 from peftc.language.reader import parse_spec
@@ -50,11 +49,11 @@ deltas:
 """
 
 
-def find(index: Index, facts: Stacks) -> Iterator[Site | NoSite]:
+def find(index: Index) -> Iterator[Site | NoSite]:
     """The linear whose probabilities a `topk` chooses from."""
     for top in index.calls(aten.topk.default):
         scores = top.args[0].args[0]
-        yield linear.linear_site(index, facts, scores, "scorer", scope_of(scores))
+        yield linear.linear_site(index, scores, "scorer", scope_of(scores))
 
 
 @pytest.fixture(autouse=True)

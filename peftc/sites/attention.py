@@ -8,15 +8,15 @@ from itertools import zip_longest
 
 from torch import fx
 
-from peftc.graph.aten import features, static_shape, weight_of
-from peftc.graph.facts import Stacks
+from peftc.graph.aten import features, static_shape
 from peftc.graph.program import Value, scope_of
 from peftc.sites import fused
 from peftc.sites.cores import Core, cores, missed
 from peftc.sites.dataflow import next_linear, projections, runs
 from peftc.sites.index import Index
-from peftc.sites.linear import computed, linear_site, ports_of
-from peftc.sites.site import NoSite, Place, Site, SiteError, layer_of
+from peftc.sites.linear import linear_site, ports_of
+from peftc.sites.site import NoSite, Place, Site
+from peftc.sites.sublayer import sublayer
 from peftc.sites.view import Columns, Part, Port, View, channels_last
 
 SIDES = ("q", "k", "v")
@@ -139,30 +139,28 @@ def linears_of(index: Index) -> set[fx.Node]:
     return {linear for one in found for of in (one.linears, one.downs) for linear in of.values()}
 
 
-def find(index: Index, stacks: Stacks) -> Iterator[Site | NoSite]:
+def find(index: Index) -> Iterator[Site | NoSite]:
     """Whole sub-layers, found by their query and output projections; and what is none."""
     for one in index.once(attentions):
         if isinstance(one, NoSite):
             yield one
         if isinstance(one, NoSite) or one.core.scope in index.once(halves):
             continue
-        first, last = index.weights(one.first("q")), index.weights(one.linears["o"])
-        if not (first and last):
-            gone = one.linears["o"] if first else one.first("q")
-            yield NoSite(("attention",), one.core.scope, computed(weight_of(gone)))
-            continue
-        yield replace(_site("attention", one, stacks), weights={**last, "q": first["W"]})
+        ends = one.first("q"), one.linears["o"]
+        yield sublayer(index, "attention", one.core.scope, ends, "q", one.dims, one.kind)
 
 
-def find_heads(index: Index, stacks: Stacks) -> Iterator[Site | NoSite]:
+def find_heads(index: Index) -> Iterator[Site | NoSite]:
     """Cores, found by their module's path."""
     for one in index.once(attentions):
         if isinstance(one, Attention) and one.core.scope not in index.once(halves):
-            site = _site("attention.heads", one, stacks)
-            yield replace(site, counts_back=one.core.counts_back)
+            scope, size = one.core.scope, features(one.first("q"))[0]
+            dims = {**one.dims, "in": size, "out": one.dims["d"]}
+            counts = one.core.counts_back
+            yield Site("attention.heads", scope, dims, {}, one.kind, counts_back=counts)
 
 
-def find_side(side: str, index: Index, stacks: Stacks) -> Iterator[Site | NoSite]:
+def find_side(side: str, index: Index) -> Iterator[Site | NoSite]:
     """One projection of each sub-layer; its `input` is found by the query's weight."""
     for one in index.once(attentions):
         if isinstance(one, NoSite) or not one.has(side):
@@ -170,7 +168,6 @@ def find_side(side: str, index: Index, stacks: Stacks) -> Iterator[Site | NoSite
         query = index.weights(one.first("q")).get("W")
         found = linear_site(
             index,
-            stacks,
             one.linears[side],
             f"attention.{side}",
             one.core.scope,
@@ -189,39 +186,12 @@ def find_side(side: str, index: Index, stacks: Stacks) -> Iterator[Site | NoSite
         yield found
 
 
-def find_down(side: str, index: Index, stacks: Stacks) -> Iterator[Site | NoSite]:
+def find_down(side: str, index: Index) -> Iterator[Site | NoSite]:
     """The first of two projections of a side, where there are two."""
     for one in index.once(attentions):
         if isinstance(one, Attention) and side in one.downs:
             at, scope = f"attention.{side}_down", one.core.scope
-            yield linear_site(index, stacks, one.downs[side], at, scope, one.kind, one.dims)
-
-
-def _site(at: str, one: Attention, stacks: Stacks) -> Site:
-    scope, size = one.core.scope, features(one.first("q"))[0]
-    dims = {**one.dims, "in": size, "out": one.dims["d"]}
-    return Site(at, scope, stacks.of(scope), one.kind, layer_of(scope), dims, {})
-
-
-def locate(index: Index, site: Site) -> tuple[Place, ...]:
-    """From the query projection's input to the output projection's result, each time that the module runs."""
-    ends = index.multiplying(site.weights["W"].path)
-    starts = between(index, site, site.weights["q"].path, ends)
-    return tuple(
-        Place({"x": ports_of(start)["x"], "h": ports_of(end)["h"]})
-        for start, end in zip(starts, ends)
-    )
-
-
-def between(index: Index, site: Site, first: str, ends: list[fx.Node]) -> list[fx.Node]:
-    """The linear by weight `first` that starts what each of `ends` ends. Raises SiteError."""
-    starts = runs(index.multiplying(first), ends, index.order)
-    if len(starts) < len(ends):
-        raise SiteError(
-            f"entry '{index.program.entry}': '{first}' does not run before {ends[len(starts)].name} "
-            f"of {site.name}"
-        )
-    return starts
+            yield linear_site(index, one.downs[side], at, scope, one.kind, one.dims)
 
 
 def locate_heads(index: Index, site: Site) -> tuple[Place, ...]:

@@ -8,11 +8,10 @@ from math import prod
 from torch import fx
 
 from peftc.graph.aten import features, groups, static_shape, weight_of
-from peftc.graph.facts import Stacks
 from peftc.graph.program import aten, op_name, scope_of
 from peftc.sites.index import Index
 from peftc.sites.linear import computed, ports_of
-from peftc.sites.site import NoSite, Place, Site, layer_of
+from peftc.sites.site import NoSite, Place, Site
 
 _TRANSPOSED = (
     aten.conv_transpose1d.default,
@@ -22,11 +21,11 @@ _TRANSPOSED = (
 )
 
 
-def find(index: Index, stacks: Stacks) -> Iterator[Site | NoSite]:
+def find(index: Index) -> Iterator[Site | NoSite]:
     """Convolutions by their module's path; those whose weight is computed, and transposed ones, are none."""
     for node in index.convolutions:
         if index.weights(node):
-            yield _site(index, stacks, node)
+            yield _site(index, node)
         else:
             yield NoSite(("conv",), f"{scope_of(node)}.weight", computed(weight_of(node)))
     for node in index.calls(*_TRANSPOSED):
@@ -35,7 +34,7 @@ def find(index: Index, stacks: Stacks) -> Iterator[Site | NoSite]:
             yield NoSite(("conv",), f"{scope_of(node)}.weight", reason)
 
 
-def _site(index: Index, stacks: Stacks, conv: fx.Node) -> Site:
+def _site(index: Index, conv: fx.Node) -> Site:
     n_out, *kernel = static_shape(weight_of(conv))
     weights = index.weights(conv)
     scope = weights["W"].path.rpartition(".")[0]  # Mamba calls it from outside its module
@@ -44,8 +43,7 @@ def _site(index: Index, stacks: Stacks, conv: fx.Node) -> Site:
     lengths = {"inputs": static_shape(conv.args[0])[-1], "outputs": static_shape(conv)[-1]}
     dims |= {name: size for name, size in lengths.items() if size > 0}
     absent = {} if "b" in weights else {"b": "this convolution has no bias"}
-    stack, layer = stacks.of(scope), layer_of(scope)
-    return Site("conv", scope, stack, "", layer, dims, weights, absent=absent)
+    return Site("conv", scope, dims, weights, absent=absent)
 
 
 def locate(index: Index, site: Site) -> tuple[Place, ...]:
@@ -55,8 +53,3 @@ def locate(index: Index, site: Site) -> tuple[Place, ...]:
         for node in index.convolutions
         if (weight := index.stored(weight_of(node))) and weight.path == site.weights["W"].path
     )
-
-
-def used(index: Index, site: Site) -> Iterator[str]:
-    """Its kernels, where anything in this graph reads them."""
-    yield from (one.path for one in site.weights.values() if index.reads(one.path))

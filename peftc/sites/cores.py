@@ -24,7 +24,7 @@ from peftc.graph.aten import (
     static_shape,
 )
 from peftc.graph.program import Read, aten, is_call, op_name, scope_of
-from peftc.sites.dataflow import projections
+from peftc.sites.dataflow import before, projections
 from peftc.sites.index import Index
 
 _BIASED = aten.baddbmm.default
@@ -192,20 +192,13 @@ def _before_repeat(read: Read) -> tuple[Read, Sized]:
     if not is_call(expanded, aten.expand.default):
         return read, sized
     assert isinstance(expanded, fx.Node)
-    node = _behind_slices(expanded.args[0])
+    node = before(expanded.args[0], aten.slice.Tensor)
     if not is_call(node, aten.unsqueeze.default):
         return read, sized
     first = node
     while is_call(first.args[0], aten.slice.Tensor):
         first = first.args[0]  # type: ignore[assignment]
     return Read(first, 0), (*sized, (read.node, -2), (expanded, -2))
-
-
-def _behind_slices(node: object) -> fx.Node:
-    while is_call(node, aten.slice.Tensor):
-        node = node.args[0]  # type: ignore[attr-defined]
-    assert isinstance(node, fx.Node)
-    return node
 
 
 def _unflattened(read: Read) -> tuple[Read, Sized]:

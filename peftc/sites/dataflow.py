@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import fx
 
 from peftc.graph.aten import (
@@ -18,6 +20,14 @@ from peftc.graph.aten import (
     projects,
 )
 from peftc.graph.program import Read, aten, is_call
+
+
+def before(node: Any, *ops: Any) -> Any:
+    """What a value was before any of `ops` were done to it, each of which has it as its first operand."""
+    while is_call(node, *ops):
+        node = node.args[0]
+    return node
+
 
 _STOP = (SDPA, *SOFTMAX, aten.embedding.default)
 

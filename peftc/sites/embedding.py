@@ -10,14 +10,14 @@ from torch import fx
 
 from peftc.graph.arguments import argument
 from peftc.graph.aten import EMBEDDING, MOVE, TURN, static_shape
-from peftc.graph.facts import Stacks
 from peftc.graph.program import Read, Value, aten, is_call, scope_of
+from peftc.sites.dataflow import before
 from peftc.sites.index import Index
-from peftc.sites.site import NoSite, Place, Site, layer_of
+from peftc.sites.site import NoSite, Place, Site
 from peftc.sites.view import Weight
 
 
-def find(index: Index, stacks: Stacks) -> Iterator[Site | NoSite]:
+def find(index: Index) -> Iterator[Site | NoSite]:
     """Tables that are read by the ids of an input. One that two stacks share is a site in each."""
     for node in index.calls(*EMBEDDING):
         table, ids = index.stored(node.args[0]), _token_input(index, node.args[1])  # type: ignore[arg-type]
@@ -31,16 +31,13 @@ def find(index: Index, stacks: Stacks) -> Iterator[Site | NoSite]:
         vocab = static_shape(node.args[0])[0]
         dims = {"in": size, "out": size, "d": size, "vocab": vocab}
         weights = {"W": Weight(table.path, also=index.also(table.path, node.target))}
-        stack, layer = stacks.of(scope), layer_of(scope)
-        yield Site("embedding", scope, stack, "", layer, dims, weights, ids=ids)
+        yield Site("embedding", scope, dims, weights, ids=ids)
 
 
 def _token_input(index: Index, node: object) -> str | None:
     """The input of token ids that `node` is, moved at most."""
-    while is_call(node, *MOVE):
-        assert isinstance(node, fx.Node)
-        node = node.args[0]
-    slot = index.program.slot(node) if isinstance(node, fx.Node) else None
+    source = before(node, *MOVE)
+    slot = index.program.slot(source) if isinstance(source, fx.Node) else None
     known = slot is not None and slot.kind == "input" and argument(slot.name).role == "ids"
     return slot.name if slot is not None and known else None
 

@@ -9,12 +9,11 @@ from typing import Any
 from torch import fx
 
 from peftc.graph.aten import ADD, static_shape
-from peftc.graph.facts import Stacks
 from peftc.graph.program import Read, Value, aten, is_call, op_name
 from peftc.sites import fused
 from peftc.sites.dataflow import activated
 from peftc.sites.index import Index
-from peftc.sites.site import NoSite, Place, Routed, Site, layer_of
+from peftc.sites.site import NoSite, Place, Routed, Site
 from peftc.sites.view import Columns, Form, Part, Port, View, Weight
 
 # Stored [experts, in, out], where a spec sees [experts, out, in].
@@ -154,18 +153,18 @@ def _feeds(one: Product, down: Product, all_: tuple[Product, ...]) -> bool:
     return False
 
 
-def find(part: str, index: Index, stacks: Stacks) -> Iterator[Site | NoSite]:
+def find(part: str, index: Index) -> Iterator[Site | NoSite]:
     """Sites of one `part` (up, gate, down), or with "" all products, whole."""
     if not part:
         for one in index.once(products):
-            yield _site(index, stacks, "experts", one, None)
+            yield _site(index, "experts", one, None)
         return
     for name, one, columns in index.once(parts):
         if name == part:
-            yield _site(index, stacks, f"experts.{part}", one, columns)
+            yield _site(index, f"experts.{part}", one, columns)
 
 
-def _site(index: Index, stacks: Stacks, at: str, one: Product, columns: Columns | None) -> Site:
+def _site(index: Index, at: str, one: Product, columns: Columns | None) -> Site:
     scope = one.weight.path if at == "experts" else one.module  # a module has several products
     form = one.weight.view.form
     weights = {"W": Weight(one.weight.path, View(form, columns, -2))}
@@ -175,7 +174,7 @@ def _site(index: Index, stacks: Stacks, at: str, one: Product, columns: Columns 
     n_in = static_shape(one.x.node)[-1]
     n_out = columns.count if columns else one.features
     dims = {"in": n_in, "out": n_out, "d": n_out, "experts": static_shape(stored)[0]}
-    return Site(at, scope, stacks.of(scope), "", layer_of(scope), dims, weights)
+    return Site(at, scope, dims, weights)
 
 
 def locate(index: Index, site: Site) -> tuple[Place, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,15 +22,15 @@ from peftc.graph.aten import (
     projects,
     weight_of,
 )
-from peftc.graph.facts import Stacks
 from peftc.graph.program import aten, is_call, scope_of
 from peftc.language.ops import OPS, Op
 from peftc.sites import attention, fused, mixture
-from peftc.sites.dataflow import activated, residual_add
+from peftc.sites.dataflow import activated, before, residual_add
 from peftc.sites.index import Index
 from peftc.sites.linear import computed, linear_site, ports_of
-from peftc.sites.site import Hidden, NoSite, Place, Site, innermost, layer_of
-from peftc.sites.view import Columns, Part, Weight
+from peftc.sites.site import Hidden, NoSite, Place, Site, innermost
+from peftc.sites.sublayer import between, sublayer
+from peftc.sites.view import Columns, Part
 
 
 @dataclass(frozen=True)
@@ -118,33 +118,27 @@ def _is_fixed(index: Index, node: fx.Node) -> bool:
     """Whether a value is none of the tokens': a parameter, a constant, a size."""
     if isinstance(node.meta.get("val"), int | torch.SymInt):
         return True
-    while is_call(node, *MOVE):
-        node = node.args[0]  # type: ignore[assignment]
-    slot = index.program.slot(node)
-    if slot is not None:
-        return slot.kind != "input"
-    return not node.all_input_nodes
+    source = before(node, *MOVE)
+    slot = index.program.slot(source)
+    return slot.kind != "input" if slot is not None else not source.all_input_nodes
 
 
-def find(index: Index, stacks: Stacks) -> Iterator[Site | NoSite]:
+def find(index: Index) -> Iterator[Site | NoSite]:
     """Whole sub-layers, found by their first and last projection, or by the router of their experts."""
-    yield from mixture.find(index, stacks)
+    yield from mixture.find(index)
     for one in index.once(feed_forwards):
-        weights = _weights(index, one)
-        if "up" not in weights or "W" not in weights:
-            gone = one.down if "up" in weights else one.up
-            yield NoSite(("ffn",), one.scope, computed(weight_of(gone)))
-            continue
-        n_in, n_out = features(one.up)[0], features(one.down)[1]
-        site = _site("ffn", one, stacks, weights, {"in": n_in, "out": n_out, "d": n_out})
-        yield replace(site, hidden=_hidden(index, one))
+        site = sublayer(index, "ffn", one.scope, (one.up, one.down), "up")
+        if isinstance(site, Site):
+            own = {part: index.weights(linear).get("W") for part, linear, _ in one.parts}
+            del own["down"]  # it is "W"
+            weights = {**{part: one for part, own_W in own.items() if own_W}, **site.weights}
+            site = replace(site, weights=weights, hidden=_hidden(index, one))
+        yield site
 
 
 def _hidden(index: Index, one: FeedForward) -> Hidden | None:
     """What is between the linears, where it is one op and nothing else."""
-    node: Any = one.down.args[0]
-    while is_call(node, *DROPOUT):
-        node = node.args[0]
+    node = before(one.down.args[0], *DROPOUT)
     named = (op.name for op in OPS.values() if _is_of(node, op))
     op = next(named, "") if isinstance(node, fx.Node) else ""
     if not op or node.args[0] is not one.up or not is_call(one.up, *LINEAR):
@@ -166,61 +160,40 @@ def used(index: Index, site: Site) -> Iterator[str]:
         yield own.path
 
 
-def find_hidden(index: Index, stacks: Stacks) -> Iterator[Site | NoSite]:
+def find_hidden(index: Index) -> Iterator[Site | NoSite]:
     """What the last projection reads."""
     for one in index.once(feed_forwards):
         weights, (hidden, n_out) = index.weights(one.down), features(one.down)
+        dims = {"in": hidden, "out": hidden, "d": n_out}
         if weights:
-            dims = {"in": hidden, "out": hidden, "d": n_out}
-            yield _site("ffn.hidden", one, stacks, weights, dims)
+            yield Site("ffn.hidden", one.scope, dims, weights)
         else:
             yield NoSite(("ffn.hidden",), one.scope, computed(weight_of(one.down)))
 
 
-def _weights(index: Index, one: FeedForward) -> dict[str, Weight]:
-    """The last projection's own, and the parameters of the others by their part."""
-    others = {part: index.weights(linear).get("W") for part, linear, _ in one.parts}
-    del others["down"]
-    return {**{k: v for k, v in others.items() if v}, **index.weights(one.down)}
-
-
-def _site(
-    at: str,
-    one: FeedForward,
-    stacks: Stacks,
-    weights: Mapping[str, Weight],
-    dims: Mapping[str, int],
-) -> Site:
-    return Site(at, one.scope, stacks.of(one.scope), "", layer_of(one.scope), dims, weights)
-
-
-def find_part(wanted: str, index: Index, stacks: Stacks) -> Iterator[Site | NoSite]:
+def find_part(wanted: str, index: Index) -> Iterator[Site | NoSite]:
     """The projection `wanted` (up, gate, down) of each feed-forward."""
     for one in index.once(feed_forwards):
         dims = {"d": features(one.down)[1]}
         for part, linear, columns in one.parts:
             if part == wanted:
-                yield linear_site(
-                    index, stacks, linear, f"ffn.{part}", one.scope, "", dims, columns
-                )
+                yield linear_site(index, linear, f"ffn.{part}", one.scope, "", dims, columns)
 
 
-def find_any(index: Index, stacks: Stacks) -> Iterator[Site | NoSite]:
+def find_any(index: Index) -> Iterator[Site | NoSite]:
     """Every projection by the path of its own module; halves of one linear are told apart by their part."""
     for one in index.once(feed_forwards):
         dims = {"d": features(one.down)[1]}
         for part, linear, columns in one.parts:
             scope = f"{scope_of(linear)}.{part}" if columns else scope_of(linear)
-            yield linear_site(index, stacks, linear, "ffn.linear", scope, "", dims, columns)
+            yield linear_site(index, linear, "ffn.linear", scope, "", dims, columns)
 
 
 def locate(index: Index, site: Site) -> tuple[Place, ...]:
     """From the first projection's input to the last one's result, with the residual that is added to it."""
     if "W" not in site.weights:
         return mixture.locate(index, site)
-    ends = index.multiplying(site.weights["W"].path)
-    starts = attention.between(index, site, site.weights["up"].path, ends)
-    return tuple(_place(start, end) for start, end in zip(starts, ends, strict=True))
+    return tuple(_place(start, end) for start, end in between(index, site, "up"))
 
 
 def _place(start: fx.Node, end: fx.Node) -> Place:

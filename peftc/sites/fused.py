@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from peftc.graph.aten import CUT, DROPOUT, MOVE, hint, is_nonlinear, static_shape
 from peftc.graph.program import aten, behind, is_call
+from peftc.sites.dataflow import before
 from peftc.sites.view import Columns
 
 # What only moves values: a label that goes in comes out, somewhere.
@@ -60,10 +61,8 @@ def united(several: Sequence[Columns | None], width: int) -> Columns | None:
 
 def gated_halves(start: Any, linear: fx.Node) -> tuple[Columns, Columns] | None:
     """(up, gate) of a feed-forward whose two first projections are one product: `start` is `up * act(gate)`."""
-    node = start
-    while is_call(node, *MOVE, *DROPOUT):
-        node = node.args[0]
-    if not isinstance(node, fx.Node) or not is_call(node, aten.mul.Tensor):
+    node = before(start, *MOVE, *DROPOUT)
+    if not is_call(node, aten.mul.Tensor):
         return None
     sides = [one for one in node.args if isinstance(one, fx.Node)]
     found = [columns(one, linear) for one in sides]
@@ -131,9 +130,7 @@ def _moved(node: fx.Node, labels: dict[fx.Node, Any]) -> Any:
 
 def _constant(node: fx.Node) -> Any:
     """The value of a constant of the graph; of all else what is known while tracing."""
-    source = node
-    while is_call(source, aten.lift_fresh_copy.default, *MOVE):
-        source = source.args[0]  # type: ignore[assignment]
+    source = before(node, aten.lift_fresh_copy.default, *MOVE)
     return source.meta.get("constant", node.meta.get("val"))
 
 

@@ -28,9 +28,11 @@ T = TypeVar("T")
 
 @dataclass
 class Index:
-    """The calls of one graph by op, with their order. The graph must not change while it is in use."""
+    """The calls of one graph by op, with their order; `is_head` tells which module paths are outside the pretrained body.
+    The graph must not change while it is in use."""
 
     program: Program
+    is_head: Callable[[str], bool] = lambda _: False
     _calls: dict[Any, list[fx.Node]] = field(default_factory=dict)
     _found: dict[Any, Any] = field(default_factory=dict)
 

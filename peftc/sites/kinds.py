@@ -21,6 +21,7 @@ from peftc.sites import (
     mixer,
     norm,
     router,
+    sublayer,
 )
 from peftc.sites.index import Index
 from peftc.sites.site import NoSite, Place, Site
@@ -48,7 +49,7 @@ class Kind:
     another linear reads, each with the role that this linear's weight has in the site."""
 
     name: str
-    find: Callable[[Index, Stacks], Iterable[Site | NoSite]]
+    find: Callable[[Index], Iterable[Site | NoSite]]
     locate: Callable[[Index, Site], tuple[Place, ...]]
     used: Callable[[Index, Site], Iterable[str]] = linear.used
     folds: Folds | None = None
@@ -58,7 +59,7 @@ class Kind:
 _LINEAR = Folds("linear", {"x": "x", "h": "h", "W": "W", "b": "b"})
 
 
-def _linear(name: str, find: Callable[[Index, Stacks], Iterable[Site | NoSite]]) -> Kind:
+def _linear(name: str, find: Callable[[Index], Iterable[Site | NoSite]]) -> Kind:
     return Kind(name, find, linear.locate, folds=_LINEAR)
 
 
@@ -70,7 +71,13 @@ def _nothing(index: Index, site: Site) -> Iterator[str]:
 KINDS: dict[str, Kind] = {
     row.name: row
     for row in (
-        Kind("attention", attention.find, attention.locate, folds=Folds(), operands={"x": "q"}),
+        Kind(
+            "attention",
+            attention.find,
+            partial(sublayer.locate, "q"),
+            folds=Folds(),
+            operands={"x": "q"},
+        ),
         Kind("attention.heads", attention.find_heads, attention.locate_heads, _nothing),
         *(
             Kind(
@@ -112,7 +119,9 @@ KINDS: dict[str, Kind] = {
             for part in ("up", "gate", "down")
         ),
         _linear("ffn.linear", feed_forward.find_any),
-        Kind("mixer", mixer.find, mixer.locate, folds=Folds(), operands={"x": "in"}),
+        Kind(
+            "mixer", mixer.find, partial(sublayer.locate, "in"), folds=Folds(), operands={"x": "in"}
+        ),
         *(_linear(f"mixer.{side}", partial(mixer.find_side, side)) for side in ("in", "out")),
         _linear("router", router.find),
         *(
@@ -145,7 +154,7 @@ KINDS: dict[str, Kind] = {
             "conv",
             convolution.find,
             convolution.locate,
-            convolution.used,
+            norm.used,
             Folds("kernels", _LINEAR.ports, owns=True),
         ),
     )
@@ -162,14 +171,16 @@ class Survey:
     @staticmethod
     def of(program: Program, stacks: Stacks) -> Survey:
         """Every site of a normalised `forward` Program."""
-        index = Index(program)
+        index = Index(program, stacks.is_head)
         sites: dict[object, Site] = {}
         none: dict[NoSite, None] = {}
         for kind in KINDS.values():
-            for one in kind.find(index, stacks):
+            for one in kind.find(index):
                 if isinstance(one, NoSite):
                     none[one] = None
-                elif (same := sites.setdefault(_identity(one), one)).weights != one.weights:
+                    continue
+                one = replace(one, stack=stacks.of(one.scope))
+                if (same := sites.setdefault(_identity(one), one)).weights != one.weights:
                     path = one.weights["W"].path
                     none[NoSite((one.at,), path, f"{same.name} is another of its module")] = None
         return Survey(tuple(sites.values()), tuple(none))

@@ -16,10 +16,9 @@ from peftc.graph.aten import (
     static_shape,
     weight_of,
 )
-from peftc.graph.facts import Stacks
 from peftc.graph.program import Read, Value, is_call, op_name, scope_of
 from peftc.sites.index import Index
-from peftc.sites.site import NoSite, Place, Site, layer_of
+from peftc.sites.site import NoSite, Place, Site
 from peftc.sites.view import Columns, Part, Port, View, Weight, channels_last, kernels, whole
 
 # Products of matrices that are no linear: experts in one batch, `x @ W` with W as it is.
@@ -28,7 +27,6 @@ _PRODUCTS = ("matmul", "mm", "bmm", "baddbmm", "addmm", "einsum", "_grouped_mm")
 
 def linear_site(
     index: Index,
-    stacks: Stacks,
     linear: fx.Node,
     at: str,
     scope: str,
@@ -47,10 +45,7 @@ def linear_site(
     if is_convolution(linear) and groups(linear) > 1:  # in one, it is a linear
         sizes["groups"] = groups(linear)
     absent = {} if "b" in weights else {"b": "this linear has no bias"}
-    stack, layer = stacks.of(scope), layer_of(scope)
-    return Site(
-        at, scope, stack, kind, layer, sizes, {**weights, **(found_by or {})}, absent=absent
-    )
+    return Site(at, scope, sizes, {**weights, **(found_by or {})}, kind, absent=absent)
 
 
 def computed(weight: fx.Node) -> str:
@@ -102,10 +97,10 @@ def used(index: Index, site: Site) -> Iterator[str]:
         yield site.weights["W"].path
 
 
-def find_all(index: Index, stacks: Stacks) -> Iterator[Site | NoSite]:
+def find_all(index: Index) -> Iterator[Site | NoSite]:
     """Every linear by the path of its module, and the matrices that no linear reads."""
     for node in index.linears:
-        yield linear_site(index, stacks, node, "linear", scope_of(node))
+        yield linear_site(index, node, "linear", scope_of(node))
     for node, path in index.parameters:
         if len(static_shape(node)) > 1:
             op = _other_product(node)
@@ -136,13 +131,13 @@ def _readers(node: fx.Node) -> Iterator[fx.Node]:
 
 def head(
     taken: Callable[[Index], set[fx.Node]],
-) -> Callable[[Index, Stacks], Iterator[Site | NoSite]]:
+) -> Callable[[Index], Iterator[Site | NoSite]]:
     """Finds the linears outside the pretrained body that are not `taken` by a sub-layer."""
 
-    def find(index: Index, stacks: Stacks) -> Iterator[Site | NoSite]:
+    def find(index: Index) -> Iterator[Site | NoSite]:
         known = index.once(taken)
         for node in index.linears:
-            if node not in known and stacks.is_head(scope_of(node)):
-                yield linear_site(index, stacks, node, "head", scope_of(node))
+            if node not in known and index.is_head(scope_of(node)):
+                yield linear_site(index, node, "head", scope_of(node))
 
     return find

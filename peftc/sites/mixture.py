@@ -9,12 +9,12 @@ from typing import Any
 from torch import fx
 
 from peftc.graph.aten import ADD, DROPOUT, MOVE, MUL, VIEW, weight_of
-from peftc.graph.facts import Stacks
-from peftc.graph.program import Read, Value, is_call, scope_of
+from peftc.graph.program import Read, Value, behind, is_call, scope_of
 from peftc.sites import router
+from peftc.sites.dataflow import before
 from peftc.sites.index import Index
 from peftc.sites.linear import computed
-from peftc.sites.site import NoSite, Place, Site, innermost, layer_of
+from peftc.sites.site import NoSite, Place, Site, innermost
 
 
 @dataclass(frozen=True)
@@ -39,49 +39,34 @@ def mixtures(index: Index) -> tuple[Mixture, ...]:
 
 
 def _mixture(index: Index, scores: fx.Node) -> Mixture | None:
-    nodes, before = list(index.order), _before(scores, set())
-    start: Any = scores.args[0]
-    while is_call(start, *MOVE):
-        start = start.args[0]
-    behind = {scores}
+    nodes = list(index.order)
+    earlier = {one for one in behind(scores) if one.op == "call_function"} - {scores}
+    start = before(scores.args[0], *MOVE)
+    later = {scores}
     for node in nodes[index.order[scores] + 1 :]:
         sources = node.all_input_nodes
-        if not behind.intersection(sources):
+        if not later.intersection(sources):
             continue
         if is_call(node, *ADD) and len(sources) == 2:
-            past = next((i for i in (0, 1) if _passes(node.args[i], start, before, behind)), None)
+            past = next((i for i in (0, 1) if _passes(node.args[i], start, earlier, later)), None)
             if past is not None:
-                h: fx.Node = node.args[1 - past]  # type: ignore[assignment]
-                while is_call(h, *DROPOUT):
-                    h = h.args[0]  # type: ignore[assignment]
+                h = before(node.args[1 - past], *DROPOUT)
                 x = _as_long(Read(scores, 0), h)
-                one = _before_streams(h, x, behind)
+                one = _before_streams(h, x, later)
                 return Mixture(scores, x, one, Read(node, past) if one is h else None)
-        behind.add(node)
+        later.add(node)
     return None
 
 
-def _before(node: fx.Node, but: set[fx.Node]) -> set[fx.Node]:
-    """All values that a node is computed from, not through those in `but`."""
-    found: set[fx.Node] = set()
-    stack = [node]
-    while stack:
-        for one in stack.pop().all_input_nodes:
-            if one not in found and one not in but and one.op == "call_function":
-                found.add(one)
-                stack.append(one)
-    return found
-
-
-def _passes(other: Any, start: fx.Node, before: set[fx.Node], behind: set[fx.Node]) -> bool:
+def _passes(other: Any, start: fx.Node, earlier: set[fx.Node], later: set[fx.Node]) -> bool:
     """Whether what is added is none of the experts': it is what their input is made of, alone or with the results of
     others. A shared expert reads their input only."""
-    if not isinstance(other, fx.Node) or other in behind:
+    if not isinstance(other, fx.Node) or other in later:
         return False
     scaled: Any = other
     while scaled is not start and is_call(scaled, *MOVE, *MUL):
         scaled = scaled.args[0]
-    return other in before or scaled is start or bool(_before(other, {start}) & before)
+    return other in earlier or scaled is start or bool((behind(other, start) - {start}) & earlier)
 
 
 def _as_long(x: Read, h: fx.Node) -> Read:
@@ -91,15 +76,15 @@ def _as_long(x: Read, h: fx.Node) -> Read:
     return x
 
 
-def _before_streams(h: fx.Node, x: Read, behind: set[fx.Node]) -> fx.Node:
+def _before_streams(h: fx.Node, x: Read, later: set[fx.Node]) -> fx.Node:
     """What is spread over several residual streams, where hyper-connections do that."""
     one = h
     while one.meta["val"].ndim > x.node.meta["val"].ndim and is_call(one, *MOVE, *MUL, *VIEW):
-        one = next(read for read in one.all_input_nodes if read in behind)
+        one = next(read for read in one.all_input_nodes if read in later)
     return one if one.meta["val"].ndim == x.node.meta["val"].ndim else h
 
 
-def find(index: Index, stacks: Stacks) -> Iterator[Site | NoSite]:
+def find(index: Index) -> Iterator[Site | NoSite]:
     """Found by the router, whose weight stands for the first projection's."""
     for one in index.once(mixtures):
         weight = index.weights(one.router).get("W")
@@ -108,10 +93,9 @@ def find(index: Index, stacks: Stacks) -> Iterator[Site | NoSite]:
             continue
         size = int(one.h.meta["val"].shape[-1])
         dims = {"in": int(one.x.node.meta["val"].shape[-1]), "out": size, "d": size}
-        stack, layer = stacks.of(one.scope), layer_of(one.scope)
         absent = {} if one.residual else {"residual": "it is added to several residual streams"}
         weights = {"up": replace(weight, also="")}
-        yield Site("ffn", one.scope, stack, "", layer, dims, weights, absent=absent)
+        yield Site("ffn", one.scope, dims, weights, absent=absent)
 
 
 def locate(index: Index, site: Site) -> tuple[Place, ...]:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from torch import fx
 
 from peftc.graph.aten import ADD, MOVE, NORM, static_shape
-from peftc.graph.facts import Stacks
 from peftc.graph.program import Read, Value, aten, is_call, scope_of
+from peftc.sites.dataflow import before
 from peftc.sites.index import Index
-from peftc.sites.site import NoSite, Place, Site, layer_of
+from peftc.sites.site import NoSite, Place, Site
 from peftc.sites.view import Port, Weight
 
 
@@ -56,16 +56,13 @@ def _scale(index: Index, mul: fx.Node, i: int) -> Read | None:
 
 def _is_normalised(node: object) -> bool:
     """Whether `node` is x * rsqrt(...), perhaps cast."""
-    while isinstance(node, fx.Node) and is_call(node, *MOVE):
-        node = node.args[0]
-    return (
-        isinstance(node, fx.Node)
-        and is_call(node, aten.mul.Tensor)
-        and any(is_call(arg, aten.rsqrt.default) for arg in node.args)
+    value = before(node, *MOVE)
+    return is_call(value, aten.mul.Tensor) and any(
+        is_call(arg, aten.rsqrt.default) for arg in value.args
     )
 
 
-def find(index: Index, stacks: Stacks) -> Iterator[Site | NoSite]:
+def find(index: Index) -> Iterator[Site | NoSite]:
     for norm in index.once(norms):
         scope, size = scope_of(norm.h), static_shape(norm.h)[-1]
         weights = {"W": Weight(index.program.parameter(norm.weight.node) or "")}
@@ -73,8 +70,7 @@ def find(index: Index, stacks: Stacks) -> Iterator[Site | NoSite]:
             weights["b"] = Weight(index.program.parameter(norm.bias.node) or "")
         absent = {} if norm.bias is not None else {"b": "this norm has no bias"}
         dims = {"in": size, "out": size, "d": size}
-        stack, layer = stacks.of(scope), layer_of(scope)
-        yield Site("norm", scope, stack, "", layer, dims, weights, absent=absent)
+        yield Site("norm", scope, dims, weights, absent=absent)
 
 
 def locate(index: Index, site: Site) -> tuple[Place, ...]:
@@ -92,5 +88,5 @@ def _ports(norm: Norm) -> dict[str, Port]:
 
 
 def used(index: Index, site: Site) -> Iterator[str]:
-    """The scale, where anything in this graph reads it."""
+    """Its parameters that anything in this graph reads."""
     yield from (one.path for one in site.weights.values() if index.reads(one.path))

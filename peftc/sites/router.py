@@ -8,17 +8,16 @@ from typing import Any
 from torch import fx
 
 from peftc.graph.aten import CUT, LINEAR, MOVE, SOFTMAX, is_pointwise
-from peftc.graph.facts import Stacks
 from peftc.graph.program import aten, is_call, scope_of
 from peftc.sites.index import Index
 from peftc.sites.linear import linear_site
 from peftc.sites.site import NoSite, Site
 
 
-def find(index: Index, stacks: Stacks) -> Iterator[Site | NoSite]:
+def find(index: Index) -> Iterator[Site | NoSite]:
     """The linears of whose results, perhaps as probabilities or shifted, the largest are chosen."""
     for scores in index.once(scoring):
-        yield linear_site(index, stacks, scores, "router", scope_of(scores))
+        yield linear_site(index, scores, "router", scope_of(scores))
 
 
 def scoring(index: Index) -> tuple[fx.Node, ...]:

@@ -40,11 +40,10 @@ class Site:
 
     at: str
     scope: str
-    stack: str
-    kind: str
-    layer: int | None
     dims: Mapping[str, int] = field(hash=False)
     weights: Mapping[str, Weight] = field(hash=False)
+    kind: str = ""
+    stack: str = ""
     ids: str = ""
     absent: Mapping[str, str] = field(default_factory=dict, hash=False)
     hidden: Hidden | None = None
@@ -53,6 +52,10 @@ class Site:
     @property
     def name(self) -> str:
         return f"{self.scope}:{self.at}"
+
+    @property
+    def layer(self) -> int | None:
+        return layer_of(self.scope)
 
     @property
     def group(self) -> str:
