@@ -197,7 +197,7 @@ def _before_repeat(read: Read) -> tuple[Read, Sized]:
         return read, sized
     first = node
     while is_call(first.args[0], aten.slice.Tensor):
-        first = first.args[0]  # type: ignore[assignment]
+        first = first.args[0]
     return Read(first, 0), (*sized, (read.node, -2), (expanded, -2))
 
 

@@ -129,10 +129,9 @@ def find(index: Index) -> Iterator[Site | NoSite]:
     for one in index.once(feed_forwards):
         site = sublayer(index, "ffn", one.scope, (one.up, one.down), "up")
         if isinstance(site, Site):
-            own = {part: index.weights(linear).get("W") for part, linear, _ in one.parts}
-            del own["down"]  # it is "W"
-            weights = {**{part: one for part, own_W in own.items() if own_W}, **site.weights}
-            site = replace(site, weights=weights, hidden=_hidden(index, one))
+            read = {part: index.weights(linear).get("W") for part, linear, _ in one.parts}
+            others = {part: weight for part, weight in read.items() if weight and part != "down"}
+            site = replace(site, weights={**others, **site.weights}, hidden=_hidden(index, one))
         yield site
 
 
