@@ -54,6 +54,16 @@ class SiteType:
     between: str = ""
 
     @property
+    def sublayer(self) -> str:
+        """The kind of the sub-layer that it is, or is part of."""
+        return self.name.partition(".")[0]
+
+    @property
+    def part(self) -> str:
+        """What it is of its sub-layer; "" where it is the whole."""
+        return self.name.partition(".")[2]
+
+    @property
     def assigns(self) -> tuple[str, ...]:
         """The ports that a spec may replace."""
         return tuple(name for name, port in self.ports.items() if port.assign)

@@ -101,14 +101,18 @@ def _here(plan: Plan, stack: str, layer: int | None) -> list[Site]:
 
 
 def _whole(site: Site) -> str:
-    return site.at.partition(".")[0]
+    return SITES[site.at].sublayer
+
+
+def _piece(site: Site) -> str:
+    return SITES[site.at].part
 
 
 def _parts(plan: Plan, stack: str, layer: int | None) -> Iterator[Part]:
     """The sub-layers of a layer, and what else is changed there."""
     changed = {edit.site.name for edit in plan.edits}
     groups: dict[tuple[str, str, str], list[Site]] = {}
-    for one in sorted(_here(plan, stack, layer), key=lambda one: one.at not in WHOLE):
+    for one in sorted(_here(plan, stack, layer), key=lambda one: SITES[one.at].drawn is None):
         if _whole(one) in WHOLE or one.name in changed:
             groups.setdefault(_group(one, groups), []).append(one)
     kinds = [*WHOLE, *dict.fromkeys(key[0] for key in groups)]
@@ -168,11 +172,11 @@ def _is_in(scope: str, other: str) -> bool:
 
 def _part(key: tuple[str, str, str], sites: Sequence[Site], plan: Plan) -> Part:
     at, kind, scope = key
-    whole = next((one for one in sites if one.at == at), sites[0])
+    whole = next((one for one in sites if not _piece(one)), sites[0])
     pieces = {
-        one.at.partition(".")[2]: (one.dims["in"], one.dims["out"])
+        _piece(one): (one.dims["in"], one.dims["out"])
         for one in sites
-        if "." in one.at and not one.at.endswith(_NO_PIECES) and "out" in one.dims
+        if _piece(one) and not one.at.endswith(_NO_PIECES) and "out" in one.dims
     }
     drawn = WHOLE.get(at)
     called, core = (at, "") if drawn is None else (drawn.title, drawn.core)
@@ -193,7 +197,7 @@ def _part(key: tuple[str, str, str], sites: Sequence[Site], plan: Plan) -> Part:
         tuple(marks),
         paths,
         whole.hidden.op if whole.hidden else core,
-        last.at.partition(".")[2],
+        _piece(last),
     )
 
 
@@ -228,7 +232,7 @@ def _named(sites: Sequence[Site]) -> dict[str, tuple[str, ...]]:
     """The projections that are of each weight: of a fused one several."""
     found: dict[str, list[str]] = {}
     for one in sites:
-        piece = one.at.partition(".")[2]
+        piece = _piece(one)
         if piece and piece not in _NO_PIECES and "W" in one.weights:
             found.setdefault(one.weights["W"].path, []).append(piece)
     return {path: tuple(pieces) for path, pieces in found.items()}
@@ -238,7 +242,7 @@ def _edited(edits: Sequence[Edit], named: Mapping[str, tuple[str, ...]]) -> Iter
     """What each edit does; one that is at a projection by another name is at that, as `ffn.linear` is."""
     for edit in {edit.key: edit for edit in edits}.values():
         entry = edit.entry
-        piece = edit.site.at.partition(".")[2]
+        piece = _piece(edit.site)
         pieces: tuple[str, ...] = (piece,) if piece and piece not in _NO_PIECES else ()
         if piece in _NO_PIECES and "W" in edit.site.weights:
             pieces = named.get(edit.site.weights["W"].path, ())
