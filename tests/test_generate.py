@@ -220,3 +220,21 @@ def test_a_call_that_fails_is_not_remembered(monkeypatch: pytest.MonkeyPatch) ->
         found = model.generate(**inputs, max_new_tokens=3, do_sample=False)
     assert torch.equal(found, backbone.generate(**inputs, max_new_tokens=3, do_sample=False))
     assert "decode" in {one.program.entry for one in model._programs._runners.values()}
+
+
+def test_a_step_gives_no_field_that_eager_code_does_not() -> None:
+    """The encoder's states are not there when cross keys are cached."""
+    model = peftc.compile(tiny("bart"), "lora")
+    inputs = batch(model)
+    ids = inputs.pop("decoder_input_ids")[:, :1]
+    for one in (model, model.backbone):
+        with torch.no_grad():
+            first = one(**inputs, decoder_input_ids=ids, use_cache=True)
+            step = one(
+                encoder_outputs=(first.encoder_last_hidden_state,),
+                attention_mask=inputs["attention_mask"],
+                decoder_input_ids=ids,
+                past_key_values=first.past_key_values,
+                use_cache=True,
+            )
+        assert step.encoder_hidden_states is None

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutput
 
 from peftc.errors import UncachedError
 from peftc.graph.cache import (
@@ -48,8 +48,11 @@ def encoded(output: Any) -> dict[str, torch.Tensor]:
 
 
 @dataclass
-class Encoded(BaseModelOutputWithPooling):
-    """What an encoder gave, of which ENCODED is kept: its other fields, whatever their names, are None."""
+class Encoded(BaseModelOutput):
+    """What an encoder gave, of which ENCODED is kept: its other fields, whatever their names, are None. A model that is
+    given another class than this one's base takes its fields by their place, what is pooled as hidden states."""
+
+    pooler_output: torch.Tensor | None = None
 
     @staticmethod
     def take(tensors: dict[str, torch.Tensor]) -> Encoded | None:
