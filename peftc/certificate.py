@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from peftc.driver import outputs, program_of, sample
 from peftc.errors import UncachedError
-from peftc.graph.arguments import argument
+from peftc.graph.arguments import is_ids
 from peftc.graph.facts import ModelFacts
 from peftc.graph.grid import LENGTHS, Case, cases, fed, real
 from peftc.graph.program import Program, scope_of
@@ -293,7 +293,7 @@ def _fit(
     whole = Case(case.rows, case.length, 0, case.past + case.query, case.padding)
     made = fed(inputs, whole, generator)
     for name, one in made.items():
-        if argument(name).role == "ids" and facts.reads_its_end:
+        if is_ids(name, one) and facts.reads_its_end:
             one[one == facts.end] = facts.ordinary
             one[:, -1] = facts.end  # type: ignore[assignment]  # such a head needs one
     return made

@@ -94,6 +94,11 @@ def argument(name: str) -> Argument:
     return next(row for row in ARGUMENTS if fnmatch.fnmatchcase(name, row.pattern))
 
 
+def is_ids(name: str, value: torch.Tensor) -> bool:
+    """Whether an input holds ids; one of several kinds of models (Perceiver's `inputs`) may hold images instead."""
+    return argument(name).role == "ids" and not value.is_floating_point()
+
+
 @functools.lru_cache(1024)
 def axes(name: str, rank: int, entry: str, encoder_decoder: bool) -> tuple[str | None, ...]:
     """The dynamic axes of an input, by its name: batch, seq, target, past, query (new tokens), total (past and
@@ -181,7 +186,7 @@ def seeded_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     facts, inputs = ModelFacts.read(model), dummy_inputs(model)
     for name, tensor in inputs.items():
-        if argument(name).role == "ids" and not tensor.is_floating_point():
+        if is_ids(name, tensor):
             inputs[name] = _seeded_ids(facts, tensor, generator)
         elif tensor.is_floating_point():
             noise = torch.randn(tensor.shape, generator=generator)

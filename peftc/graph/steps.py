@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import find_labels
 
 from peftc.errors import PeftcError
-from peftc.graph.arguments import argument, dummy_inputs, resized
+from peftc.graph.arguments import argument, dummy_inputs, is_ids, resized
 from peftc.graph.call import Call
 from peftc.graph.facts import ModelFacts
 from peftc.graph.rows import Room
@@ -62,7 +62,7 @@ def _require(
 ) -> None:
     if batch < 1:
         raise StepError(f"batch {batch}: a step reads rows; say 1 or more")
-    if not any(argument(name).role == "ids" for name in inputs):
+    if not any(is_ids(name, one) for name, one in inputs.items()):
         if length is not None:
             raise StepError(
                 f"length {length}: {facts.name} reads {facts.main_input} of one size, no tokens; leave length out"

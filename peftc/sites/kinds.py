@@ -68,6 +68,11 @@ def _nothing(index: Index, site: Site) -> Iterator[str]:
     yield from ()
 
 
+def _read(index: Index, site: Site) -> Iterator[str]:
+    """Its parameters that anything in this graph reads."""
+    yield from (one.path for one in site.weights.values() if index.reads(one.path))
+
+
 KINDS: dict[str, Kind] = {
     row.name: row
     for row in (
@@ -140,7 +145,7 @@ KINDS: dict[str, Kind] = {
             "norm",
             norm.find,
             norm.locate,
-            norm.used,
+            _read,
             Folds("vector", {"W": "W", "b": "b"}, owns=True),
         ),
         Kind(
@@ -154,7 +159,7 @@ KINDS: dict[str, Kind] = {
             "conv",
             convolution.find,
             convolution.locate,
-            norm.used,
+            _read,
             Folds("kernels", _LINEAR.ports, owns=True),
         ),
     )

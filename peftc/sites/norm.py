@@ -85,8 +85,3 @@ def locate(index: Index, site: Site) -> tuple[Place, ...]:
 def _ports(norm: Norm) -> dict[str, Port]:
     ports: dict[str, Port] = {"h": Value(norm.h), "W": norm.weight}
     return ports if norm.bias is None else {**ports, "b": norm.bias}
-
-
-def used(index: Index, site: Site) -> Iterator[str]:
-    """Its parameters that anything in this graph reads."""
-    yield from (one.path for one in site.weights.values() if index.reads(one.path))
