@@ -135,7 +135,7 @@ def _first(last: fx.Node, branch: _Branch, constant: Constants) -> fx.Node | Non
     types = {one.meta["val"].dtype for one in (inner, last, branch.down, branch.up, branch.x)}
     if not all(alike) or any(len(one) != 2 for one in sizes) or len(types) > 1:
         return None
-    made_of = behind(inner, branch.x)
+    made_of = behind(inner, lambda one: one is branch.x)
     readers = [n for n in branch.x.users if n in made_of and n.args[0] is branch.x]
     firsts = [n for n in readers if _is_stored(n, constant)]
     own = [one for one in (branch.down, branch.bias) if one is not None]

@@ -138,8 +138,15 @@ class Program:
 
     def parameter(self, node: object) -> str | None:
         """The path of the backbone parameter that `node` is, or None."""
+        return self._named(node, "parameter")
+
+    def input(self, node: object) -> str | None:
+        """The name of the argument that `node` is, or None."""
+        return self._named(node, "input")
+
+    def _named(self, node: object, kind: str) -> str | None:
         slot = self.slot(node) if isinstance(node, fx.Node) else None
-        return slot.name if slot is not None and slot.kind == "parameter" else None
+        return slot.name if slot is not None and slot.kind == kind else None
 
     def current(self, node: fx.Node) -> fx.Node:
         """`node`, or what the latest edit put in its place."""
@@ -219,15 +226,17 @@ class Program:
         return fields
 
 
-def behind(node: fx.Node, stop: fx.Node | None = None) -> set[fx.Node]:
-    """A node and all that it is computed from, up to `stop`."""
-    found: set[fx.Node] = set()
+def behind(
+    node: fx.Node, stops: Callable[[fx.Node], object] = lambda _: False
+) -> dict[fx.Node, None]:
+    """A node and all that it is computed from, first operands first; not what is behind a node that `stops`."""
+    found: dict[fx.Node, None] = {}
     stack = [node]
     while stack:
         one = stack.pop()
         if one not in found:
-            found.add(one)
-            stack += [] if one is stop else one.all_input_nodes
+            found[one] = None
+            stack += [] if stops(one) else reversed(one.all_input_nodes)
     return found
 
 

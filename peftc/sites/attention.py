@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import zip_longest
 
 from torch import fx
 
 from peftc.graph.aten import features, static_shape
 from peftc.graph.program import Value, scope_of
-from peftc.sites import fused
+from peftc.sites import fused, sublayer
 from peftc.sites.cores import Core, cores, missed
 from peftc.sites.dataflow import next_linear, projections, runs
 from peftc.sites.index import Index
 from peftc.sites.linear import linear_site, ports_of
 from peftc.sites.site import NoSite, Place, Site
-from peftc.sites.sublayer import sublayer
 from peftc.sites.view import Columns, Part, Port, View, channels_last
 
 SIDES = ("q", "k", "v")
@@ -58,48 +58,41 @@ class Attention:
         return alone or self.columns[side] is not None
 
 
-def attentions(index: Index) -> tuple[Attention | NoSite, ...]:
-    """The attention sub-layers, in graph order; those whose projections are not one linear each are none."""
-    found = [_attention(core) for core in index.once(cores)]
+def attentions(index: Index) -> Iterator[Attention]:
+    """The attention sub-layers whose projections are one linear each, in graph order. Columns are those of all cores of
+    a module: some split the heads of one value over two."""
+    found = [one for one in index.once(_tried) if isinstance(one, Attention)]
+    for one in found:
+        me = one.core.scope, one.linears
+        same = [other.columns for other in found if (other.core.scope, other.linears) == me]
+        united = {
+            side: fused.united([columns[side] for columns in same], features(linear)[1])
+            for side, linear in one.linears.items()
+        }
+        yield replace(one, columns=united)
+
+
+def wholes(index: Index) -> Iterator[Attention]:
+    """Those of them that are the whole of their module: where another core is not known (ProphetNet's two streams), the
+    projections are sites, and the whole is none."""
+    halves = {scope for scope, _ in missed(index)}
+    yield from (one for one in index.once(attentions) if one.core.scope not in halves)
+
+
+def _tried(index: Index) -> Iterator[Attention | NoSite]:
+    """What each core is the middle of, and why what looks like one is none."""
+    yield from map(_attention, index.once(cores))
     reason = "a softmax is multiplied here, of a '{}' that is no product of queries and keys as they are known"
-    none = [NoSite(_ALL, scope, reason.format(op)) for scope, op in missed(index)]
-    return (*(one if isinstance(one, NoSite) else _united(one, found) for one in found), *none)
-
-
-def halves(index: Index) -> frozenset[str]:
-    """Sub-layers with a core that is not known. Where another is (ProphetNet's two streams), its projections are sites,
-    and the whole is none."""
-    return frozenset(scope for scope, _ in missed(index))
-
-
-def _united(one: Attention, all_: Sequence[Attention | NoSite]) -> Attention:
-    """An attention whose columns are those of all cores of its module: some split the heads of one value over two."""
-    same = [
-        other
-        for other in all_
-        if isinstance(other, Attention)
-        and (other.core.scope, other.linears) == (one.core.scope, one.linears)
-    ]
-    if len(same) == 1:
-        return one
-    united = {
-        side: fused.united([other.columns[side] for other in same], features(linear)[1])
-        for side, linear in one.linears.items()
-    }
-    return replace(one, columns=united)
+    yield from (NoSite(_ALL, scope, reason.format(op)) for scope, op in missed(index))
 
 
 def _attention(core: Core) -> Attention | NoSite:
     found = {side: _last(projections(getattr(core, side).node)) for side in SIDES}
     for side, linears in found.items():
         if len(linears) != 1:
-            several = ", ".join(scope_of(one) for one in linears)
-            fact = (
-                f"come from {len(linears)} linears ({several})"
-                if linears
-                else "come from no linear"
-            )
-            return NoSite(_ALL, core.scope, f"its {_NAMES[side]} {fact}")
+            several = f"{len(linears)} linears ({', '.join(map(scope_of, linears))})"
+            fact = f"its {_NAMES[side]} come from {several if linears else 'no linear'}"
+            return NoSite(_ALL, core.scope, fact)
     single = {side: one for side, (one,) in found.items()}
     out = next_linear(core.h, single["v"])
     if out is None:
@@ -133,37 +126,36 @@ def _down(core: Core, linear: fx.Node) -> fx.Node | None:
 _NAMES = {"q": "queries", "k": "keys", "v": "values"}
 
 
-def linears_of(index: Index) -> set[fx.Node]:
+def linears_of(index: Index) -> Iterator[fx.Node]:
     """The linears that belong to attention."""
-    found = [one for one in index.once(attentions) if isinstance(one, Attention)]
-    return {linear for one in found for of in (one.linears, one.downs) for linear in of.values()}
+    for one in index.once(attentions):
+        yield from (*one.linears.values(), *one.downs.values())
 
 
 def find(index: Index) -> Iterator[Site | NoSite]:
     """Whole sub-layers, found by their query and output projections; and what is none."""
-    for one in index.once(attentions):
-        if isinstance(one, NoSite):
-            yield one
-        if isinstance(one, NoSite) or one.core.scope in index.once(halves):
-            continue
+    yield from (one for one in index.once(_tried) if isinstance(one, NoSite))
+    for one in index.once(wholes):
         ends = one.first("q"), one.linears["o"]
-        yield sublayer(index, "attention", one.core.scope, ends, "q", one.dims, one.kind)
+        yield sublayer.find(index, "attention", one.core.scope, ends, "q", one.dims, one.kind)
+
+
+locate = partial(sublayer.locate, "q")
 
 
 def find_heads(index: Index) -> Iterator[Site | NoSite]:
     """Cores, found by their module's path."""
-    for one in index.once(attentions):
-        if isinstance(one, Attention) and one.core.scope not in index.once(halves):
-            scope, size = one.core.scope, features(one.first("q"))[0]
-            dims = {**one.dims, "in": size, "out": one.dims["d"]}
-            counts = one.core.counts_back
-            yield Site("attention.heads", scope, dims, {}, one.kind, counts_back=counts)
+    for one in index.once(wholes):
+        scope, size = one.core.scope, features(one.first("q"))[0]
+        dims = {**one.dims, "in": size, "out": one.dims["d"]}
+        counts = one.core.counts_back
+        yield Site("attention.heads", scope, dims, {}, one.kind, counts_back=counts)
 
 
 def find_side(side: str, index: Index) -> Iterator[Site | NoSite]:
     """One projection of each sub-layer; its `input` is found by the query's weight."""
     for one in index.once(attentions):
-        if isinstance(one, NoSite) or not one.has(side):
+        if not one.has(side):
             continue
         query = index.weights(one.first("q")).get("W")
         found = linear_site(
@@ -189,7 +181,7 @@ def find_side(side: str, index: Index) -> Iterator[Site | NoSite]:
 def find_down(side: str, index: Index) -> Iterator[Site | NoSite]:
     """The first of two projections of a side, where there are two."""
     for one in index.once(attentions):
-        if isinstance(one, Attention) and side in one.downs:
+        if side in one.downs:
             at, scope = f"attention.{side}_down", one.core.scope
             yield linear_site(index, one.downs[side], at, scope, one.kind, one.dims)
 
@@ -208,27 +200,14 @@ def _core(core: Core, counts_back: bool) -> Place:
 
 
 def locate_side(index: Index, site: Site) -> tuple[Place, ...]:
-    """As a linear, with the sub-layer's `input`. A key may run without its query: cross attention's, once for
-    a whole generation."""
+    """As a linear, with the sub-layer's `input`: what the query reads, of `attention.o` the one before. A key may run
+    without its query: cross attention's, once for a whole generation."""
     ends = index.multiplying(site.weights["W"].path)
-    return _with_input(site, ends, _queries(index, site)[: len(ends)])
-
-
-def locate_output(index: Index, site: Site) -> tuple[Place, ...]:
-    """As `locate_side`; the query that starts the sub-layer is the one before each output."""
-    ends = index.multiplying(site.weights["W"].path)
-    starts = runs(_queries(index, site), ends, index.order) if "q" in site.weights else []
-    return _with_input(site, ends, starts)
-
-
-def _queries(index: Index, site: Site) -> list[fx.Node]:
-    return index.multiplying(site.weights["q"].path) if "q" in site.weights else []
-
-
-def _with_input(site: Site, ends: list[fx.Node], queries: list[fx.Node]) -> tuple[Place, ...]:
+    queries = index.multiplying(site.weights["q"].path) if "q" in site.weights else []
+    if site.at == "attention.o":
+        queries = runs(queries, ends, index.order)
     columns = site.weights["W"].view.columns
-    places = [ports_of(node, columns) for node in ends]
     return tuple(
-        Place({**ports, "input": ports_of(query)["x"]} if query is not None else ports)
-        for ports, query in zip_longest(places, queries)
+        Place(ports_of(end, columns) | ({"input": ports_of(query)["x"]} if query else {}))
+        for end, query in zip_longest(ends, queries[: len(ends)])
     )

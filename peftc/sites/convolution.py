@@ -27,7 +27,7 @@ def find(index: Index) -> Iterator[Site | NoSite]:
         if index.weights(node):
             yield _site(index, node)
         else:
-            yield NoSite(("conv",), f"{scope_of(node)}.weight", computed(weight_of(node)))
+            yield computed("conv", f"{scope_of(node)}.weight", node)
     for node in index.calls(*_TRANSPOSED):
         if node not in index.convolutions:
             reason = f"'{op_name(node)}' reads this weight, and it is a transposed convolution"

@@ -19,7 +19,7 @@ from peftc.graph.aten import (
     is_pointwise,
     projects,
 )
-from peftc.graph.program import Read, aten, is_call
+from peftc.graph.program import Read, aten, behind, is_call
 
 
 def before(node: Any, *ops: Any) -> Any:
@@ -35,19 +35,8 @@ _STOP = (SDPA, *SOFTMAX, aten.embedding.default)
 def projections(node: fx.Node) -> tuple[fx.Node, ...]:
     """What projects features, of all that `node` is computed from, walking back through views, norms, rotary and
     pointwise ops."""
-    found: dict[fx.Node, None] = {}
-    seen: set[fx.Node] = set()
-    stack = [node]
-    while stack:
-        one = stack.pop()
-        if one in seen or one.op != "call_function":
-            continue
-        seen.add(one)
-        if projects(one):
-            found[one] = None
-        elif not is_call(one, *_STOP) or one is node:
-            stack += reversed(one.all_input_nodes)
-    return tuple(found)
+    made_of = behind(node, lambda one: projects(one) or (one is not node and is_call(one, *_STOP)))
+    return tuple(filter(projects, made_of))
 
 
 # What a result may go through on its way to the linear that ends its sub-layer.
@@ -100,7 +89,7 @@ def residual_add(node: fx.Node) -> Read | None:
             if is_call(user, *ADD):
                 other = user.args[1] if user.args[0] is one else user.args[0]
                 if isinstance(other, fx.Node) and other.op == "call_function":
-                    if not _hangs(other, node):
+                    if node not in behind(other, lambda one: one < node):
                         return Read(user, user.args.index(other))
                     onward = user
             if is_call(user, *MOVE, *DROPOUT, *MUL, *NORM):
@@ -108,19 +97,6 @@ def residual_add(node: fx.Node) -> Read | None:
         if onward is None:
             return None
         one = onward
-
-
-def _hangs(node: fx.Node, on: fx.Node) -> bool:
-    """Whether a value is computed from another one."""
-    seen, stack = {node}, [node]
-    while stack:
-        one = stack.pop()
-        if one is on:
-            return True
-        later = {source for source in one.all_input_nodes if not source < on} - seen
-        seen |= later
-        stack += later
-    return False
 
 
 def runs(starts: list[fx.Node], ends: list[fx.Node], order: dict[fx.Node, int]) -> list[fx.Node]:

@@ -36,19 +36,13 @@ def find(index: Index) -> Iterator[Site | NoSite]:
 
 def _token_input(index: Index, node: object) -> str | None:
     """The input of token ids that `node` is, moved at most."""
-    source = before(node, *MOVE)
-    slot = index.program.slot(source) if isinstance(source, fx.Node) else None
-    known = slot is not None and slot.kind == "input" and argument(slot.name).role == "ids"
-    return slot.name if slot is not None and known else None
+    name = index.program.input(before(node, *MOVE))
+    return name if name and argument(name).role == "ids" else None
 
 
 def _is_turned(node: object) -> bool:
-    while is_call(node, *MOVE):
-        assert isinstance(node, fx.Node)
-        if is_call(node, *TURN, aten.permute.default):
-            return True
-        node = node.args[0]
-    return False
+    turns = (*TURN, aten.permute.default)
+    return is_call(before(node, *(op for op in MOVE if op not in turns)), *turns)
 
 
 def locate(index: Index, site: Site) -> tuple[Place, ...]:

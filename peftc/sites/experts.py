@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 
 from peftc.graph.aten import ADD, static_shape
-from peftc.graph.program import Read, Value, aten, is_call, op_name
+from peftc.graph.program import Read, Value, aten, behind, is_call, op_name
 from peftc.sites import fused
 from peftc.sites.dataflow import activated
 from peftc.sites.index import Index
@@ -41,14 +41,11 @@ class Product:
         return self.weight.path.rpartition(".")[0]
 
 
-def products(index: Index) -> tuple[Product, ...]:
+def products(index: Index) -> Iterator[Product]:
     """The products of a graph with experts' matrices, in its order."""
-    found: list[Product] = []
-    for node in index.program.graph.nodes:
-        one = _grouped(index, node) or _gathered(index, node) or _batched(index, node)
-        if one is not None:
-            found.append(one)
-    return tuple(found)
+    for node in index.order:
+        if one := _grouped(index, node) or _gathered(index, node) or _batched(index, node):
+            yield one
 
 
 def _grouped(index: Index, node: fx.Node) -> Product | None:
@@ -112,28 +109,24 @@ def _biased(index: Index, node: fx.Node) -> tuple[fx.Node, Weight | None]:
     return node, None
 
 
-def parts(index: Index) -> tuple[tuple[str, Product, Columns | None], ...]:
-    return tuple(_parts(index))
-
-
-def _parts(index: Index) -> Iterator[tuple[str, Product, Columns | None]]:
-    """(part, product, its columns): the last is down; those that it is computed from up and gate, or both in one."""
+def parts(index: Index) -> Iterator[tuple[str, Product, Columns | None]]:
+    """(kind, product, its columns): the last is down; those that it is computed from up and gate, or both in one."""
     found = index.once(products)
     for down in found:
         before = [one for one in found if _feeds(one, down, found)]
         if not before or len(before) > 2:
             continue
-        yield "down", down, None
+        yield "experts.down", down, None
         if len(before) == 2:
             gate = before[0] if activated(before[0].h) else before[1]
             up = before[1] if gate is before[0] else before[0]
-            yield from (("up", up, None), ("gate", gate, None))
+            yield from (("experts.up", up, None), ("experts.gate", gate, None))
             continue
         halves = fused.gated_halves(down.x.node, before[0].h)
         if halves is None:
-            yield "up", before[0], None
+            yield "experts.up", before[0], None
         else:
-            yield from zip(("up", "gate"), before * 2, halves, strict=True)
+            yield from zip(("experts.up", "experts.gate"), before * 2, halves, strict=True)
 
 
 def _feeds(one: Product, down: Product, all_: tuple[Product, ...]) -> bool:
@@ -141,27 +134,15 @@ def _feeds(one: Product, down: Product, all_: tuple[Product, ...]) -> bool:
     if one is down or one.module != down.module:
         return False
     ends = {other.h for other in all_}
-    seen: set[fx.Node] = set()
-    stack = [down.x.node]
-    while stack:
-        node = stack.pop()
-        if node is one.h:
-            return True
-        if node not in seen and node not in ends:
-            seen.add(node)
-            stack += node.all_input_nodes
-    return False
+    return one.h in behind(down.x.node, ends.__contains__)
 
 
-def find(part: str, index: Index) -> Iterator[Site | NoSite]:
-    """Sites of one `part` (up, gate, down), or with "" all products, whole."""
-    if not part:
-        for one in index.once(products):
-            yield _site(index, "experts", one, None)
-        return
-    for name, one, columns in index.once(parts):
-        if name == part:
-            yield _site(index, f"experts.{part}", one, columns)
+def find(at: str, index: Index) -> Iterator[Site | NoSite]:
+    """Products that are of this kind: all of them, whole, are `experts`."""
+    whole = (("experts", one, None) for one in index.once(products))
+    for name, one, columns in whole if at == "experts" else index.once(parts):
+        if name == at:
+            yield _site(index, at, one, columns)
 
 
 def _site(index: Index, at: str, one: Product, columns: Columns | None) -> Site:

@@ -20,16 +20,14 @@ from peftc.graph.aten import (
     is_nonlinear,
     is_pointwise,
     projects,
-    weight_of,
 )
-from peftc.graph.program import aten, is_call, scope_of
+from peftc.graph.program import aten, behind, is_call, scope_of
 from peftc.language.ops import OPS, Op
-from peftc.sites import attention, fused, mixture
+from peftc.sites import attention, fused, mixture, sublayer
 from peftc.sites.dataflow import activated, before, residual_add
 from peftc.sites.index import Index
 from peftc.sites.linear import computed, linear_site, ports_of
 from peftc.sites.site import Hidden, NoSite, Place, Site, innermost
-from peftc.sites.sublayer import between, sublayer
 from peftc.sites.view import Columns, Part
 
 
@@ -60,25 +58,30 @@ class FeedForward:
         return innermost(scope_of(linear) for _, linear, _ in self.parts)
 
 
-def feed_forwards(index: Index) -> tuple[FeedForward, ...]:
+def feed_forwards(index: Index) -> Iterator[FeedForward]:
     """The feed-forwards of a graph, by their last linear; attention's own linears and single experts are none."""
-    taken = index.once(attention.linears_of)
-    found = (_feed_forward(index, one, taken) for one in index.projections if one not in taken)
-    mixed = [f"{one.scope}." for one in index.once(mixture.mixtures)]
-    return tuple(one for one in found if one and not any(map(one.scope.startswith, mixed)))
+    taken = set(index.once(attention.linears_of))
+    mixed = tuple(f"{one.scope}." for one in index.once(mixture.mixtures))
+    for linear in index.projections:
+        one = _feed_forward(index, linear, taken)
+        if one is not None and not one.scope.startswith(mixed):
+            yield one
 
 
-def linears_of(index: Index) -> set[fx.Node]:
+def linears_of(index: Index) -> Iterator[fx.Node]:
     """The linears that belong to attention or a feed-forward."""
-    own = {linear for one in index.once(feed_forwards) for _, linear, _ in one.parts}
-    return own | index.once(attention.linears_of)
+    yield from index.once(attention.linears_of)
+    for one in index.once(feed_forwards):
+        yield from (linear for _, linear, _ in one.parts)
 
 
 def _feed_forward(index: Index, down: fx.Node, taken: set[fx.Node]) -> FeedForward | None:
     """The feed-forward that ends in the linear `down`. A classifier's head looks like one, but ends in no
     residual add."""
+    if down in taken or residual_add(down) is None:
+        return None
     inner = _inner(index, down.args[0], _BETWEEN if is_call(down, *LINEAR) else _PLAIN)
-    if residual_add(down) is None or not inner or len(inner) > 2 or set(inner) & taken:
+    if not inner or len(inner) > 2 or not taken.isdisjoint(inner):
         return None
     if len(inner) == 1:
         return FeedForward(inner[0], None, down, fused.gated_halves(down.args[0], inner[0]))
@@ -94,40 +97,32 @@ _BETWEEN = (*MOVE, *CUT, *DROPOUT, *_NORMED, *CONV, aten.glu.default)
 _PLAIN = (*MOVE, *DROPOUT)
 
 
-def _inner(index: Index, start: object, between: Sequence[Any]) -> tuple[fx.Node, ...]:
+def _inner(index: Index, start: Any, between: Sequence[Any]) -> tuple[fx.Node, ...]:
     """The projections that `start` is a nonlinear function of, with parameters; none when anything else flows in."""
-    found: dict[fx.Node, None] = {}
-    seen: set[fx.Node] = set()
-    stack, nonlinear = [start], False
-    while stack:
-        one = stack.pop()
-        if not isinstance(one, fx.Node) or one in seen:
-            continue
-        seen.add(one)
-        if projects(one):
-            found[one] = None
-        elif is_pointwise(one) or is_call(one, *between):
-            nonlinear = nonlinear or is_nonlinear(one) or is_call(one, aten.glu.default)
-            stack += reversed([arg for arg in one.all_input_nodes if not _is_fixed(index, arg)])
-        else:
-            return ()
-    return tuple(found) if nonlinear else ()
+
+    def stops(one: fx.Node) -> bool:
+        passes = is_pointwise(one) or is_call(one, *between)
+        return not passes or projects(one) or _is_fixed(index, one)
+
+    made_of = behind(start, stops)
+    found = tuple(filter(projects, made_of))
+    rest = [one for one in made_of if not projects(one) and not _is_fixed(index, one)]
+    bends = any(is_nonlinear(one) or is_call(one, aten.glu.default) for one in rest)
+    return found if bends and not any(map(stops, rest)) else ()
 
 
 def _is_fixed(index: Index, node: fx.Node) -> bool:
     """Whether a value is none of the tokens': a parameter, a constant, a size."""
-    if isinstance(node.meta.get("val"), int | torch.SymInt):
-        return True
     source = before(node, *MOVE)
-    slot = index.program.slot(source)
-    return slot.kind != "input" if slot is not None else not source.all_input_nodes
+    is_stored = not source.all_input_nodes and not index.program.input(source)
+    return is_stored or isinstance(node.meta.get("val"), int | torch.SymInt)
 
 
 def find(index: Index) -> Iterator[Site | NoSite]:
     """Whole sub-layers, found by their first and last projection, or by the router of their experts."""
     yield from mixture.find(index)
     for one in index.once(feed_forwards):
-        site = sublayer(index, "ffn", one.scope, (one.up, one.down), "up")
+        site = sublayer.find(index, "ffn", one.scope, (one.up, one.down), "up")
         if isinstance(site, Site):
             read = {part: index.weights(linear).get("W") for part, linear, _ in one.parts}
             others = {part: weight for part, weight in read.items() if weight and part != "down"}
@@ -167,7 +162,7 @@ def find_hidden(index: Index) -> Iterator[Site | NoSite]:
         if weights:
             yield Site("ffn.hidden", one.scope, dims, weights)
         else:
-            yield NoSite(("ffn.hidden",), one.scope, computed(weight_of(one.down)))
+            yield computed("ffn.hidden", one.scope, one.down)
 
 
 def find_part(wanted: str, index: Index) -> Iterator[Site | NoSite]:
@@ -192,7 +187,7 @@ def locate(index: Index, site: Site) -> tuple[Place, ...]:
     """From the first projection's input to the last one's result, with the residual that is added to it."""
     if "W" not in site.weights:
         return mixture.locate(index, site)
-    return tuple(_place(start, end) for start, end in between(index, site, "up"))
+    return tuple(_place(start, end) for start, end in sublayer.between(index, site, "up"))
 
 
 def _place(start: fx.Node, end: fx.Node) -> Place:
@@ -200,13 +195,8 @@ def _place(start: fx.Node, end: fx.Node) -> Place:
     residual = residual_add(end)
     if residual is None:
         return Place({"x": x, "h": h})
-    return Place(
-        {
-            "x": x,
-            "h": h,
-            "residual": replace(h, whole=residual) if isinstance(h, Part) else residual,
-        }
-    )
+    added = replace(h, whole=residual) if isinstance(h, Part) else residual
+    return Place({"x": x, "h": h, "residual": added})
 
 
 def locate_hidden(index: Index, site: Site) -> tuple[Place, ...]:

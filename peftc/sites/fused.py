@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,9 +13,6 @@ from peftc.graph.aten import CUT, DROPOUT, MOVE, hint, is_nonlinear, static_shap
 from peftc.graph.program import aten, behind, is_call
 from peftc.sites.dataflow import before
 from peftc.sites.view import Columns
-
-# What only moves values: a label that goes in comes out, somewhere.
-_MOVES = (*MOVE, *CUT)
 
 # What treats each feature by itself, all rows of it together.
 _BY_FEATURE = (aten.batch_norm.default,)
@@ -41,14 +38,14 @@ _CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.type_as.defa
 
 def columns(node: fx.Node, linear: fx.Node) -> Columns | None:
     """The features of `linear` that `node` is computed from; None when it is all of them, or no pattern."""
-    between = behind(node, linear)
+    between = behind(node, lambda one: one is linear)
     if not any(is_call(one, *CUT) for one in between):
         return None
     width = static_shape(linear)[-1]
     seen: set[int] = set()
     for labels in _reaching(node, linear, width, between):
         seen |= set(labels.flatten().tolist())
-    return _pattern(sorted(seen), width) if 0 < len(seen) < width else None
+    return _pattern(seen, width) if 0 < len(seen) < width else None
 
 
 def united(several: Sequence[Columns | None], width: int) -> Columns | None:
@@ -56,7 +53,7 @@ def united(several: Sequence[Columns | None], width: int) -> Columns | None:
     known = [one for one in several if one is not None]
     features = {feature for one in known for feature in one.index().tolist()}
     whole = len(known) < len(several) or len(features) == width
-    return None if whole else _pattern(sorted(features), width)
+    return None if whole else _pattern(features, width)
 
 
 def gated_halves(start: Any, linear: fx.Node) -> tuple[Columns, Columns] | None:
@@ -69,27 +66,22 @@ def gated_halves(start: Any, linear: fx.Node) -> tuple[Columns, Columns] | None:
     if len(found) != 2 or None in found:
         return None
     first, second = found
-    activated = any(map(is_nonlinear, behind(sides[0], linear)))
+    made_of = behind(sides[0], lambda one: one is linear)
+    activated = any(map(is_nonlinear, made_of))
     return (second, first) if activated else (first, second)  # type: ignore[return-value]
 
 
 def _reaching(
-    node: fx.Node, linear: fx.Node, width: int, between: set[fx.Node]
+    node: fx.Node, linear: fx.Node, width: int, between: Iterable[fx.Node]
 ) -> Iterator[torch.Tensor]:
     """The labels that leave the moves behind `linear` on their way to `node`."""
-    labels: dict[fx.Node, Any] = {linear: _labels(linear, width)}
-    for one in sorted(between - {linear}):
+    shape = [hint(n) for n in linear.meta["val"].shape]
+    labels: dict[fx.Node, Any] = {linear: torch.arange(width).expand(shape)}
+    for one in sorted(between):
         sources = [source for source in one.all_input_nodes if source in labels]
-        if not sources:
+        if one is linear or not sources or is_call(one, *_SHAPED):
             continue
-        if is_call(one, *_SHAPED):
-            continue
-        if is_call(one, *_MOVES):
-            moved = _moved(one, labels)
-        elif is_call(one, *_BY_FEATURE) and sources[0] is one.args[0]:
-            moved = labels[sources[0]]
-        else:
-            moved = None
+        moved = _moved(one, labels)
         if moved is None:
             yield from (labels[source] for source in sources)
         elif one is node:
@@ -98,14 +90,13 @@ def _reaching(
             labels[one] = moved
 
 
-def _labels(linear: fx.Node, width: int) -> torch.Tensor:
-    shape = [hint(n) for n in linear.meta["val"].shape]
-    return torch.arange(width).expand(shape)
-
-
 def _moved(node: fx.Node, labels: dict[fx.Node, Any]) -> Any:
-    """What a move makes of labels, or None when it needs a tensor that carries none. No op sees a traced value: it would
-    ask for its sizes, and the graph would be one for these."""
+    """What a move makes of labels; None when it needs a tensor that carries none, or is no move. No op sees a traced
+    value: it would ask for its sizes, and the graph would be one for these."""
+    if is_call(node, *_BY_FEATURE, *_CASTS):
+        return labels.get(node.args[0])  # type: ignore[arg-type]
+    if not is_call(node, *MOVE, *CUT):
+        return None
     unknown = []
 
     def value(one: fx.Node) -> Any:
@@ -118,8 +109,6 @@ def _moved(node: fx.Node, labels: dict[fx.Node, Any]) -> Any:
         return hint(val) if isinstance(val, torch.SymInt) else val
 
     args = fx.map_arg(node.args, value)
-    if is_call(node, *_CASTS):
-        return args[0]
     if unknown and not is_call(node, *_AS):
         return None
     try:
@@ -134,17 +123,10 @@ def _constant(node: fx.Node) -> Any:
     return source.meta.get("constant", node.meta.get("val"))
 
 
-def _pattern(features: list[int], width: int) -> Columns | None:
+def _pattern(features: set[int], width: int) -> Columns | None:
     """The same run of columns in each of equally wide groups; contiguous columns are one group."""
-    runs: list[list[int]] = []
-    for one in features:
-        if runs and runs[-1][1] == one:
-            runs[-1][1] = one + 1
-        else:
-            runs.append([one, one + 1])
-    if width % len(runs):
-        return None
-    period = width // len(runs)
-    start, stop = runs[0]
-    even = [[start + i * period, stop + i * period] for i in range(len(runs))]
-    return Columns(len(runs), start, stop, period) if runs == even else None
+    starts = sorted(one for one in features if one - 1 not in features)
+    period, rest = divmod(width, len(starts))
+    stop = starts[0] + len(features) // len(starts)
+    found = Columns(len(starts), starts[0], stop, period)
+    return found if not rest and found.index().tolist() == sorted(features) else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
@@ -13,6 +13,7 @@ from peftc.graph.aten import (
     CONV,
     FLAT,
     LINEAR,
+    MOVE,
     TURN,
     bias_of,
     is_convolution,
@@ -51,12 +52,12 @@ class Index:
         found = [node for op in ops for node in self._calls.get(op, ())]
         return sorted(found, key=self.order.__getitem__)
 
-    def once(self, find: Callable[[Index], T]) -> T:
-        """What `find` makes of this index; it is asked once."""
+    def once(self, find: Callable[[Index], Iterable[T]]) -> tuple[T, ...]:
+        """All that `find` finds in this index; it is asked once."""
         if find not in self._found:
-            self._found[find] = find(self)
-        result: T = self._found[find]
-        return result
+            self._found[find] = tuple(find(self))
+        found: tuple[T, ...] = self._found[find]
+        return found
 
     @cached_property
     def linears(self) -> tuple[fx.Node, ...]:
@@ -116,26 +117,23 @@ class Index:
 
     def also(self, path: str, own: Any) -> str:
         """The op that reads this parameter too, besides those that are `own` (views of it are looked through)."""
-        for reader in self._readers.get(path, ()):
-            if reader.target is not own:
-                return op_name(reader)
-        return ""
+        return next((op_name(one) for one in self.readers(path) if one.target is not own), "")
+
+    def readers(self, path: str) -> list[fx.Node]:
+        """The calls that read a parameter, through moves."""
+        return self._readers.get(path, [])
 
     @cached_property
     def _readers(self) -> dict[str, list[fx.Node]]:
-        return {path: list(self._reading(node)) for node, path in self.parameters}
+        return {path: list(_reading(node)) for node, path in self.parameters}
 
-    def _reading(self, node: fx.Node) -> Iterator[fx.Node]:
-        """The calls that read a parameter, through transposition."""
-        for user in node.users:
-            if is_call(user, *TURN, *FLAT):
-                yield from self._reading(user)
-            elif user.op == "call_function":
-                yield user
 
-    def reads(self, path: str) -> bool:
-        """Whether anything in this graph reads this parameter."""
-        return bool(self._readers.get(path))
+def _reading(node: fx.Node) -> Iterator[fx.Node]:
+    for user in node.users:
+        if is_call(user, *MOVE, *TURN):
+            yield from _reading(user)
+        elif user.op == "call_function":
+            yield user
 
 
 def _form(node: fx.Node) -> Form | None:

@@ -21,7 +21,6 @@ from peftc.sites import (
     mixer,
     norm,
     router,
-    sublayer,
 )
 from peftc.sites.index import Index
 from peftc.sites.site import NoSite, Place, Site
@@ -56,11 +55,22 @@ class Kind:
     operands: Mapping[str, str] = field(default_factory=dict)
 
 
+_WHOLE = Folds()
+_HIDDEN = Folds(ports={"h": "x"})
 _LINEAR = Folds("linear", {"x": "x", "h": "h", "W": "W", "b": "b"})
+_EXPERTS = Folds("linear", {"x": "x", "h": "h", "W": "W"})
+_TABLE = Folds("table", {"ids": "x", "h": "h", "W": "W"}, owns=True)
+_KERNELS = Folds("kernels", _LINEAR.ports, owns=True)
+_VECTOR = Folds("vector", {"W": "W", "b": "b"}, owns=True)
 
 
-def _linear(name: str, find: Callable[[Index], Iterable[Site | NoSite]]) -> Kind:
-    return Kind(name, find, linear.locate, folds=_LINEAR)
+def _linear(
+    name: str,
+    find: Callable[[Index], Iterable[Site | NoSite]],
+    locate: Callable[[Index, Site], tuple[Place, ...]] = linear.locate,
+    operands: Mapping[str, str] | None = None,
+) -> Kind:
+    return Kind(name, find, locate, folds=_LINEAR, operands=operands or {})
 
 
 def _nothing(index: Index, site: Site) -> Iterator[str]:
@@ -70,98 +80,46 @@ def _nothing(index: Index, site: Site) -> Iterator[str]:
 
 def _read(index: Index, site: Site) -> Iterator[str]:
     """Its parameters that anything in this graph reads."""
-    yield from (one.path for one in site.weights.values() if index.reads(one.path))
+    yield from (one.path for one in site.weights.values() if index.readers(one.path))
 
 
 KINDS: dict[str, Kind] = {
     row.name: row
     for row in (
-        Kind(
-            "attention",
-            attention.find,
-            partial(sublayer.locate, "q"),
-            folds=Folds(),
-            operands={"x": "q"},
-        ),
+        Kind("attention", attention.find, attention.locate, folds=_WHOLE, operands={"x": "q"}),
         Kind("attention.heads", attention.find_heads, attention.locate_heads, _nothing),
         *(
-            Kind(
+            _linear(
                 f"attention.{side}",
                 partial(attention.find_side, side),
                 attention.locate_side,
-                folds=_LINEAR,
-                operands={"input": "q"},
+                {"input": "q"},
             )
-            for side in attention.SIDES
-        ),
-        Kind(
-            "attention.o",
-            partial(attention.find_side, "o"),
-            attention.locate_output,
-            folds=_LINEAR,
-            operands={"input": "q"},
+            for side in (*attention.SIDES, "o")
         ),
         *(
             _linear(f"attention.{side}_down", partial(attention.find_down, side))
             for side in attention.SIDES
         ),
-        Kind(
-            "ffn",
-            feed_forward.find,
-            feed_forward.locate,
-            feed_forward.used,
-            Folds(),
-            {"x": "up"},
-        ),
-        Kind(
-            "ffn.hidden",
-            feed_forward.find_hidden,
-            feed_forward.locate_hidden,
-            folds=Folds(ports={"h": "x"}),
-        ),
+        Kind("ffn", feed_forward.find, feed_forward.locate, feed_forward.used, _WHOLE, {"x": "up"}),
+        Kind("ffn.hidden", feed_forward.find_hidden, feed_forward.locate_hidden, folds=_HIDDEN),
         *(
             _linear(f"ffn.{part}", partial(feed_forward.find_part, part))
             for part in ("up", "gate", "down")
         ),
         _linear("ffn.linear", feed_forward.find_any),
-        Kind(
-            "mixer", mixer.find, partial(sublayer.locate, "in"), folds=Folds(), operands={"x": "in"}
-        ),
+        Kind("mixer", mixer.find, mixer.locate, folds=_WHOLE, operands={"x": "in"}),
         *(_linear(f"mixer.{side}", partial(mixer.find_side, side)) for side in ("in", "out")),
         _linear("router", router.find),
         *(
-            Kind(
-                f"experts.{part}" if part else "experts",
-                partial(experts.find, part),
-                experts.locate,
-                experts.used,
-                Folds("linear", {"x": "x", "h": "h", "W": "W"}),
-            )
-            for part in ("", "up", "gate", "down")
+            Kind(name, partial(experts.find, name), experts.locate, experts.used, _EXPERTS)
+            for name in ("experts", "experts.up", "experts.gate", "experts.down")
         ),
         Kind("linear", linear.find_all, linear.locate, folds=replace(_LINEAR, owns=True)),
-        _linear("head", linear.head(feed_forward.linears_of)),
-        Kind(
-            "norm",
-            norm.find,
-            norm.locate,
-            _read,
-            Folds("vector", {"W": "W", "b": "b"}, owns=True),
-        ),
-        Kind(
-            "embedding",
-            embedding.find,
-            embedding.locate,
-            embedding.used,
-            Folds("table", {"ids": "x", "h": "h", "W": "W"}, owns=True),
-        ),
-        Kind(
-            "conv",
-            convolution.find,
-            convolution.locate,
-            _read,
-            Folds("kernels", _LINEAR.ports, owns=True),
-        ),
+        _linear("head", partial(linear.find_head, feed_forward.linears_of)),
+        Kind("norm", norm.find, norm.locate, _read, _VECTOR),
+        Kind("embedding", embedding.find, embedding.locate, embedding.used, _TABLE),
+        Kind("conv", convolution.find, convolution.locate, _read, _KERNELS),
     )
 }
 

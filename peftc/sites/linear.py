@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from torch import fx
 
 from peftc.graph.aten import (
     LINEAR,
-    MOVE,
     bias_of,
     features,
     groups,
@@ -38,7 +37,7 @@ def linear_site(
     """The site `at` of a linear, or of some of its columns; NoSite where the graph computes its weight."""
     weights = index.weights(linear, View(columns=columns))
     if not weights:
-        return NoSite((at,), scope_of(linear), computed(weight_of(linear)))
+        return computed(at, scope_of(linear), linear)
     n_in, n_out = features(linear)
     sizes = {**(dims or {}), "in": n_in, "out": columns.count if columns else n_out}
     sizes.setdefault("d", sizes["out"])
@@ -48,11 +47,12 @@ def linear_site(
     return Site(at, scope, sizes, {**weights, **(found_by or {})}, kind, absent=absent)
 
 
-def computed(weight: fx.Node) -> str:
-    """Why an operand is no weight that a spec could change."""
+def computed(at: str, path: str, linear: fx.Node) -> NoSite:
+    """None `at` a linear whose weight is nothing that a spec could change, and why."""
+    weight, reason = weight_of(linear), "this weight is no parameter"
     if weight.op == "call_function":
-        return f"'{op_name(weight)}' computes this weight in the graph"
-    return "this weight is no parameter"
+        reason = f"'{op_name(weight)}' computes this weight in the graph"
+    return NoSite((at,), path, reason)
 
 
 def ports_of(linear: fx.Node, columns: Columns | None = None) -> dict[str, Port]:
@@ -102,42 +102,25 @@ def find_all(index: Index) -> Iterator[Site | NoSite]:
     for node in index.linears:
         yield linear_site(index, node, "linear", scope_of(node))
     for node, path in index.parameters:
-        if len(static_shape(node)) > 1:
-            op = _other_product(node)
-            if op:
-                reason = f"'{op}' reads this weight, and it is no linear"
-                yield NoSite(_OF_LINEARS, path, reason)
+        if len(static_shape(node)) > 1 and (op := _other_product(index, path)):
+            yield NoSite(_OF_LINEARS, path, f"'{op}' reads this weight, and it is no linear")
 
 
 # A matrix that no linear reads may be any of these: the data flow around it was not understood.
 _OF_LINEARS = ("linear", "ffn", "ffn.up", "ffn.gate", "ffn.down", "ffn.linear", "ffn.hidden")
 
 
-def _other_product(weight: fx.Node) -> str:
+def _other_product(index: Index, path: str) -> str:
     """The op outside torch, or else the product, that reads a matrix and is no linear."""
-    readers = [one for one in _readers(weight) if not is_call(one, *LINEAR)]
+    readers = [one for one in index.readers(path) if not is_call(one, *LINEAR)]
     outside = [one for one in readers if not str(one.target).startswith("aten.")]
     products = [one for one in readers if op_name(one) in _PRODUCTS]
     return next((op_name(one) for one in [*outside, *products]), "")
 
 
-def _readers(node: fx.Node) -> Iterator[fx.Node]:
-    for user in node.users:
-        if is_call(user, *MOVE):
-            yield from _readers(user)
-        elif user.op == "call_function":
-            yield user
-
-
-def head(
-    taken: Callable[[Index], set[fx.Node]],
-) -> Callable[[Index], Iterator[Site | NoSite]]:
-    """Finds the linears outside the pretrained body that are not `taken` by a sub-layer."""
-
-    def find(index: Index) -> Iterator[Site | NoSite]:
-        known = index.once(taken)
-        for node in index.linears:
-            if node not in known and index.is_head(scope_of(node)):
-                yield linear_site(index, node, "head", scope_of(node))
-
-    return find
+def find_head(taken: Callable[[Index], Iterable[fx.Node]], index: Index) -> Iterator[Site | NoSite]:
+    """The linears outside the pretrained body that are not `taken` by a sub-layer."""
+    known = set(index.once(taken))
+    for node in index.linears:
+        if node not in known and index.is_head(scope_of(node)):
+            yield linear_site(index, node, "head", scope_of(node))

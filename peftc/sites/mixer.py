@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from torch import fx
 
 from peftc.graph.aten import CONV, MATMUL, MOVE, features, is_pointwise
 from peftc.graph.program import aten, is_call, scope_of
-from peftc.sites import feed_forward
+from peftc.sites import feed_forward, sublayer
 from peftc.sites.dataflow import before, residual_add
 from peftc.sites.index import Index
 from peftc.sites.linear import linear_site
 from peftc.sites.site import NoSite, Site
-from peftc.sites.sublayer import sublayer
 
 # What lets tokens meet; a loop over them is many of these.
 _MEETS = (*MATMUL, *CONV, aten.cumsum.default, aten.stack.default, aten.cat.default)
@@ -32,16 +33,16 @@ class Mixer:
         return scope_of(self.out).rpartition(".")[0]
 
 
-def mixers(index: Index) -> tuple[Mixer, ...]:
+def mixers(index: Index) -> Iterable[Mixer]:
     """The mixers of a graph, in its order: what ends in a residual add, and is neither attention nor feed-forward."""
-    taken = index.once(feed_forward.linears_of)
+    taken = set(index.once(feed_forward.linears_of))
     inside: dict[str, list[fx.Node]] = {}
     for node in index.order:
         if node.op == "call_function":
             inside.setdefault(scope_of(node).rpartition(".")[0], []).append(node)
             inside.setdefault(scope_of(node), []).append(node)
     found = (_mixer(index, one, inside) for one in index.linears if one not in taken)
-    return tuple(one for one in found if one is not None)
+    return filter(None, found)
 
 
 def _mixer(index: Index, out: fx.Node, inside: dict[str, list[fx.Node]]) -> Mixer | None:
@@ -58,14 +59,10 @@ def _mixer(index: Index, out: fx.Node, inside: dict[str, list[fx.Node]]) -> Mixe
 
 def _is_first(linear: fx.Node, scope: str) -> bool:
     """Whether nothing of the module but what is pointwise (a mask) is before a linear."""
-    stack: list[object] = [linear.args[0]]
-    while stack:
-        node = stack.pop()
-        if isinstance(node, fx.Node) and _is_inside(node, scope):
-            if not (is_pointwise(node) or is_call(node, *MOVE)):
-                return False
-            stack += [node.args[0]]
-    return True
+    node: Any = linear.args[0]
+    while _is_inside(node, scope) and (is_pointwise(node) or is_call(node, *MOVE)):
+        node = node.args[0]
+    return not _is_inside(node, scope)
 
 
 def _is_inside(node: object, scope: str) -> bool:
@@ -75,7 +72,10 @@ def _is_inside(node: object, scope: str) -> bool:
 def find(index: Index) -> Iterator[Site | NoSite]:
     """Whole sub-layers, found by their first and last projection."""
     for one in index.once(mixers):
-        yield sublayer(index, "mixer", one.scope, (one.ins[0], one.out), "in")
+        yield sublayer.find(index, "mixer", one.scope, (one.ins[0], one.out), "in")
+
+
+locate = partial(sublayer.locate, "in")
 
 
 def find_side(side: str, index: Index) -> Iterator[Site | NoSite]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx
 
-from peftc.graph.aten import ADD, DROPOUT, MOVE, MUL, VIEW, weight_of
+from peftc.graph.aten import ADD, DROPOUT, MOVE, MUL, VIEW
 from peftc.graph.program import Read, Value, behind, is_call, scope_of
 from peftc.sites import router
 from peftc.sites.dataflow import before
@@ -32,10 +32,9 @@ class Mixture:
         return innermost((scope_of(self.router), scope_of(self.h)))
 
 
-def mixtures(index: Index) -> tuple[Mixture, ...]:
+def mixtures(index: Index) -> Iterable[Mixture]:
     """The mixtures of experts of a graph, in its order."""
-    found = (_mixture(index, one) for one in index.once(router.scoring))
-    return tuple(one for one in found if one is not None)
+    return filter(None, (_mixture(index, one) for one in index.once(router.scoring)))
 
 
 def _mixture(index: Index, scores: fx.Node) -> Mixture | None:
@@ -66,7 +65,8 @@ def _passes(other: Any, start: fx.Node, earlier: set[fx.Node], later: set[fx.Nod
     scaled: Any = other
     while scaled is not start and is_call(scaled, *MOVE, *MUL):
         scaled = scaled.args[0]
-    return other in earlier or scaled is start or bool((behind(other, start) - {start}) & earlier)
+    made_of = behind(other, lambda one: one is start).keys() - {start}
+    return scaled is start or not earlier.isdisjoint(made_of)
 
 
 def _as_long(x: Read, h: fx.Node) -> Read:
@@ -89,7 +89,7 @@ def find(index: Index) -> Iterator[Site | NoSite]:
     for one in index.once(mixtures):
         weight = index.weights(one.router).get("W")
         if weight is None:
-            yield NoSite(("ffn",), one.scope, computed(weight_of(one.router)))
+            yield computed("ffn", one.scope, one.router)
             continue
         size = int(one.h.meta["val"].shape[-1])
         dims = {"in": int(one.x.node.meta["val"].shape[-1]), "out": size, "d": size}

@@ -24,12 +24,8 @@ class Norm:
     h: fx.Node
 
 
-def norms(index: Index) -> tuple[Norm, ...]:
+def norms(index: Index) -> Iterator[Norm]:
     """Normalisations with a learned scale, in graph order."""
-    return tuple(_norms(index))
-
-
-def _norms(index: Index) -> Iterator[Norm]:
     parameter = index.program.parameter
     for node in index.calls(*NORM, aten.mul.Tensor):
         if is_call(node, *NORM):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import fx
@@ -20,10 +20,10 @@ def find(index: Index) -> Iterator[Site | NoSite]:
         yield linear_site(index, scores, "router", scope_of(scores))
 
 
-def scoring(index: Index) -> tuple[fx.Node, ...]:
+def scoring(index: Index) -> Iterable[fx.Node]:
     """Those linears, each once, in graph order."""
     found = (_scores(node.args[0]) for node in index.calls(*_CHOOSE) if _is_along_last(node))
-    return tuple(dict.fromkeys(one for one in found if one is not None))
+    return dict.fromkeys(filter(None, found))
 
 
 _CHOOSE = (aten.topk.default, aten.max.dim, aten.argmax.default)
@@ -38,13 +38,10 @@ def _is_along_last(node: fx.Node) -> bool:
     return axis in (-1, scores.meta["val"].ndim - 1)
 
 
-def _scores(node: object) -> fx.Node | None:
+def _scores(node: Any) -> Any:
     """The linear that `node` is an elementwise function of, or of a part of it, or its softmax."""
     if is_call(node, *LINEAR):
-        assert isinstance(node, fx.Node)
         return node
     if is_pointwise(node) or is_call(node, *MOVE, *CUT, *SOFTMAX):
-        assert isinstance(node, fx.Node)
-        found = (_scores(one) for one in node.args)
-        return next((one for one in found if one is not None), None)
+        return next(filter(None, map(_scores, node.args)), None)
     return None

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 
 from torch import fx
 
-from peftc.graph.aten import features, weight_of
+from peftc.graph.aten import features
 from peftc.sites.dataflow import runs
 from peftc.sites.index import Index
 from peftc.sites.linear import computed, ports_of
 from peftc.sites.site import NoSite, Place, Site, SiteError
 
 
-def sublayer(
+def find(
     index: Index,
     at: str,
     scope: str,
@@ -25,7 +25,7 @@ def sublayer(
     """The site between two linears, found by the weight of the first as `role`; NoSite where the graph computes one."""
     first, last = (index.weights(one) for one in ends)
     if not (first and last):
-        return NoSite((at,), scope, computed(weight_of(ends[1] if first else ends[0])))
+        return computed(at, scope, ends[1] if first else ends[0])
     n_in, n_out = features(ends[0])[0], features(ends[1])[1]
     sizes = {**(dims or {}), "in": n_in, "out": n_out, "d": n_out}
     return Site(at, scope, sizes, {**last, role: first["W"]}, kind)
