@@ -200,14 +200,29 @@ def _core(core: Core, counts_back: bool) -> Place:
 
 
 def locate_side(index: Index, site: Site) -> tuple[Place, ...]:
-    """As a linear, with the sub-layer's `input`: what the query reads, of `attention.o` the one before. A key may run
-    without its query: cross attention's, once for a whole generation."""
-    ends = index.multiplying(site.weights["W"].path)
+    """As a linear, with the sub-layer's `input`, which the query reads. A key may run without its query: cross
+    attention's, once for a whole generation."""
+    ends, queries = _ends(index, site)
+    return _with_input(site, ends, queries[: len(ends)])
+
+
+def locate_output(index: Index, site: Site) -> tuple[Place, ...]:
+    """As `locate_side`; the query that starts the sub-layer is the one before each output."""
+    ends, queries = _ends(index, site)
+    return _with_input(site, ends, runs(queries, ends, index.order))
+
+
+def _ends(index: Index, site: Site) -> tuple[list[fx.Node], list[fx.Node]]:
     queries = index.multiplying(site.weights["q"].path) if "q" in site.weights else []
-    if site.at == "attention.o":
-        queries = runs(queries, ends, index.order)
+    return index.multiplying(site.weights["W"].path), queries
+
+
+def _with_input(site: Site, ends: list[fx.Node], queries: list[fx.Node]) -> tuple[Place, ...]:
     columns = site.weights["W"].view.columns
     return tuple(
         Place(ports_of(end, columns) | ({"input": ports_of(query)["x"]} if query else {}))
-        for end, query in zip_longest(ends, queries[: len(ends)])
+        for end, query in zip_longest(ends, queries)
     )
+
+
+PROJECTIONS = {**dict.fromkeys(SIDES, locate_side), "o": locate_output}

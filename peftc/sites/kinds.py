@@ -89,13 +89,8 @@ KINDS: dict[str, Kind] = {
         Kind("attention", attention.find, attention.locate, folds=_WHOLE, operands={"x": "q"}),
         Kind("attention.heads", attention.find_heads, attention.locate_heads, _nothing),
         *(
-            _linear(
-                f"attention.{side}",
-                partial(attention.find_side, side),
-                attention.locate_side,
-                {"input": "q"},
-            )
-            for side in (*attention.SIDES, "o")
+            _linear(f"attention.{side}", partial(attention.find_side, side), locate, {"input": "q"})
+            for side, locate in attention.PROJECTIONS.items()
         ),
         *(
             _linear(f"attention.{side}_down", partial(attention.find_down, side))
