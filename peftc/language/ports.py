@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from peftc.language.expr import Shape
 
@@ -42,7 +42,8 @@ class Drawn(NamedTuple):
 class SiteType:
     """A kind of site. `dims` are the sizes that specs may use; `counted` says whether the papers count what
     trains here; a site `by_op` is named {op: ..., scope: ...}, not by where it is in a model.
-    Of a whole sub-layer, `drawn` says how it looks in pictures; of what stands between two, `between` is its title."""
+    `several` stands for any of the projections of its sub-layer. Of a whole sub-layer, `drawn` says how it looks in
+    pictures; of what stands between two, `between` is its title."""
 
     name: str
     ports: dict[str, Port]
@@ -50,6 +51,7 @@ class SiteType:
     doc: str
     counted: bool = True
     by_op: bool = False
+    several: bool = False
     drawn: Drawn | None = None
     between: str = ""
 
@@ -62,6 +64,11 @@ class SiteType:
     def part(self) -> str:
         """What it is of its sub-layer; "" where it is the whole."""
         return self.name.partition(".")[2]
+
+    @property
+    def projects(self) -> bool:
+        """Whether it is one projection of a sub-layer, by its own name."""
+        return bool(self.part) and "W" in self.ports and not self.several
 
     @property
     def assigns(self) -> tuple[str, ...]:
@@ -90,8 +97,8 @@ _WEIGHTS = {"W": Port(("out", "in"), WEIGHT), "b": Port(("out",), BIAS)}
 _LINEAR = {"x": Port(("...", "in"), INPUT), "h": Port(("...", "out"), RESULT), **_WEIGHTS}
 
 
-def _linear(name: str, doc: str, counted: bool = True, by_op: bool = False) -> SiteType:
-    return SiteType(name, _LINEAR, _LINEAR_DIMS, doc, counted, by_op)
+def _linear(name: str, doc: str, **more: Any) -> SiteType:
+    return SiteType(name, _LINEAR, _LINEAR_DIMS, doc, **more)
 
 
 def _projection(side: str, what: str) -> SiteType:
@@ -145,7 +152,7 @@ _ROWS = (
     _linear("ffn.up", "the first projection of a feed-forward"),
     _linear("ffn.gate", "the gating projection of a gated feed-forward"),
     _linear("ffn.down", "the last projection of a feed-forward"),
-    _linear("ffn.linear", "every projection of a feed-forward, two or three"),
+    _linear("ffn.linear", "every projection of a feed-forward, two or three", several=True),
     SiteType(
         "ffn.hidden", {"h": Port(("...", "out"), RESULT)}, _LINEAR_DIMS, "after the activation"
     ),

@@ -16,8 +16,6 @@ from peftc.sites.site import Site
 # The kinds of sites that are whole sub-layers, in the order in which most models have them.
 _DRAWN = {name: one.drawn for name, one in SITES.items() if one.drawn is not None}
 WHOLE = dict(sorted(_DRAWN.items(), key=lambda item: item[1].place))
-# Sites that are one value or stand for several others.
-_NO_PIECES = ("heads", "hidden", "linear")
 Sizes = tuple[int, int]
 
 
@@ -174,15 +172,13 @@ def _part(key: tuple[str, str, str], sites: Sequence[Site], plan: Plan) -> Part:
     at, kind, scope = key
     whole = next((one for one in sites if not _piece(one)), sites[0])
     pieces = {
-        _piece(one): (one.dims["in"], one.dims["out"])
-        for one in sites
-        if _piece(one) and not one.at.endswith(_NO_PIECES) and "out" in one.dims
+        _piece(one): (one.dims["in"], one.dims["out"]) for one in sites if SITES[one.at].projects
     }
     drawn = WHOLE.get(at)
     called, core = (at, "") if drawn is None else (drawn.title, drawn.core)
     title = called + (f", {kind}" if kind else "")
     end = whole.weights["W"].path if "W" in whole.weights else ""
-    last = next((one for one in sites if one is not whole and _is_made_of(one, end)), whole)
+    last = next((one for one in sites if SITES[one.at].projects and _is_of(one, end)), whole)
     paths = tuple(dict.fromkeys(w.path for one in sites for w in one.weights.values()))
     names = {one.name for one in sites}
     edits = [one for one in plan.edits if one.site.name in names]
@@ -201,10 +197,8 @@ def _part(key: tuple[str, str, str], sites: Sequence[Site], plan: Plan) -> Part:
     )
 
 
-def _is_made_of(site: Site, path: str) -> bool:
-    """Whether a projection is that of a weight, and not one of the names that stand for several."""
-    own = not site.at.endswith(_NO_PIECES)
-    return own and "W" in site.weights and site.weights["W"].path == path
+def _is_of(site: Site, path: str) -> bool:
+    return "W" in site.weights and site.weights["W"].path == path
 
 
 def _trained(plan: Plan, paths: Sequence[str]) -> Iterator[Mark]:
@@ -232,9 +226,8 @@ def _named(sites: Sequence[Site]) -> dict[str, tuple[str, ...]]:
     """The projections that are of each weight: of a fused one several."""
     found: dict[str, list[str]] = {}
     for one in sites:
-        piece = _piece(one)
-        if piece and piece not in _NO_PIECES and "W" in one.weights:
-            found.setdefault(one.weights["W"].path, []).append(piece)
+        if SITES[one.at].projects:
+            found.setdefault(one.weights["W"].path, []).append(_piece(one))
     return {path: tuple(pieces) for path, pieces in found.items()}
 
 
@@ -242,9 +235,10 @@ def _edited(edits: Sequence[Edit], named: Mapping[str, tuple[str, ...]]) -> Iter
     """What each edit does; one that is at a projection by another name is at that, as `ffn.linear` is."""
     for edit in {edit.key: edit for edit in edits}.values():
         entry = edit.entry
-        piece = _piece(edit.site)
-        pieces: tuple[str, ...] = (piece,) if piece and piece not in _NO_PIECES else ()
-        if piece in _NO_PIECES and "W" in edit.site.weights:
+        piece, pieces = _piece(edit.site), tuple[str, ...]()
+        if SITES[edit.site.at].projects:
+            pieces = (piece,)
+        elif piece and "W" in edit.site.weights:
             pieces = named.get(edit.site.weights["W"].path, ())
         assigned = inlined(edit)[1]
         lets = inlined(edit)[0]
