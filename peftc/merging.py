@@ -81,10 +81,8 @@ def merge(
     if folding.like is not None:
         refit(backbone, folding.like, folding.weights)
     weights = dict(backbone.named_parameters(remove_duplicate=False))
-    for (
-        path,
-        weight,
-    ) in folding.weights.items():  # memory of its own, whatever the old one was shared with
+    # Memory of its own, whatever the old one was shared with.
+    for path, weight in folding.weights.items():
         weights[path].data = weight.to(weights[path].device).contiguous()
     merged: PreTrainedModel = backbone.train(model.training)
     if folding.edits:

@@ -215,19 +215,7 @@ def _traced(
         for surrounds in (_alone(model), _told(model), _as_they_are(), _not_exported(model)):
             stack.enter_context(surrounds)
         decision, calls = stack.enter_context(deciding(drop)), stack.enter_context(kept())
-        try:
-            exported = torch.export.export(
-                traced, (tensors,), dynamic_shapes=(shapes,), strict=False
-            )
-        except Exception as error:
-            cause = error.__cause__ if isinstance(error, _Stopped) else error
-            if isinstance(cause, CaptureError):
-                raise cause from None
-            assert isinstance(cause, Exception)
-            kind = UncachedError if ENTRIES[entry].starts else CaptureError
-            raise kind(_explain(model, entry, cause)) from cause
-        finally:
-            traced.forget()
+        exported = _exported(traced, model, entry, tensors, shapes)
     wide = room.wide(entry, seq2seq)
     program = _program(exported, entry, model, labels, wide, output_types[-1])
     _require_stateless(program, model, states)
@@ -249,6 +237,27 @@ def _traced(
     if decision.met:
         program.masks = "dropped" if drop else "explicit"
     return program
+
+
+def _exported(
+    traced: _Traced,
+    model: PreTrainedModel,
+    entry: str,
+    tensors: Tensors,
+    shapes: Mapping[str, Mapping[int, Any]],
+) -> torch.export.ExportedProgram:
+    """What torch.export makes of a call. Raises CaptureError, of one that starts a cache UncachedError."""
+    try:
+        return torch.export.export(traced, (tensors,), dynamic_shapes=(shapes,), strict=False)
+    except Exception as error:
+        cause = error.__cause__ if isinstance(error, _Stopped) else error
+        if isinstance(cause, CaptureError):
+            raise cause from None
+        assert isinstance(cause, Exception)
+        kind = UncachedError if ENTRIES[entry].starts else CaptureError
+        raise kind(_explain(model, entry, cause)) from cause
+    finally:
+        traced.forget()
 
 
 def _sizes(inputs: Tensors, flags: Mapping[str, Any], held: int, new: int) -> dict[str, int]:
