@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -143,6 +144,7 @@ def quantized(model: Any, bits: int) -> Any:
     import onnx_ir as ir
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
+    _turn_weights(model.graph)
     with quiet():
         quantizer = MatMulNBitsQuantizer(
             ir.to_proto(model),
@@ -154,3 +156,22 @@ def quantized(model: Any, bits: int) -> Any:
         )
         quantizer.process()
     return ir.from_proto(quantizer.model.model)
+
+
+def _turn_weights(graph: Any) -> None:
+    """Weights that are turned as they are read, as the table that is the head too, become weights of their own: the
+    quantizer takes no others."""
+    import onnx_ir as ir
+
+    for node in [one for one in graph if one.op_type == "Transpose"]:
+        (source,), (turned,) = node.inputs, node.outputs
+        if source.const_value is None or source.name not in graph.initializers:
+            continue
+        array = source.const_value.numpy().transpose(node.attributes["perm"].as_ints())
+        tensor = ir.tensor(np.ascontiguousarray(array), name=turned.name)
+        weight = ir.Value(
+            name=turned.name, const_value=tensor, shape=ir.Shape(array.shape), type=turned.type
+        )
+        ir.convenience.replace_all_uses_with(turned, weight)
+        graph.remove(node, safe=True)
+        graph.register_initializer(weight)
