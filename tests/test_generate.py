@@ -222,6 +222,21 @@ def test_a_call_that_fails_is_not_remembered(monkeypatch: pytest.MonkeyPatch) ->
     assert "decode" in {one.program.entry for one in model._programs._runners.values()}
 
 
+def test_a_streamer_hears_the_prompt_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first generation that begins with a cache, and begins anew without one."""
+    model, told = peftc.compile(tiny("gpt2"), "lora"), Told()
+
+    def fails(*_: Any) -> Any:
+        raise UncachedError("cannot be traced")
+
+    monkeypatch.setattr(CompiledModel, "_cached", fails)
+    with pytest.warns(UserWarning, match="without a cache: cannot be traced"):
+        got = model.generate(
+            torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False, streamer=told
+        )
+    assert told.ended and torch.equal(torch.cat(told.tokens, 1), got)
+
+
 def test_a_step_gives_no_field_that_eager_code_does_not() -> None:
     """The encoder's states are not there when cross keys are cached."""
     model = peftc.compile(tiny("bart"), "lora")

@@ -21,6 +21,7 @@ from conftest import Run, tiny
 import peftc
 from peftc import cli
 from peftc.cli import progress
+from peftc.store.directory import held
 from peftc.training.checkpoints import last_whole
 from peftc.training.report import REPORT
 
@@ -309,6 +310,18 @@ def test_another_training_is_refused(
     assert code == 1 and message.format(**places) in err and "Traceback" not in err
     assert {one: one.read_bytes() for one in before} == before
     assert not (tmp_path / "d").exists()
+
+
+def test_a_training_that_runs_is_left_alone(
+    trained: Path, body: Path, rows: Path, tmp_path: Path, run: Run
+) -> None:
+    folder = tmp_path / "c"
+    shutil.copytree(trained, folder)
+    with held(folder) as ours:
+        code, _, err = run(*command("steps", body, rows, tmp_path))
+    assert ours and code == 1
+    assert f"error: {folder} is in use by a training; wait for its end" in err
+    assert checkpoints(tmp_path) == ["checkpoint-6", "checkpoint-8"]
 
 
 def test_no_number_goes_back_to_the_last_good_state(

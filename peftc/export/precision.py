@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from peftc.export.graph import ExportError, quiet
+from peftc.export.weights import laid_out
 from peftc.rewrite.tolerance import SHARES
 from peftc.runtime.session import CPU, CUDA, RuntimeFault, providers
 
@@ -168,7 +168,7 @@ def _turn_weights(graph: Any) -> None:
         if source.const_value is None or source.name not in graph.initializers:
             continue
         array = source.const_value.numpy().transpose(node.attributes["perm"].as_ints())
-        tensor = ir.tensor(np.ascontiguousarray(array), name=turned.name)
+        tensor = ir.tensor(laid_out(array), name=turned.name)
         weight = ir.Value(
             name=turned.name, const_value=tensor, shape=ir.Shape(array.shape), type=turned.type
         )

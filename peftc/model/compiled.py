@@ -19,6 +19,7 @@ from huggingface_hub import HfApi
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
 from transformers.masking_utils import create_masks_for_generate
 
 from peftc.errors import UncachedError
@@ -70,6 +71,21 @@ class Checkpointing:
             if getattr(module, "gradient_checkpointing", False):
                 return Checkpointing(module._gradient_checkpointing_func, 1)
         return None
+
+
+class _AfterPrompt(BaseStreamer):
+    """A streamer that a generation which began anew tells of what is behind the prompt."""
+
+    def __init__(self, streamer: BaseStreamer) -> None:
+        self.streamer, self.told = streamer, False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.told:
+            self.streamer.put(value)
+        self.told = True
+
+    def end(self) -> None:
+        self.streamer.end()
 
 
 class CompiledModel(Sharing):
@@ -264,6 +280,8 @@ class CompiledModel(Sharing):
                 return bare.generate(*args, **kwargs)
             except UncachedError as error:
                 reason = error
+        if reason is not None and kwargs.get("streamer") is not None:
+            kwargs["streamer"] = _AfterPrompt(kwargs["streamer"])
         found = bare.generate(*args, **{**kwargs, "use_cache": False})
         if reason is not None:  # not what was asked with, as it goes without
             self.__dict__["_uncached"] = True

@@ -63,7 +63,7 @@ def write_directory(path: Path, fill: Callable[[Path], Mapping[str, Any] | None]
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path)
         temporary = Path(tempfile.mkdtemp(prefix=_prefix(path), dir=path.parent))
-        with _held(temporary):
+        with held(temporary):
             try:
                 manifest = fill(temporary)
                 if manifest is not None:
@@ -191,18 +191,27 @@ def _prefix(path: Path) -> str:
 
 
 @contextmanager
-def _held(directory: Path) -> Iterator[None]:
-    """Lock a temporary directory while it is written; the system lets go of it when this process ends."""
+def held(directory: Path) -> Iterator[bool]:
+    """Lock a directory while it is written to; the system lets go of it when this process ends. Gives False, and locks
+    nothing, where another holds it."""
     if fcntl is None:
-        yield
+        yield True
         return
     folder = os.open(directory, os.O_RDONLY)
     try:
-        with suppress(OSError):  # a file system without locks: nobody can sweep there either
-            fcntl.flock(folder, fcntl.LOCK_EX)
-        yield
+        yield _locked(folder)
     finally:
         os.close(folder)
+
+
+def _locked(folder: int) -> bool:
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks: nobody can sweep there either
+        pass
+    return True
 
 
 def sweep(path: Path) -> None:

@@ -7,6 +7,7 @@ import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from peftc.errors import PeftcError
-from peftc.store.directory import check_files, read_manifest, sweep, write_directory
+from peftc.store.directory import check_files, held, read_manifest, sweep, write_directory
 from peftc.store.versions import versions
 
 RECORD = "training.json"
@@ -27,8 +28,20 @@ class CheckpointError(PeftcError):
     """A directory of checkpoints that this training cannot use."""
 
 
-def claim(folder: Path, run: Mapping[str, Any]) -> None:
-    """Make `folder` that of a run, or see that it is. Raises CheckpointError where it is another's."""
+@contextmanager
+def claimed(folder: Path, run: Mapping[str, Any], first: bool) -> Iterator[None]:
+    """Make `folder` that of a run, or see that it is, and keep others out of it; of the processes of a run the `first`
+    does. Raises CheckpointError where it is another's."""
+    _claim(folder, run)
+    with held(folder) if first else nullcontext(True) as ours:
+        if not ours:
+            raise CheckpointError(
+                f"{folder} is in use by a training; wait for its end, or choose another directory"
+            )
+        yield
+
+
+def _claim(folder: Path, run: Mapping[str, Any]) -> None:
     file = folder / RECORD
     if not file.is_file():
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -14,7 +14,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -145,9 +145,10 @@ def train(
     if checkpoints is not None:
         checkpoints = checkpoints.absolute()
         _require_lasting(recipe)
-    with _trainer(model, tokenizer, rows, test, recipe, callbacks, checkpoints) as (ours, reader):
-        if checkpoints is not None:
-            stored.claim(checkpoints, _identity(model, recipe, ours))
+    with (
+        _trainer(model, tokenizer, rows, test, recipe, callbacks, checkpoints) as (ours, reader),
+        _claimed(checkpoints, model, recipe, ours),
+    ):
         progress = Progress(ours, checkpoints is not None)
         ours.add_callback(progress)
         stopped, why = _run(ours, progress, say)
@@ -190,6 +191,14 @@ def _require_lasting(recipe: Recipe) -> None:
         raise CheckpointError(
             "'train.save_only_model' leaves out what --checkpoints go on from; remove it"
         )
+
+
+def _claimed(
+    checkpoints: Path | None, model: Any, recipe: Recipe, ours: Any
+) -> AbstractContextManager[None]:
+    if checkpoints is None:
+        return nullcontext()
+    return stored.claimed(checkpoints, _identity(model, recipe, ours), ours.is_world_process_zero())
 
 
 def _identity(model: Any, recipe: Recipe, ours: Any) -> dict[str, Any]:
